@@ -1,0 +1,27 @@
+"""GridS for LeRobot: run any supported Vision-Language-Action policy on K sampled visual tokens per camera.
+
+Importing this registers the policy types "grids" and "tiny_smolvla", and the tokenizer step of the latter's
+processor. LeRobot imports it by itself, because this distribution's name starts with `lerobot_policy_`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .configuration_grids import GridsConfig
+from .tiny import TinySmolVLAConfig
+
+if TYPE_CHECKING:
+    from .adapters import get_adapter
+    from .modeling_grids import GridsPolicy
+    from .sampler import GridSampler
+
+_LAZY = {"GridSampler": ".sampler", "GridsPolicy": ".modeling_grids", "get_adapter": ".adapters"}
+
+__all__ = ["GridSampler", "GridsConfig", "GridsPolicy", "TinySmolVLAConfig", "get_adapter"]
+
+
+def __getattr__(name: str) -> Any:
+    # The models pull in transformers; a command that only parses flags should not wait for that.
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

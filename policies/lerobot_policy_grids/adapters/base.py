@@ -1,0 +1,75 @@
+"""What every adapter answers about its VLA family, and how it puts a reducer between vision and trunk."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedPolicyError
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The visual tokens a base policy hands to its trunk.
+
+    Attributes:
+        token_grid: (H, W) of one camera's feature map.
+        width: C, channels of a visual token.
+        cameras: Feature keys of the cameras, in the order in which the policy numbers them.
+        language_width: Channels of an embedded language token.
+        state_width: Dimensions of the (padded) robot state.
+    """
+
+    token_grid: tuple[int, int]
+    width: int
+    cameras: tuple[str, ...]
+    language_width: int
+    state_width: int
+
+    @property
+    def num_dense_tokens(self) -> int:
+        """N = H * W, visual tokens per camera of the dense policy."""
+        return self.token_grid[0] * self.token_grid[1]
+
+
+class Adapter(ABC):
+    """One VLA family's seam. Stateless: everything it changes lives on the policy and is undone by `detach`."""
+
+    @abstractmethod
+    def layout(self, policy: Any) -> TokenLayout:
+        """Describe the dense visual tokens of `policy`.
+
+        Raises:
+            UnsupportedPolicyError: If its images do not give a whole grid of tokens.
+        """
+
+    @abstractmethod
+    def attach(self, policy: Any, reducer: nn.Module) -> None:
+        """From now on `policy` passes its dense feature maps through `reducer`.
+
+        Raises:
+            UnsupportedPolicyError: If a reducer is attached already.
+        """
+
+    @abstractmethod
+    def detach(self, policy: Any) -> None:
+        """Undo `attach`; the policy is then bit-identical to what it was. Harmless when nothing is attached."""
+
+    @abstractmethod
+    def projector(self, policy: Any) -> nn.Module:
+        """The submodule whose output is the dense visual tokens, [b, n, c]."""
+
+    @abstractmethod
+    def image_region(self, policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
+        """Where a camera image of (height, width) lies in the letterboxed square that the vision tower sees.
+
+        Returns:
+            (left, top, right, bottom) in [0, 1] of that square.
+        """
+
+
+def refuse_second_attach(attached: bool) -> None:
+    """Raise the one error every adapter gives when a reducer is attached twice."""
+    if attached:
+        raise UnsupportedPolicyError("this policy already has a reducer attached; detach it first")

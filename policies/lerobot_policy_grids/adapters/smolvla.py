@@ -1,0 +1,125 @@
+"""SmolVLA: SigLIP -> pixel shuffle and linear connector -> [image tokens, language, state] -> trunk.
+
+Modifications, from outside, of `lerobot/policies/smolvla` 0.6:
+- `SmolVLAPolicy.prepare_images` also runs the vision tower, once for all cameras, and the reducer, and
+  returns the k sampled tokens of each camera as if they were its image. There the whole batch is visible:
+  instruction, robot state, camera keys.
+- `SmolVLMWithExpertModel.embed_image` lets such tokens pass. It is called again in backward under gradient
+  checkpointing, so it must not do the work itself.
+Everything after that follows from the number of tokens: masks, positions, key-value cache.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch import Tensor, nn
+
+from ..errors import UnsupportedPolicyError
+from .base import Adapter, TokenLayout, refuse_second_attach
+
+
+class SmolVLAAdapter(Adapter):
+    """Adapter of SmolVLA and of every class derived from it."""
+
+    def layout(self, policy: Any) -> TokenLayout:
+        config = policy.config
+        vlm_config = policy.model.vlm_with_expert.config
+        cell = vlm_config.vision_config.patch_size * vlm_config.scale_factor
+        size = config.resize_imgs_with_padding
+        if size is None:
+            shapes = {tuple(feature.shape[-2:]) for feature in config.image_features.values()}
+            if len(shapes) != 1:
+                raise UnsupportedPolicyError(
+                    f"cameras of different sizes {sorted(shapes)} without resize_imgs_with_padding; set it, so that "
+                    "every camera gives the same token grid"
+                )
+            height, width = shapes.pop()
+        else:
+            width, height = size
+        if height % cell or width % cell:
+            raise UnsupportedPolicyError(
+                f"images of {height} x {width} pixels are not a whole number of {cell}-pixel cells; "
+                f"set resize_imgs_with_padding to multiples of {cell}"
+            )
+        if config.prefix_length > 0:
+            raise UnsupportedPolicyError(
+                f"prefix_length={config.prefix_length} pads the prefix back to its dense length, so no token would "
+                "be saved; set prefix_length=-1"
+            )
+        return TokenLayout(
+            token_grid=(height // cell, width // cell),
+            width=vlm_config.text_config.hidden_size,
+            cameras=tuple(config.image_features),
+            language_width=vlm_config.text_config.hidden_size,
+            state_width=config.max_state_dim,
+        )
+
+    def attach(self, policy: Any, reducer: nn.Module) -> None:
+        refuse_second_attach("prepare_images" in vars(policy))
+        grid = self.layout(policy).token_grid
+        vlm = policy.model.vlm_with_expert
+        # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
+        policy.prepare_images = partial(_prepare_images, policy, reducer, grid)
+        vlm.embed_image = partial(_embed_image, vlm)
+
+    def detach(self, policy: Any) -> None:
+        vars(policy).pop("prepare_images", None)
+        vars(policy.model.vlm_with_expert).pop("embed_image", None)
+
+    def projector(self, policy: Any) -> nn.Module:
+        connector: nn.Module = policy.model.vlm_with_expert.get_vlm_model().connector
+        return connector
+
+    def image_region(self, policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
+        if policy.config.resize_imgs_with_padding is None:
+            return 0.0, 0.0, 1.0, 1.0
+        target_width, target_height = policy.config.resize_imgs_with_padding
+        # LeRobot's resize_with_pad keeps the aspect ratio and pads on the left and on top.
+        ratio = max(width / target_width, height / target_height)
+        left = 1 - int(width / ratio) / target_width
+        top = 1 - int(height / ratio) / target_height
+        return left, top, 1.0, 1.0
+
+
+def _prepare_images(
+    policy: Any, reducer: Any, grid: tuple[int, int], batch: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    images, masks = type(policy).prepare_images(policy, batch)
+    vlm = policy.model.vlm_with_expert
+    if reducer.num_tokens == 0:
+        width = vlm.config.text_config.hidden_size
+        return [image.new_zeros(len(image), 0, width) for image in images], masks
+    dense = type(vlm).embed_image(vlm, torch.cat(images))
+    feature_map = dense.unflatten(1, grid)
+    context = _context(policy, reducer.condition_on, batch, num_cameras=len(images))
+    tokens = reducer(feature_map, context).tokens
+    return list(tokens.chunk(len(images))), masks
+
+
+def _embed_image(vlm: Any, image: Tensor) -> Tensor:
+    """Pass tokens [b, k, c] through; embed pixels [b, 3, h, w] as before."""
+    tokens: Tensor = image if image.ndim == 3 else type(vlm).embed_image(vlm, image)
+    return tokens
+
+
+def _context(policy: Any, condition_on: tuple[str, ...], batch: dict[str, Tensor], num_cameras: int) -> dict[str, Tensor]:
+    """What the coordinates may depend on, repeated for each camera (camera-major, as the images are stacked)."""
+    context: dict[str, Tensor] = {}
+    if "language" in condition_on:
+        embedded = policy.model.vlm_with_expert.embed_language_tokens(batch[OBS_LANGUAGE_TOKENS]).float()
+        mask = batch[OBS_LANGUAGE_ATTENTION_MASK][..., None].float()
+        context["language"] = (embedded * mask).sum(1) / mask.sum(1).clamp_min(1)
+    if "state" in condition_on:
+        context["state"] = policy.prepare_state(batch)
+    context = {name: value.repeat(num_cameras, 1) for name, value in context.items()}
+    if "camera" in condition_on:
+        keys = list(policy.config.image_features)
+        # LeRobot puts the cameras missing from a batch last.
+        present = [i for i, key in enumerate(keys) if key in batch]
+        order = present + [i for i in range(len(keys)) if i not in present]
+        batch_size = len(batch[keys[present[0]]])
+        device = batch[keys[present[0]]].device
+        context["camera"] = torch.tensor(order[:num_cameras], device=device).repeat_interleave(batch_size)
+    return context

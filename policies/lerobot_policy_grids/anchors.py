@@ -1,0 +1,52 @@
+"""Anchors: an order of the token grid's cells in which every prefix is well spread over the image.
+
+A sampler with budget k reads near the first k anchors, so one checkpoint serves every k.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def anchor_order(height: int, width: int) -> tuple[int, ...]:
+    """Order the cells of a grid so that the first k cover the image well, for every k.
+
+    Farthest-point order: each next cell is the one farthest from those already chosen. The image's
+    border counts as if cells were mirrored behind it, at twice the distance, which is the spacing of
+    a regular lattice; without that the corners would come first, where little is to be seen.
+
+    Args:
+        height: H, rows of the token grid.
+        width: W, columns of the token grid.
+
+    Returns:
+        The H * W cell indices (row-major, `row * W + column`), each once. Ties go to the lower index,
+        so the order is the same everywhere.
+    """
+    # In units of the image's shorter side, so that a wide map is covered evenly and not per axis.
+    unit = min(height, width)
+    rows = (torch.arange(height, dtype=torch.float64) + 0.5) / unit
+    columns = (torch.arange(width, dtype=torch.float64) + 0.5) / unit
+    y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
+    border = torch.stack([x, width / unit - x, y, height / unit - y]).amin(0)
+    distance = 2 * border
+    order: list[int] = []
+    for _ in range(height * width):
+        # Rounding makes symmetric cells tie exactly whatever the platform's last bit says.
+        chosen = int(distance.round(decimals=9).argmax())
+        order.append(chosen)
+        distance = torch.minimum(distance, torch.hypot(x - x[chosen], y - y[chosen]))
+        distance[chosen] = -1.0
+    return tuple(order)
+
+
+def anchor_cells(height: int, width: int, num_tokens: int) -> Tensor:
+    """The first `num_tokens` anchors as integer cells.
+
+    Returns:
+        int64 [num_tokens, 2], each row (column, row) of a cell of the token grid.
+    """
+    order = torch.tensor(anchor_order(height, width)[:num_tokens], dtype=torch.int64)
+    return torch.stack([order % width, order // width], dim=-1)

@@ -1,0 +1,152 @@
+"""Strict loading and atomic saving of checkpoint folders.
+
+LeRobot loads with `strict=False`: a checkpoint with missing keys becomes a policy with random weights and a
+line in the log. Here a checkpoint fits exactly or is refused, and a folder appears whole or not at all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model
+from torch import nn
+
+from .errors import CheckpointError, OutputExistsError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSOR_FILE = "policy_preprocessor.json"
+POSTPROCESSOR_FILE = "policy_postprocessor.json"
+# Where a training run keeps the checkpoint that LeRobot's commands load.
+CHECKPOINT_FOLDER = "pretrained_model"
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or `pretrained_model/` inside a run's output folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    for folder in (path, path / CHECKPOINT_FOLDER):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    seen = "is not a folder" if not path.is_dir() else f"holds no {CONFIG_FILE}"
+    raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
+
+
+def policy_type(folder: Path) -> str:
+    """The LeRobot policy type that a checkpoint's config.json names.
+
+    Raises:
+        CheckpointError: If the file is not JSON or names none.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        name = json.loads(path.read_text())["type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a policy configuration ({error!r}); restore the checkpoint from its source"
+        ) from error
+    return str(name)
+
+
+def require_complete(folder: Path) -> None:
+    """Raise `CheckpointError` unless the folder holds configuration, weights and both processors."""
+    names = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing)}; a checkpoint needs all of {', '.join(names)}. "
+            "Copy it again from its source"
+        )
+
+
+def load_weights(module: nn.Module, path: Path, device: str = "cpu") -> None:
+    """Load a safetensors file into `module`: exactly its keys and shapes, all values finite.
+
+    The module takes the file's floating-point dtypes, so that a policy trained in bfloat16 runs in it.
+
+    Raises:
+        CheckpointError: Naming the file and the first keys that do not fit. The module is then in an
+            undefined state and must not be used.
+    """
+    advice = "the file does not belong to this configuration, or is damaged; copy the checkpoint again"
+    try:
+        expected = module.state_dict(keep_vars=True)
+        with safe_open(path, framework="pt") as file:
+            # safetensors stores a tensor that two names share once, so a missing alias is no missing key.
+            names = set(file.keys())
+            for name in sorted(names & set(expected)):
+                shape, want = tuple(file.get_slice(name).get_shape()), tuple(expected[name].shape)
+                if shape != want:
+                    raise CheckpointError(f"{path}: '{name}' has shape {shape}, expected {want}; {advice}")
+                tensor = file.get_tensor(name)
+                if tensor.dtype.is_floating_point != expected[name].dtype.is_floating_point:
+                    raise CheckpointError(
+                        f"{path}: '{name}' has dtype {tensor.dtype}, expected {expected[name].dtype}; {advice}"
+                    )
+                if not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{path}: '{name}' holds NaN or infinity; {advice}")
+                expected[name].data = expected[name].data.to(tensor.dtype)
+        missing, unexpected = load_model(module, path, strict=False, device=device)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
+    if missing or unexpected:
+        shown = [f"missing {_first(missing)}"] if missing else []
+        shown += [f"unexpected {_first(unexpected)}"] if unexpected else []
+        raise CheckpointError(f"{path}: keys do not match the policy, {' and '.join(shown)}; {advice}")
+
+
+def _first(keys: object, limit: int = 3) -> str:
+    names = sorted(keys)  # type: ignore[call-overload]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"'{name}'" for name in names[:limit]) + more
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Write a folder so that `target` is either whole or as it was before.
+
+    Yields a hidden folder beside `target` to write into; leaving the block without an exception syncs it
+    to disk and renames it. On an exception it is removed.
+
+    Args:
+        target: The folder to appear.
+        replace: Whether an existing `target` is replaced; it stays until the new one is on disk.
+
+    Raises:
+        OutputExistsError: If `target` exists and `replace` is false.
+    """
+    if target.exists() and not replace:
+        raise OutputExistsError(f"{target} already exists; choose another folder or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        _sync(partial)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        _sync(target.parent)
+    finally:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,148 @@
+"""GridsConfig: policy type "grids", any supported VLA with K visual tokens per camera instead of all of them."""
+
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.configs.types import NormalizationMode
+
+from .base_choice import GRIDS_TYPE, BasePolicyChoice
+from .errors import BudgetError, CheckpointError, GridsError
+from .sampler import CONTEXTS
+
+REDUCER_NAMES = ("grids", "blind")
+# Fields of PreTrainedConfig that wrapper and base must agree on; LeRobot sets them on the wrapper.
+SHARED_FIELDS = ("n_obs_steps", "input_features", "output_features", "device", "use_amp")
+
+
+@PreTrainedConfig.register_subclass(GRIDS_TYPE)
+@dataclass
+class GridsConfig(PreTrainedConfig):
+    """Configuration of a grids policy.
+
+    Whatever a LeRobot command reads or sets here that is not a field below (dtype, rtc_config, chunk_size,
+    use_relative_actions, ...) is the base policy's.
+    """
+
+    base: BasePolicyChoice | None = field(
+        default=None, metadata={"help": "The policy that is wrapped: --policy.base.type=smolvla, ..."}
+    )
+    num_tokens: int = field(default=16, metadata={"help": "K: visual tokens per camera."})
+    num_tokens_max: int | None = field(
+        default=None,
+        metadata={"help": "Largest K this checkpoint can serve at run time. Defaults to num_tokens at training."},
+    )
+    reducer: str = field(default="grids", metadata={"help": f"How tokens are reduced: one of {REDUCER_NAMES}."})
+    condition_on: list[str] = field(
+        default_factory=lambda: ["image", "language", "state", "camera"],
+        metadata={"help": f"What the coordinates depend on: any of {CONTEXTS}."},
+    )
+    hidden_width: int = field(default=512, metadata={"help": "Hidden units of the coordinate head."})
+    geometry_width: int = field(default=256, metadata={"help": "Hidden units of the geometry embedding."})
+    # Of this format; raised when a field changes its meaning.
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.device is None and self.base is not None:
+            self.device = self.base.device  # type: ignore[attr-defined]
+        super().__post_init__()
+        if self.version != 1:
+            raise CheckpointError(
+                f"grids configuration version {self.version}, but this release reads version 1; "
+                "upgrade lerobot_policy_grids"
+            )
+        if self.reducer not in REDUCER_NAMES:
+            raise GridsError(f"reducer '{self.reducer}' is unknown; choose one of {', '.join(REDUCER_NAMES)}")
+        unknown = sorted(set(self.condition_on) - set(CONTEXTS))
+        if unknown:
+            raise GridsError(f"condition_on holds {unknown}; choose any of {', '.join(CONTEXTS)}")
+        if not 1 <= self.num_tokens <= self.max_tokens:
+            raise BudgetError(
+                f"num_tokens={self.num_tokens} with num_tokens_max={self.max_tokens}; "
+                f"choose num_tokens from 1 .. {self.max_tokens}"
+            )
+        self.share_with_base()
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest budget the sampler is built for."""
+        return self.num_tokens if self.num_tokens_max is None else self.num_tokens_max
+
+    def share_with_base(self) -> None:
+        """Give the base what LeRobot put on the wrapper, and take from it what only the base was told."""
+        base: Any = self.base
+        if base is None:
+            return
+        for name in SHARED_FIELDS:
+            # Features: the side that has them wins; LeRobot fills only the wrapper's, a dense checkpoint the base's.
+            if name.endswith("_features") and not getattr(self, name):
+                setattr(self, name, deepcopy(getattr(base, name)))
+            else:
+                setattr(base, name, deepcopy(getattr(self, name)))
+
+    def require_base(self) -> PreTrainedConfig:
+        """The base policy's configuration.
+
+        Raises:
+            GridsError: If none was given.
+        """
+        if self.base is None:
+            raise GridsError("policy type 'grids' wraps another policy; say which with --policy.base.type=smolvla")
+        base: Any = self.base
+        return base  # type: ignore[no-any-return]
+
+    @property
+    def normalization_mapping(self) -> dict[str, NormalizationMode]:
+        """The base policy's, which its processors apply."""
+        mapping: dict[str, NormalizationMode] = self.require_base().normalization_mapping  # type: ignore[attr-defined]
+        return mapping
+
+    @property
+    def observation_delta_indices(self) -> list[int] | None:
+        return self.require_base().observation_delta_indices
+
+    @property
+    def action_delta_indices(self) -> list[int] | None:
+        return self.require_base().action_delta_indices
+
+    @property
+    def reward_delta_indices(self) -> list[int] | None:
+        return self.require_base().reward_delta_indices
+
+    def get_optimizer_preset(self) -> Any:
+        return self.require_base().get_optimizer_preset()
+
+    def get_scheduler_preset(self) -> Any:
+        return self.require_base().get_scheduler_preset()
+
+    def validate_features(self) -> None:
+        self.require_base().validate_features()
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what is not found here: then the base policy's answer is the answer.
+        base = self.__dict__.get("base")
+        if base is None or name.startswith("__"):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base")
+        if base is not None and name not in _OWN_FIELDS and hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # Where the weights came from is a fact about a machine and a moment; a checkpoint holds its own weights.
+        saved = deepcopy(self)
+        saved.num_tokens_max = self.max_tokens
+        for config in (saved, saved.base):
+            if config is not None:
+                config.pretrained_path = None  # type: ignore[attr-defined]
+                config.pretrained_revision = None  # type: ignore[attr-defined]
+        super(GridsConfig, saved)._save_pretrained(save_directory)
+
+
+_OWN_FIELDS = {f.name for f in fields(GridsConfig)}

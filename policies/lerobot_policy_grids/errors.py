@@ -1,0 +1,33 @@
+"""Errors a user can act on. Each message says what was seen, what was expected and what to do."""
+
+
+class GridsError(Exception):
+    """Base of every error this project raises for a user mistake or a bad file."""
+
+
+class UnsupportedPolicyError(GridsError):
+    """The policy has no dense grid of visual tokens that an adapter here knows."""
+
+
+class TokenGridError(GridsError):
+    """A feature map does not have the (H, W) token grid the sampler was built for."""
+
+
+class BudgetError(GridsError):
+    """A token budget lies outside 1 .. num_tokens_max, or above the grid's H * W tokens."""
+
+
+class CheckpointError(GridsError):
+    """A checkpoint is missing, incomplete, damaged or does not fit its configuration."""
+
+
+class DatasetError(GridsError):
+    """A dataset is missing, unreadable or does not fit the policy."""
+
+
+class SimulationError(GridsError):
+    """A simulator, a task or its renderer is not available."""
+
+
+class OutputExistsError(GridsError):
+    """An output folder exists already and would be overwritten."""

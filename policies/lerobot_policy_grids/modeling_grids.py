@@ -1,0 +1,186 @@
+"""GridsPolicy: a base policy and the reducer between its vision tower and its trunk."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor, nn
+
+from .adapters import get_adapter
+from .checkpoint import WEIGHTS_FILE, load_weights, resolve_checkpoint
+from .configuration_grids import GridsConfig
+from .errors import CheckpointError
+from .reducers import make_reducer
+
+
+def build_base(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedPolicy:
+    """Construct a base policy with random weights, fetching none."""
+    if hasattr(config, "load_vlm_weights"):
+        config.load_vlm_weights = False
+    policy: PreTrainedPolicy = get_policy_class(config.type)(config, **kwargs)
+    return policy
+
+
+class GridsPolicy(PreTrainedPolicy):
+    """Any supported VLA, with K sampled visual tokens per camera.
+
+    Args:
+        config: Its configuration.
+        base: The base policy, if it exists already; otherwise it is built from `config.base`, and loaded from
+            `config.base.pretrained_path` where that is set.
+        **kwargs: `dataset_stats` and `dataset_meta`, passed to the base policy.
+
+    Raises:
+        UnsupportedPolicyError: If no adapter knows the base policy.
+        BudgetError: If `config.num_tokens` exceeds the dense policy's tokens.
+        CheckpointError: If the base's weights do not fit.
+    """
+
+    config_class = GridsConfig
+    name = "grids"
+
+    def __init__(self, config: GridsConfig, *, base: PreTrainedPolicy | None = None, **kwargs: Any) -> None:
+        super().__init__(config)
+        self.config: GridsConfig
+        config.share_with_base()
+        base_config = config.require_base()
+        self.adapter = get_adapter(base_config.type)
+        if base is None:
+            source = base_config.pretrained_path
+            if source is None and getattr(base_config, "load_vlm_weights", False):
+                base = get_policy_class(base_config.type)(base_config, **kwargs)
+            else:
+                base = build_base(base_config, **kwargs)
+            if source is not None:
+                load_weights(base, resolve_checkpoint(Path(source)) / WEIGHTS_FILE)
+        self.base: Any = base
+        self.reducer: Any = make_reducer(config, self.adapter.layout(base))
+        self.adapter.attach(base, self.reducer)
+        self.to(config.device)
+
+    @property
+    def num_tokens(self) -> int:
+        """K, visual tokens per camera. May be set to any 1 .. num_tokens_max between calls."""
+        return int(self.reducer.num_tokens)
+
+    @num_tokens.setter
+    def num_tokens(self, value: int) -> None:
+        self.reducer.num_tokens = value
+        self.config.num_tokens = value
+
+    def detach(self) -> PreTrainedPolicy:
+        """Take the reducer out and return the base policy, bit-identical to what it was before wrapping."""
+        self.adapter.detach(self.base)
+        base: PreTrainedPolicy = self.base
+        return base
+
+    def forward(self, batch: dict[str, Tensor], **kwargs: Any) -> tuple[Tensor, dict[str, Any] | None]:
+        """Training loss of the base policy, seen through K tokens per camera.
+
+        Args:
+            batch: A pre-processed batch.
+            **kwargs: What the base policy's forward takes (noise, time, reduction, ...).
+
+        Returns:
+            (loss, dictionary of plain numbers to log).
+        """
+        loss, log = self.base.forward(batch, **kwargs)
+        return loss, log
+
+    def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        """Action chunk [b, chunk_size, action_dim] of the base policy, seen through K tokens per camera."""
+        chunk: Tensor = self.base.predict_action_chunk(batch, **kwargs)
+        return chunk
+
+    def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        """Next action [b, action_dim], from the base policy's queue."""
+        action: Tensor = self.base.select_action(batch, **kwargs)
+        return action
+
+    def reset(self) -> None:
+        self.base.reset()
+
+    def get_optim_params(self) -> Any:
+        params: list[nn.Parameter] = [p for p in self.parameters() if p.requires_grad]
+        return params
+
+    def supports_rtc(self) -> bool:
+        return bool(self.base.supports_rtc())
+
+    def init_rtc_processor(self) -> None:
+        """Real-time chunking: LeRobot sets `rtc_config` on the wrapper's configuration, which is the base's."""
+        if hasattr(self.base, "init_rtc_processor"):
+            self.base.init_rtc_processor()
+
+    def _get_default_peft_targets(self) -> dict[str, Any] | None:
+        """The base policy's LoRA targets under our prefix, with the reducer trained whole."""
+        targets = self.base._get_default_peft_targets()
+        if targets is None:
+            return None
+        modules = targets["target_modules"]
+        if isinstance(modules, str):
+            modules = rf"base\.(?:{modules})"
+        return {
+            **targets,
+            "target_modules": modules,
+            "modules_to_save": [*(targets.get("modules_to_save") or []), "reducer"],
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a grids checkpoint: a folder, or a repository on the Hub.
+
+        Args:
+            pretrained_name_or_path: Folder or Hub id.
+            config: Replaces the checkpoint's own configuration (LeRobot passes it with overrides applied).
+            revision: Hub revision.
+            strict: Must be true; a checkpoint that does not fit exactly is refused.
+            **kwargs: Hub options and what the base policy's constructor takes.
+
+        Returns:
+            The policy on `config.device`, in evaluation mode.
+
+        Raises:
+            CheckpointError: If the folder is incomplete or its weights do not fit exactly.
+        """
+        if not strict:
+            raise CheckpointError("strict=False would leave random weights in the policy; load with strict=True")
+        hub_names = ("force_download", "resume_download", "proxies", "token", "cache_dir", "local_files_only")
+        hub = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        path = Path(pretrained_name_or_path)
+        if path.exists():
+            folder = resolve_checkpoint(path)
+            weights = folder / WEIGHTS_FILE
+        else:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+            folder = path
+            try:
+                known = {name: hub[name] for name in ("force_download", "token", "cache_dir", "local_files_only") if name in hub}
+                weights = Path(hf_hub_download(str(path), WEIGHTS_FILE, revision=revision, **known))
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                raise CheckpointError(
+                    f"'{path}' is no folder here, and {WEIGHTS_FILE} cannot be fetched from the Hub ({error}); "
+                    "check the name, the revision and your login"
+                ) from error
+        if config is None:
+            config = PreTrainedConfig.from_pretrained(folder, revision=revision, **hub)
+        if not isinstance(config, GridsConfig):
+            raise CheckpointError(f"{folder} is a '{config.type}' policy, not 'grids'; load it with its own class")
+        base_config = config.require_base()
+        base_config.pretrained_path = None
+        policy = cls(config, base=build_base(base_config, **kwargs))
+        load_weights(policy, weights, device="cpu")
+        policy.eval()
+        return policy

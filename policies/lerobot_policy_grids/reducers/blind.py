@@ -1,0 +1,24 @@
+"""Blind: no visual tokens at all. The floor that any way of looking must beat."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..sampler import Sampled
+
+
+class BlindReducer(nn.Module):
+    """Hand the trunk zero tokens. Adapters skip the vision tower when `num_tokens` is 0."""
+
+    num_tokens = 0
+    num_tokens_max = 0
+    condition_on: tuple[str, ...] = ()
+
+    def forward(self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None) -> Sampled:
+        """Drop the feature map [b, h, w, c].
+
+        Returns:
+            `Sampled(tokens [b, 0, c], coordinates [b, 0, 2])`.
+        """
+        batch, channels = len(feature_map), feature_map.shape[-1]
+        return Sampled(feature_map.new_zeros(batch, 0, channels), feature_map.new_zeros(batch, 0, 2).float())

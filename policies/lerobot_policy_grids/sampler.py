@@ -1,0 +1,245 @@
+"""GridSampler: K continuous image coordinates, predicted from context, read from a feature map.
+
+After "GridS: Differentiable Grid Sampler" (Feng et al., ICML 2026, arXiv 2605.11817): global coordinate
+prediction, then grid sampling with geometry injection. This module knows no policy; torch only.
+
+Axes used in shapes: b batch, h and w rows and columns of the token grid, n = h * w, c channels,
+k sampled tokens. Coordinates are (x, y) in [0, 1] of the image the vision tower saw; the centre of
+column i is at x = (i + 0.5) / w.
+
+Differs from the published reference:
+- Coordinates are an anchor plus a learned offset, sigmoid(logit(anchor) + offset), and offsets start at
+  zero. An untrained sampler reads a spread of K cells; the reference starts with all K at the centre.
+- Anchors are ordered, so the first k serve any budget k <= num_tokens_max. The reference fixes K.
+- Coordinates are float32 whatever the dtype of the model, and a coordinate of exactly 0 or 1 reads the
+  border token. The reference reads zeros there, which happens in bfloat16.
+- The pooled features pass a LayerNorm before the coordinate head, which otherwise saturates; language,
+  robot state and camera identity may join them as context.
+- The geometry embedding starts at zero, so that at k = n the output equals the dense tokens exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .anchors import anchor_cells
+from .errors import BudgetError, TokenGridError
+
+CONTEXTS = ("image", "language", "state", "camera")
+
+
+class Sampled(NamedTuple):
+    """What a reducer hands to the trunk.
+
+    Attributes:
+        tokens: [b, k, c], in raster order of their anchors.
+        coordinates: float32 [b, k, 2], (x, y) in [0, 1], row by row with `tokens`.
+    """
+
+    tokens: Tensor
+    coordinates: Tensor
+
+
+def read_feature_map(feature_map: Tensor, pixels: Tensor) -> Tensor:
+    """Read a feature map at continuous positions by bilinear interpolation.
+
+    Equal to `F.grid_sample(align_corners=False, padding_mode="border")` at (pixels + 0.5) / (w, h), but
+    exact at whole numbers, and it gathers from the channels-last layout that vision towers produce.
+
+    Args:
+        feature_map: [b, h, w, c], any float dtype; interpolated in float32.
+        pixels: float32 [b, k, 2], (column, row) in cells: 0 is the centre of the first cell, w - 1 of the
+            last. Positions outside are read at the border.
+
+    Returns:
+        [b, k, c] in the feature map's dtype.
+    """
+    height, width = feature_map.shape[1:3]
+    flat = feature_map.flatten(1, 2)
+    limit = pixels.new_tensor([width - 1, height - 1])
+    pixels = pixels.clamp(min=torch.zeros_like(limit), max=limit)
+    low = pixels.detach().floor()
+    fraction = pixels - low
+    low = low.long()
+    high = torch.minimum(low + 1, limit.long())
+
+    def cell(column: Tensor, row: Tensor) -> Tensor:
+        index = (row * width + column)[..., None].expand(-1, -1, flat.shape[-1])
+        return flat.gather(1, index).float()
+
+    x, y = fraction[..., :1], fraction[..., 1:]
+    top = (1 - x) * cell(low[..., 0], low[..., 1]) + x * cell(high[..., 0], low[..., 1])
+    bottom = (1 - x) * cell(low[..., 0], high[..., 1]) + x * cell(high[..., 0], high[..., 1])
+    return ((1 - y) * top + y * bottom).to(feature_map.dtype)
+
+
+class Float32MLP(nn.Module):
+    """Two layers with a ReLU between, always computed in float32, starting as the zero function.
+
+    A module cast to bfloat16 keeps bfloat16 weights; its arithmetic and its output stay float32.
+    """
+
+    def __init__(self, width_in: int, width_hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width_in, width_hidden)
+        self.out = nn.Linear(width_hidden, width_out)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(_linear32(self.hidden, x))
+        return _linear32(self.out, x)
+
+
+def _linear32(layer: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    return nn.functional.linear(x.float(), layer.weight.float(), bias)
+
+
+class GridSampler(nn.Module):
+    """Replace the h * w visual tokens of an image by k tokens read at predicted coordinates.
+
+    Args:
+        token_grid: (H, W) of the feature maps it will read.
+        width: C, channels of a token.
+        num_tokens: K, the budget it starts with.
+        num_tokens_max: Largest budget this sampler can serve. Defaults to `num_tokens`.
+        condition_on: Which of "image", "language", "state", "camera" the coordinates depend on. With none
+            of them the coordinates are learned but the same for every image.
+        language_width: Channels of the pooled instruction, if "language" is among them.
+        state_width: Dimensions of the robot state, if "state" is among them.
+        num_cameras: Number of cameras that share this sampler, if "camera" is among them.
+        hidden_width: Hidden units of the coordinate head (paper: 512).
+        geometry_width: Hidden units of the geometry embedding (paper: 256).
+
+    Raises:
+        BudgetError: If a budget is not within 1 .. H * W.
+        ValueError: If `condition_on` names an unknown context.
+    """
+
+    def __init__(
+        self,
+        token_grid: tuple[int, int],
+        width: int,
+        num_tokens: int,
+        *,
+        num_tokens_max: int | None = None,
+        condition_on: Sequence[str] = ("image",),
+        language_width: int = 0,
+        state_width: int = 0,
+        num_cameras: int = 1,
+        hidden_width: int = 512,
+        geometry_width: int = 256,
+    ) -> None:
+        super().__init__()
+        unknown = sorted(set(condition_on) - set(CONTEXTS))
+        if unknown:
+            raise ValueError(f"condition_on holds {unknown}; expected any of {list(CONTEXTS)}")
+        height, columns = token_grid
+        self.token_grid = (height, columns)
+        self.width = width
+        self.num_tokens_max = num_tokens if num_tokens_max is None else num_tokens_max
+        if not 1 <= self.num_tokens_max <= height * columns:
+            raise BudgetError(
+                f"num_tokens={self.num_tokens_max} per camera, but the policy's token grid is {height} x {columns} "
+                f"= {height * columns}; choose 1 .. {height * columns}"
+            )
+        self.num_tokens = num_tokens
+        self.num_cameras = num_cameras
+        self.condition_on = tuple(name for name in CONTEXTS if name in condition_on)
+
+        widths = {"image": width, "language": language_width, "state": state_width, "camera": num_cameras}
+        self.norms = nn.ModuleDict(
+            {name: nn.LayerNorm(widths[name]) for name in self.condition_on if name in ("image", "language")}
+        )
+        context_width = sum(widths[name] for name in self.condition_on)
+        self.coordinate_head = Float32MLP(max(context_width, 1), hidden_width, 2 * self.num_tokens_max)
+        self.geometry = Float32MLP(2, geometry_width, width)
+
+        cells = anchor_cells(height, columns, self.num_tokens_max)
+        size = torch.tensor([columns, height])
+        # Not persistent: they follow from token_grid, and a checkpoint should hold only what was trained.
+        self.register_buffer("anchor_cells", cells, persistent=False)
+        self.register_buffer("grid_size", size, persistent=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """K, tokens per camera. May be set to any 1 .. num_tokens_max between calls."""
+        return self._num_tokens
+
+    @num_tokens.setter
+    def num_tokens(self, value: int) -> None:
+        if not 1 <= value <= self.num_tokens_max:
+            raise BudgetError(
+                f"num_tokens={value}, but this sampler serves 1 .. {self.num_tokens_max} tokens per camera; "
+                "choose a budget in that range, or train with a larger num_tokens_max"
+            )
+        self._num_tokens = int(value)
+
+    def extra_repr(self) -> str:
+        """Say how the policy was changed, where it is printed."""
+        height, width = self.token_grid
+        return (
+            f"{height}x{width} grid -> {self.num_tokens} tokens (max {self.num_tokens_max}), "
+            f"condition_on={list(self.condition_on)}"
+        )
+
+    def forward(self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None) -> Sampled:
+        """Sample k tokens of each feature map.
+
+        Args:
+            feature_map: [b, h, w, c], the dense visual tokens of an image as a map.
+            context: What `condition_on` names besides the image: "language" [b, language_width], "state"
+                [b, state_width], "camera" int64 [b], the index of the camera.
+
+        Returns:
+            `Sampled(tokens [b, k, c], coordinates float32 [b, k, 2])`.
+
+        Raises:
+            TokenGridError: If the map's grid is not `token_grid`.
+        """
+        if tuple(feature_map.shape[1:3]) != self.token_grid:
+            raise TokenGridError(
+                f"feature map of {tuple(feature_map.shape[1:3])} tokens, but this sampler was built for "
+                f"{self.token_grid}; use the image size the checkpoint was trained with"
+            )
+        with torch.autocast(feature_map.device.type, enabled=False):
+            pixels, coordinates = self._predict(feature_map, context or {})
+            tokens = read_feature_map(feature_map, pixels)
+            tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
+        return Sampled(tokens, coordinates)
+
+    def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Predict where to look: float32 pixels and coordinates, each [b, k, 2]."""
+        k = self.num_tokens
+        offsets = self.coordinate_head(self._context(feature_map, context))
+        offsets = offsets.unflatten(-1, (self.num_tokens_max, 2))[:, :k]
+        # Raster order: the trunk meets the tokens in the order in which it met the dense grid.
+        cells = self.anchor_cells[:k]
+        order = (cells[:, 1] * self.token_grid[1] + cells[:, 0]).argsort()
+        cells, offsets = cells[order], offsets[:, order]
+        anchors = (cells + 0.5) / self.grid_size
+        # sigmoid(logit(a)) is a only up to rounding; taking the difference makes a zero offset exactly zero.
+        logits = torch.logit(anchors)
+        shift = torch.sigmoid(logits + offsets) - torch.sigmoid(logits)
+        return cells + shift * self.grid_size, (anchors + shift).clamp(0.0, 1.0)
+
+    def _context(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        parts = []
+        for name in self.condition_on:
+            if name == "image":
+                # Global average pooling (paper, coordinate prediction), in float32.
+                part = feature_map.float().mean(dim=(1, 2))
+            elif name == "camera":
+                part = nn.functional.one_hot(context[name], self.num_cameras).float()
+            else:
+                part = context[name].float()
+            if name in self.norms:
+                norm = self.norms[name]
+                part = nn.functional.layer_norm(
+                    part, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+                )
+            parts.append(part)
+        return torch.cat(parts, dim=-1) if parts else feature_map.new_zeros(feature_map.shape[0], 1).float()

@@ -1,0 +1,9 @@
+"""tiny_smolvla: LeRobot's SmolVLA at about a million parameters, for trying everything offline on a CPU.
+
+Its vision-language model's configuration and tokenizer ship in `vlm/`; nothing is downloaded.
+"""
+
+from .configuration_tiny_smolvla import TinySmolVLAConfig
+from .tokenizer import TinyTokenizerStep
+
+__all__ = ["TinySmolVLAConfig", "TinyTokenizerStep"]

@@ -1,0 +1,65 @@
+"""TinySmolVLAPolicy: SmolVLA's own class around a small vision-language model.
+
+Differs from SmolVLA in two ways, both needed for it to learn from a hundred demonstrations: a convolutional
+stem in place of the linear patch embedding, and a trainable last layer of the language model, whose keys and
+values the action expert reads.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor, nn
+
+from .configuration_tiny_smolvla import TinySmolVLAConfig
+from .tokenizer import VLM_FOLDER
+
+
+class ConvStem(nn.Module):
+    """Three strided convolutions over RGB and two coordinate channels: one token per 8 x 8 pixels.
+
+    Args:
+        width: C, channels of a token.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(5, 32, 5, 2, 2),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 2, 1),
+            nn.GroupNorm(8, 64),
+            nn.ReLU(),
+            nn.Conv2d(64, width, 3, 2, 1),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        ).to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [b, 3, h, w] in [-1, 1] to a feature map [b, c, h / 8, w / 8]."""
+        batch, _, height, width = images.shape
+        rows = torch.linspace(-1, 1, height, device=images.device, dtype=images.dtype)
+        columns = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype)
+        position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+        features: Tensor = self.layers(torch.cat([images, position.expand(batch, -1, -1, -1)], dim=1))
+        return features
+
+
+class TinySmolVLAPolicy(SmolVLAPolicy):
+    """LeRobot's SmolVLA with the shipped small vision-language model."""
+
+    config_class = TinySmolVLAConfig
+    name = "tiny_smolvla"
+
+    def __init__(self, config: TinySmolVLAConfig, **kwargs: Any) -> None:
+        super().__init__(replace(config, vlm_model_name=str(VLM_FOLDER), load_vlm_weights=False), **kwargs)
+        # The folder is where this machine has it; what is saved keeps the name.
+        self.config = self.model.config = config
+        vlm = self.model.vlm_with_expert.get_vlm_model()
+        vlm.vision_model.embeddings.patch_embedding = ConvStem(vlm.vision_model.config.hidden_size)
+        if not config.train_expert_only:
+            vlm.text_model.layers[-1].requires_grad_(True)
+        self.to(config.device)
