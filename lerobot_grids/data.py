@@ -1,0 +1,156 @@
+"""LeRobotDataModule: a LeRobotDataset, split by episodes into training and validation."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.factory import resolve_delta_timestamps
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.constants import ACTION
+from lerobot_policy_grids.errors import DatasetError
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .frame_cache import FrameCache, fits_in_memory
+
+
+def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMetadata:
+    """Metadata of a dataset: a local folder, or an id on the Hub.
+
+    Raises:
+        DatasetError: If it is neither, is not a LeRobotDataset v3, or has no camera or no action.
+    """
+    folder = Path(dataset)
+    local = folder.exists() or dataset.startswith((".", "/", "~")) or dataset.count("/") != 1
+    if local and not (folder / "meta" / "info.json").is_file():
+        seen = "does not exist" if not folder.exists() else "holds no meta/info.json"
+        raise DatasetError(
+            f"dataset {dataset} {seen}; expected the folder of a LeRobotDataset v3.0, or an id like user/name on the Hub"
+        )
+    try:
+        if local:
+            meta = LeRobotDatasetMetadata(f"local/{folder.name}", root=folder)
+        else:
+            meta = LeRobotDatasetMetadata(dataset, revision=revision)
+    except Exception as error:  # LeRobot raises whatever its readers meet
+        where = "read" if local else "fetched from the Hub (nor is it a folder here)"
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DatasetError(f"dataset {dataset} cannot be {where}: {cause}") from error
+    if not meta.camera_keys:
+        raise DatasetError(f"dataset {dataset} has no camera, and visual tokens are what this project reduces")
+    if ACTION not in meta.features:
+        raise DatasetError(f"dataset {dataset} has no '{ACTION}' to learn; it has {', '.join(sorted(meta.features))}")
+    return meta
+
+
+class LeRobotDataModule(lightning.LightningDataModule):
+    """Demonstrations for training, whole episodes of them held out for validation.
+
+    Args:
+        dataset: Folder of a LeRobotDataset, or its id on the Hub.
+        revision: Hub revision of the dataset.
+        batch_size: Frames per step and device.
+        val_fraction: Share of the episodes held out, spread evenly over the recording.
+        max_val_frames: Validate on at most this many of the held-out frames, spread evenly.
+        num_workers: Processes that load frames. -1 takes none when frames are cached, else one per core up to 4.
+        cache: Whether frames stored as images are decoded once into memory: "auto" (if they take less than
+            a quarter of it) or "never".
+
+    Raises:
+        DatasetError: If the dataset is missing, unreadable, or has no camera or no action.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        revision: str | None = None,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        max_val_frames: int = 512,
+        num_workers: int = -1,
+        cache: str = "auto",
+    ) -> None:
+        super().__init__()
+        if cache not in ("auto", "never"):
+            raise DatasetError(f"cache={cache} is unknown; choose 'auto' or 'never'")
+        if not 0 <= val_fraction < 1:
+            raise DatasetError(f"val_fraction={val_fraction}; choose a share of the episodes from 0 to below 1")
+        self.meta = load_metadata(dataset, revision)
+        self.revision = revision
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.max_val_frames = max_val_frames
+        self.num_workers = num_workers
+        self.cache = cache
+        self.train_dataset: Dataset[Any] | None = None
+        self.val_dataset: Dataset[Any] | None = None
+
+    def split(self) -> tuple[list[int], list[int]]:
+        """Episode indices for (training, validation). With fewer than two episodes nothing is held out."""
+        episodes = list(range(self.meta.total_episodes))
+        held_out = round(self.val_fraction * len(episodes))
+        if self.val_fraction > 0 and len(episodes) > 1:
+            held_out = max(held_out, 1)
+        # Evenly spread, so that every task and every session is represented.
+        val = {(2 * i + 1) * len(episodes) // (2 * held_out) for i in range(held_out)} if held_out else set()
+        return [e for e in episodes if e not in val], sorted(val)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_dataset is None:
+            if self.trainer is None:
+                raise RuntimeError("setup needs a trainer whose module says which frames its policy looks at")
+            self.load(self.trainer.lightning_module.policy.config)
+
+    def load(self, config: PreTrainedConfig) -> None:
+        """Open the frames that a policy with `config` asks for (its delta timestamps)."""
+        dataset = LeRobotDataset(
+            self.meta.repo_id,
+            root=self.meta.root,
+            revision=self.revision,
+            delta_timestamps=resolve_delta_timestamps(config, self.meta),
+            return_uint8=True,
+        )
+        if self.cache == "auto" and fits_in_memory(self.meta):
+            frames: Dataset[Any] = FrameCache(dataset)
+        else:
+            frames = dataset
+        train, val = (self._frames_of(episodes) for episodes in self.split())
+        stride = max(1, -(-len(val) // self.max_val_frames))
+        self.train_dataset, self.val_dataset = Subset(frames, train), Subset(frames, val[::stride])
+
+    def _frames_of(self, episodes: list[int]) -> list[int]:
+        table = self.meta.episodes
+        spans = zip(table["dataset_from_index"], table["dataset_to_index"], strict=True)
+        ranges = {episode: range(start, end) for episode, (start, end) in enumerate(spans)}
+        return [frame for episode in episodes for frame in ranges[episode]]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.train_dataset, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if not self.val_dataset:
+            return []
+        return self._loader(self.val_dataset, shuffle=False)
+
+    def _loader(self, subset: Any, shuffle: bool) -> DataLoader[Any]:
+        cached = isinstance(subset.dataset, FrameCache)
+        workers = self.num_workers
+        if workers < 0:
+            workers = 0 if cached else min(4, os.cpu_count() or 1)
+        # A cache hands out whole batches.
+        collate = {"collate_fn": _identity} if cached else {}
+        return DataLoader(
+            subset,
+            batch_size=min(self.batch_size, len(subset)),
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            **collate,
+        )
+
+
+def _identity(batch: Any) -> Any:
+    return batch

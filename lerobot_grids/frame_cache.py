@@ -1,0 +1,85 @@
+"""A LeRobotDataset decoded once into memory.
+
+Reading a frame through LeRobotDataset takes milliseconds, most of them spent around the decoding of a small
+PNG. For a small policy on a CPU that is as long as the training step itself.
+"""
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+# Share of the machine's memory that decoded frames may take.
+MEMORY_SHARE = 0.25
+
+
+def fits_in_memory(meta: LeRobotDatasetMetadata) -> bool:
+    """Whether all frames are stored as colour images and would take less than `MEMORY_SHARE` of the memory."""
+    if meta.video_keys or meta.depth_keys:
+        return False
+    pixels = sum(int(np.prod(meta.features[key]["shape"])) for key in meta.camera_keys)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return meta.total_frames * pixels < MEMORY_SHARE * memory
+
+
+class FrameCache(Dataset[dict[str, Any]]):
+    """The items of a LeRobotDataset, already batched: `cache.__getitems__(indices)` equals collating the items.
+
+    Args:
+        dataset: A dataset of all episodes, with images (no videos) and `return_uint8=True`.
+    """
+
+    def __init__(self, dataset: LeRobotDataset) -> None:
+        meta = dataset.meta
+        table = dataset.hf_dataset.with_format("arrow")[:]
+        self.columns: dict[str, Tensor] = {}
+        for key in table.column_names:
+            column = table[key].combine_chunks()
+            if key in meta.camera_keys:
+                self.columns[key] = torch.stack([_decode(cell.as_py()["bytes"]) for cell in column])
+            else:
+                self.columns[key] = torch.as_tensor(np.array(column.to_pylist()))
+                if self.columns[key].dtype == torch.float64:
+                    self.columns[key] = self.columns[key].float()
+        self.tasks = list(meta.tasks.index)
+        episodes = meta.episodes
+        starts, ends = (torch.tensor(episodes[f"dataset_{side}_index"]) for side in ("from", "to"))
+        self.first = starts[self.columns["episode_index"]]
+        self.last = ends[self.columns["episode_index"]] - 1
+        self.deltas = {key: torch.tensor(delta) for key, delta in (dataset.reader.delta_indices or {}).items()}
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One item, without a batch axis."""
+        batch = self.__getitems__([index])
+        return {key: value[0] for key, value in batch.items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        """A batch: each column [b, ...], or [b, steps, ...] with `<key>_is_pad` where the policy asks for several."""
+        rows = torch.as_tensor(indices)
+        first, last = self.first[rows, None], self.last[rows, None]
+        batch: dict[str, Any] = {}
+        for key, column in self.columns.items():
+            if key in self.deltas:
+                wanted = rows[:, None] + self.deltas[key]
+                batch[key] = column[wanted.clamp(first, last)]
+                batch[f"{key}_is_pad"] = (wanted < first) | (wanted > last)
+            else:
+                batch[key] = column[rows]
+        batch["task"] = [self.tasks[task] for task in batch["task_index"].tolist()]
+        return batch
+
+
+def _decode(image: bytes) -> Tensor:
+    """uint8 [3, h, w] of an encoded image."""
+    pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

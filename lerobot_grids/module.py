@@ -1,0 +1,190 @@
+"""GridsModule: trains a policy, dense or with K visual tokens, on demonstrations."""
+
+from typing import Any, Literal
+
+import lightning
+import torch
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.utils.constants import OBS_STATE
+from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.modeling_grids import GridsPolicy
+from torch import Tensor, nn
+
+from .auxiliary import PositionLoss
+from .policies import build_policy, parse_tokens
+from .recording import POSITIONS
+
+# Noise and time of the flow are drawn inside the policy; with this seed every validation draws the same.
+VALIDATION_SEED = 0
+
+
+class GridsModule(lightning.LightningModule):
+    """A policy in training.
+
+    Args:
+        meta: Metadata of the dataset (linked from the data module on the command line).
+        policy: What to start from: a family ("tiny", "smolvla"), a checkpoint folder, or a Hub id.
+        tokens: Visual tokens per camera, or "dense" to train the policy as it is.
+        num_tokens_max: Largest budget the checkpoint can serve later. Defaults to `tokens`.
+        reducer: How tokens are reduced: "grids", or "blind" for no visual tokens at all (a floor to compare with).
+        condition_on: What the coordinates depend on, any of image, language, state, camera. Defaults to all.
+        train: "all" parameters that the policy leaves trainable, or only the "reducer".
+        lr: Peak learning rate. Defaults to the policy's own.
+        reducer_lr: Peak learning rate of the reducer. Defaults to `lr`.
+        warmup_steps: Steps of linear warm-up before the cosine decay over the whole training.
+        auxiliary_weight: Weight of the position loss, where the dataset records object positions.
+        jitter: Strength of random brightness and contrast, 0 for none.
+        state_noise: Standard deviation of the noise on the normalised robot state, 0 for none.
+        rename_map: Dataset feature names to the policy's, where they differ.
+    """
+
+    def __init__(
+        self,
+        meta: LeRobotDatasetMetadata,
+        policy: str = "tiny",
+        tokens: str = "16",
+        num_tokens_max: int | None = None,
+        reducer: str = "grids",
+        condition_on: list[str] | None = None,
+        train: Literal["all", "reducer"] = "all",
+        lr: float | None = None,
+        reducer_lr: float | None = None,
+        warmup_steps: int = 100,
+        auxiliary_weight: float = 1.0,
+        jitter: float = 0.15,
+        state_noise: float = 0.02,
+        rename_map: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.built = build_policy(
+            policy,
+            parse_tokens(tokens),
+            meta,
+            reducer=reducer,
+            condition_on=condition_on,
+            num_tokens_max=num_tokens_max,
+            rename_map=rename_map,
+        )
+        self.policy = self.built.policy
+        self.lr = lr
+        self.reducer_lr = reducer_lr
+        self.warmup_steps = warmup_steps
+        self.auxiliary_weight = auxiliary_weight
+        self.jitter = jitter
+        self.state_noise = state_noise
+        if train == "reducer":
+            if not isinstance(self.policy, GridsPolicy):
+                raise GridsError("train=reducer, but the dense policy has none; give --tokens a number")
+            self.policy.base.requires_grad_(False)
+        self.cameras = [key for key in self.policy.config.image_features if "empty_camera" not in key]
+        self.position_loss: PositionLoss | None = None
+        self._visual_tokens: list[Tensor] = []
+        if POSITIONS in meta.features and auxiliary_weight > 0 and reducer != "blind":
+            self._add_position_loss(meta)
+
+    def _add_position_loss(self, meta: LeRobotDatasetMetadata) -> None:
+        source: nn.Module
+        if isinstance(self.policy, GridsPolicy):
+            base, source = self.policy.base, self.policy.reducer
+        else:
+            base = self.policy
+            source = get_adapter(base.config.type).projector(base)
+        width = get_adapter(base.config.type).layout(base).width
+        self.position_loss = PositionLoss(width, meta.stats[POSITIONS], len(meta.tasks))
+        # The tokens the trunk gets: all of them in a dense policy, the sampled ones otherwise.
+        source.register_forward_hook(self._keep_visual_tokens)
+
+    def _keep_visual_tokens(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._visual_tokens.append(output if isinstance(output, Tensor) else output.tokens)
+
+    def on_fit_start(self) -> None:
+        self.built.to(str(self.device))
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        self._visual_tokens.clear()
+        prepared = self._prepare(batch, augment=True)
+        loss, _ = self.policy.forward(prepared)
+        size = len(batch["task_index"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        total: Tensor = loss
+        if self.position_loss is not None:
+            position_loss = self._position_loss(batch)
+            self.log("train/position_loss", position_loss.detach(), prog_bar=True, batch_size=size)
+            total = loss + self.auxiliary_weight * position_loss
+        return total
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self._visual_tokens.clear()
+        size = len(batch["task_index"])
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(VALIDATION_SEED + batch_index)
+            loss, _ = self.policy.forward(self._prepare(batch, augment=False))
+        self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
+        if self.position_loss is not None:
+            self.log("val/position_loss", self._position_loss(batch), batch_size=size, sync_dist=True)
+
+    def _position_loss(self, batch: dict[str, Any]) -> Tensor:
+        assert self.position_loss is not None
+        size = len(batch["task_index"])
+        # One call per camera, or all cameras stacked in one: [cameras * b, n, c] to [b, cameras * n, c].
+        tokens = torch.cat([part for kept in self._visual_tokens for part in kept.split(size)], dim=1)
+        loss: Tensor = self.position_loss(tokens.float(), batch[POSITIONS], batch["task_index"])
+        return loss
+
+    def _prepare(self, batch: dict[str, Any], augment: bool) -> dict[str, Any]:
+        """Images to [0, 1], augmentation, then the policy's own pre-processor."""
+        batch = dict(batch)
+        images = {key: batch[key] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 4}
+        for key, image in images.items():
+            image = image.float() / 255 if image.dtype == torch.uint8 else image
+            if augment and self.jitter > 0:
+                shape = (len(image),) + (1,) * (image.ndim - 1)
+                contrast = 1 + self.jitter * (2 * torch.rand(shape, device=image.device) - 1)
+                brightness = self.jitter * (torch.rand(shape, device=image.device) - 0.5)
+                image = ((image - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
+            batch[key] = image
+        prepared: dict[str, Any] = self.built.preprocessor(batch)
+        if augment and self.state_noise > 0 and OBS_STATE in prepared:
+            state = prepared[OBS_STATE]
+            prepared[OBS_STATE] = state + self.state_noise * torch.randn_like(state)
+        return prepared
+
+    def configure_optimizers(self) -> Any:
+        preset = self.policy.config.get_optimizer_preset()
+        lr = preset.lr if self.lr is None else self.lr
+        reducer_lr = lr if self.reducer_lr is None else self.reducer_lr
+        decay = preset.weight_decay
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                rate = reducer_lr if name.startswith("policy.reducer.") else lr
+                # Norms and biases are not decayed.
+                groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": params, "lr": rate, "weight_decay": wd} for (rate, wd), params in groups.items()],
+            betas=preset.betas,
+            eps=preset.eps,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = min(self.warmup_steps, max(1, steps // 10))
+        scheduler = torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup), eta_min=0.005 * lr),
+            ],
+            milestones=[warmup],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val is None:
+            gradient_clip_val = self.policy.config.get_optimizer_preset().grad_clip_norm
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")

@@ -1,0 +1,1 @@
+"""Simulated robots that run on a CPU: environments, experts that demonstrate in them, rendering."""

@@ -1,0 +1,179 @@
+"""MetaWorld through LeRobot's own environment, made fast on a CPU and true on its first frame.
+
+Differs from `lerobot.envs.metaworld`:
+- The image after `reset()` is stale there on several tasks: bodies and sites move without a forward pass, so a
+  chunking policy acts its whole first chunk on a wrong goal. Here the state is propagated before rendering.
+- A side camera in which objects are more than a few pixels, at the size asked for, without shadow map and
+  multisampling: about ten times faster on a CPU.
+- Episodes end after `max_steps`; images may be rendered only when a chunking policy looks.
+
+LeRobot's own commands reach it with `--env.discover_packages_path=lerobot_grids.simulation
+--env.type=grids_metaworld`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .rendering import choose_renderer
+
+choose_renderer()
+
+# ruff: noqa: E402  (mujoco reads MUJOCO_GL when it is imported)
+import gymnasium
+import mujoco
+import numpy as np
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs import configs as lerobot_configs
+from lerobot.envs import metaworld as lerobot_metaworld
+from lerobot.envs.utils import freeze_after_episode_end
+from lerobot_policy_grids.errors import SimulationError
+
+# Tasks that a policy which knows the object's position solves and a blind policy does not.
+DEFAULT_TASKS = ("push-v3", "coffee-push-v3")
+CAMERA_POSITION, CAMERA_TARGET, CAMERA_FOVY = (0.6, 0.72, 0.68), (0.0, 0.74, 0.05), 42.0
+OBJECT_POSITION, GOAL_POSITION = slice(4, 7), slice(36, 39)
+
+
+def expand_tasks(tasks: str) -> list[str]:
+    """Task names of a comma-separated list; LeRobot's difficulty groups ("easy", "hard", ...) are expanded.
+
+    Raises:
+        SimulationError: If a name is unknown.
+    """
+    names: list[str] = []
+    for name in filter(None, (part.strip() for part in tasks.split(","))):
+        names += lerobot_metaworld.DIFFICULTY_TO_TASKS.get(name, [name])
+    known = lerobot_metaworld.TASK_DESCRIPTIONS
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise SimulationError(
+            f"MetaWorld has no task {', '.join(unknown) or '(none given)'}; choose from {', '.join(sorted(known))}"
+        )
+    return names
+
+
+def look_at(position: tuple[float, ...], target: tuple[float, ...]) -> np.ndarray:
+    """Quaternion [4] of a MuJoCo camera at `position` that looks at `target`, upside down.
+
+    Upside down, because LeRobot's environment turns the corner2 camera's image by 180 degrees.
+    """
+    backward = np.subtract(position, target)
+    backward /= np.linalg.norm(backward)
+    left = -np.cross((0.0, 0.0, 1.0), backward)
+    left /= np.linalg.norm(left)
+    rotation = np.stack([left, np.cross(backward, left), backward], axis=1)
+    quaternion = np.empty(4)
+    mujoco.mju_mat2Quat(quaternion, rotation.flatten())
+    return quaternion
+
+
+class MetaworldEnv(lerobot_metaworld.MetaworldEnv):  # type: ignore[misc]
+    """One MetaWorld task, seen by a side camera.
+
+    Args:
+        task: Task name, such as "push-v3".
+        size: Height and width of the image in pixels.
+        max_steps: Steps after which an unsuccessful episode ends.
+        render_interval: Render an image every this many steps and repeat it in between. A policy that acts
+            in chunks of n looks only every n steps.
+    """
+
+    def __init__(self, task: str, size: int = 96, max_steps: int = 200, render_interval: int = 1) -> None:
+        super().__init__(
+            expand_tasks(task)[0],
+            obs_type="pixels_agent_pos",
+            observation_width=size,
+            observation_height=size,
+        )
+        self.size = size
+        self.render_interval = render_interval
+        self._max_episode_steps = max_steps
+        self._steps = 0
+        self._frame = np.zeros((size, size, 3), np.uint8)
+        self.raw_observation = np.zeros(39)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Where the object and the goal are: float32 [6] in metres. For experts and auxiliary losses only."""
+        parts = (self.raw_observation[OBJECT_POSITION], self.raw_observation[GOAL_POSITION])
+        return np.concatenate(parts).astype(np.float32)
+
+    def _ensure_env(self) -> None:
+        if self._env is not None:
+            return
+        super()._ensure_env()
+        env: Any = self._env
+        camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, self.camera_name)
+        env.model.cam_pos[camera] = CAMERA_POSITION
+        env.model.cam_quat[camera] = look_at(CAMERA_POSITION, CAMERA_TARGET)
+        env.model.cam_fovy[camera] = CAMERA_FOVY
+        env.model.vis.quality.shadowsize = 0
+        env.model.vis.quality.offsamples = 0
+        env.width = env.height = self.size
+        env.mujoco_renderer.width = env.mujoco_renderer.height = self.size
+
+    def reset(self, seed: int | None = None, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._steps = 0
+        observation, info = super().reset(seed=seed, **kwargs)
+        return observation, info
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        return super().step(action)  # type: ignore[no-any-return]
+
+    def render(self) -> np.ndarray:
+        """The camera's image, uint8 [size, size, 3].
+
+        Raises:
+            SimulationError: If OpenGL fails.
+        """
+        try:
+            return np.ascontiguousarray(super().render())
+        except (RuntimeError, AttributeError, ImportError) as error:
+            raise SimulationError(
+                f"rendering with MUJOCO_GL={choose_renderer()} failed ({error}); "
+                "try another: install libosmesa6 and set MUJOCO_GL=osmesa"
+            ) from error
+
+    def _format_raw_obs(self, raw_obs: np.ndarray) -> dict[str, Any]:
+        env: Any = self._env
+        self.raw_observation = raw_obs
+        if self._steps == 0:
+            mujoco.mj_forward(env.model, env.data)
+        if self._steps % self.render_interval == 0:
+            self._frame = self.render()
+        return {"pixels": self._frame.copy(), "agent_pos": raw_obs[:4]}
+
+
+@lerobot_configs.EnvConfig.register_subclass("grids_metaworld")
+@dataclass
+class MetaworldConfig(lerobot_configs.MetaworldEnv):  # type: ignore[misc]
+    """LeRobot's MetaWorld with this module's camera.
+
+    Attributes:
+        task: Task names, comma-separated, or LeRobot's difficulty groups.
+        size: Height and width of the image in pixels.
+        max_steps: Steps after which an unsuccessful episode ends.
+        render_interval: See `MetaworldEnv`.
+    """
+
+    task: str = ",".join(DEFAULT_TASKS)
+    size: int = 96
+    max_steps: int = 200
+    render_interval: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
+        """One vector environment of `n_envs` copies per task: {task: {0: environment}}."""
+        vector = lerobot_configs._make_vec_env_cls(use_async_envs, n_envs)
+        envs: dict[str, dict[int, gymnasium.vector.VectorEnv]] = {}
+        for task in expand_tasks(self.task):
+            make = freeze_after_episode_end(
+                partial(MetaworldEnv, task, self.size, self.max_steps, self.render_interval)
+            )
+            envs[task] = {0: vector([make] * n_envs)}
+        return envs
