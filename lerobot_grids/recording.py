@@ -107,7 +107,7 @@ def _demonstrate_in_worker(task: str, size: int, seed: int, noise: float) -> Dem
 
 
 def record(
-    output: Path,
+    output: str | Path,
     *,
     tasks: str,
     episodes: int,
@@ -151,6 +151,7 @@ def record(
     }
     count = {"episodes": 0, "frames": 0}
     datasets.disable_progress_bars()  # one per episode would bury the caller's
+    output = Path(output)
     with atomic_folder(output) as folder:
         folder.rmdir()  # LeRobot insists on making it
         dataset = LeRobotDataset.create(

@@ -1,0 +1,70 @@
+"""lerobot-grids eval."""
+
+from typing import Any
+
+from .parser import run
+
+
+def evaluate(
+    policy: str,
+    env: str = "metaworld",
+    tasks: str | None = None,
+    episodes: int = 50,
+    tokens: int | None = None,
+    seed: int = 100_000,
+    batch_size: int = 10,
+    device: str | None = None,
+    videos: int = 1,
+    output: str | None = None,
+    json: str | None = None,
+    env_args: dict[str, Any] | None = None,
+) -> None:
+    """Measure a policy's closed-loop success with its 95 % Wilson interval, and film where it looks.
+
+    The rollouts are LeRobot's own evaluation code. Films and looks.png go to the output folder.
+
+    Args:
+        policy: Checkpoint folder, output folder of a training run, or Hub id; dense or grids.
+        env: "metaworld" (fast side camera), or any environment type of LeRobot, such as pusht or libero.
+        tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
+        episodes: Episodes of each task.
+        tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for.
+        seed: Seed of the first episode; the next ones follow.
+        batch_size: Episodes that run side by side.
+        device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
+        videos: Episodes of each task to film; 0 for none.
+        output: Folder for films and result.json. Defaults to outputs/eval/<policy>.
+        json: Another file for the result.
+        env_args: More fields of the environment's configuration, such as '{"max_steps": 300}'.
+    """
+    from pathlib import Path
+
+    from lerobot_grids import evaluation
+    from lerobot_grids.progress import print_evaluation
+    from lerobot_grids.simulation.environments import make_env_config
+    from lerobot_policy_grids.errors import GridsError
+
+    for name, value, least in (("episodes", episodes, 1), ("batch_size", batch_size, 1), ("videos", videos, 0)):
+        if value < least:
+            raise GridsError(f"--{name} {value}; give at least {least}")
+    loaded = evaluation.load_policy(policy, device=device, num_tokens=tokens)
+    chunk = getattr(loaded.policy.config, "n_action_steps", 1)
+    env_config = make_env_config(env, tasks, env_args, look_every=chunk)
+    result = evaluation.evaluate(
+        loaded, env_config, episodes=episodes, seed=seed, batch_size=batch_size, source=policy
+    )
+    folder = Path(output or Path("outputs/eval") / Path(policy).name)
+    result.save(folder / "result.json")
+    if json is not None:
+        result.save(Path(json))
+    print_evaluation(result)
+    print(f"result: {folder / 'result.json'}")
+    if videos:
+        filmed = make_env_config(env, tasks, env_args, look_every=1)
+        for path in evaluation.film(loaded, filmed, folder, episodes=videos, seed=seed):
+            print(f"film:   {path}" if path.suffix == ".mp4" else f"looks:  {path}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    run(evaluate, "eval", arguments)

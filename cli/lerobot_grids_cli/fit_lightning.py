@@ -1,0 +1,134 @@
+"""The Lightning side of `fit`: LightningCLI with the main options in front."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lerobot_grids.callbacks import CheckpointExport
+from lerobot_grids.data import LeRobotDataModule
+from lerobot_grids.module import GridsModule
+from lerobot_grids.policies import parse_tokens
+from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from .fit import FitOptions
+from .parser import OneLineErrors
+
+# What the main options set in the model and in the data.
+LINKS = {
+    "policy": "model.policy",
+    "tokens": "model.tokens",
+    "reducer": "model.reducer",
+    "rename_map": "model.rename_map",
+    "dataset": "data.dataset",
+    "batch_size": "data.batch_size",
+}
+STATE_FOLDER = "training_state"
+
+
+class FitParser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
+    """LightningCLI's parser with one-line errors."""
+
+
+class FitCLI(LightningCLI):  # type: ignore[misc]
+    """LightningCLI whose output folder, loggers and callbacks follow from the main options."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(FitOptions)
+        for source, target in LINKS.items():
+            parser.link_arguments(source, target)
+        parser.link_arguments("seed", "seed_everything")
+        parser.link_arguments("data.meta", "model.meta", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        options = self.config
+        tokens = parse_tokens(options.tokens)
+        for name in ("steps", "batch_size", "save_every"):
+            if options[name] < 1:
+                raise GridsError(f"--{name} {options[name]}; give at least 1")
+        label = options.reducer if options.reducer != "grids" else tokens
+        self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
+        self.resume_from = self.output / STATE_FOLDER / "last.ckpt"
+        if not options.resume and self.output.exists():
+            raise OutputExistsError(
+                f"{self.output} already exists; choose another --output, remove it, or go on with --resume"
+            )
+        if options.resume and not self.resume_from.is_file():
+            raise CheckpointError(f"nothing to resume: {self.resume_from} does not exist; drop --resume to start anew")
+        if options.trainer.max_steps == -1:
+            options.trainer.max_steps = options.steps
+        if options.trainer.val_check_interval is None:
+            options.trainer.val_check_interval = min(options.save_every, max(1, options.steps // 4))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        options = self.config
+        if options.trainer.logger is None:
+            kwargs["logger"] = [
+                CSVLogger(self.output, name="logs", version="csv"),
+                TensorBoardLogger(self.output, name="logs", version="tensorboard"),
+            ]
+        trainer = super().instantiate_trainer(**kwargs)
+        every = options.save_every
+        trainer.callbacks += [
+            CheckpointExport(self.output, every_n_steps=every),
+            ModelCheckpoint(self.output / STATE_FOLDER, "last", every_n_train_steps=every, enable_version_counter=False),
+        ]
+        if trainer.loggers:
+            trainer.callbacks.append(LearningRateMonitor())
+        return trainer
+
+
+def quiet() -> None:
+    """Keep libraries from burying our own lines under advice that does not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lerobot").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*lr_scheduler.step.*", ".*No accelerated backend.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def describe(cli: FitCLI) -> str:
+    """One line that says what will be trained, on what."""
+    module, data = cli.model, cli.datamodule
+    trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.policy.parameters())
+    train, val = data.split()
+    tokens = getattr(module.policy, "num_tokens", "all")
+    positions = " and the recorded positions" if module.position_loss is not None else ""
+    return (
+        f"training {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters of {cli.config.policy} with {tokens} visual "
+        f"tokens per camera\non {len(train)} episodes{positions} ({len(val)} held out) of {cli.config.dataset}, "
+        f"{cli.config.trainer.max_steps} steps of {data.batch_size}, seed {cli.config.seed}"
+    )
+
+
+def fit(arguments: list[str]) -> None:
+    """Train as the command line says."""
+    quiet()
+    arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
+    cli = FitCLI(
+        GridsModule,
+        LeRobotDataModule,
+        args=arguments,
+        run=False,
+        save_config_kwargs={"config_filename": "fit.yaml", "overwrite": True},
+        parser_class=FitParser,
+        parser_kwargs={"prog": "lerobot-grids fit"},
+        seed_everything_default=0,
+        trainer_defaults={
+            "max_epochs": -1,
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "callbacks": [TQDMProgressBar()],
+        },
+    )
+    print(describe(cli))
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from if cli.config.resume else None)
+    metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    if "val/loss" in metrics:
+        print(f"validation loss {metrics['val/loss']:.4f}")
+    print(f"saved {cli.output}/pretrained_model\nnext: lerobot-grids eval --policy {cli.output}")

@@ -1,0 +1,43 @@
+"""The argument parser of every subcommand: typed functions become options, errors become one line."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+# Options documented by the string under a dataclass field.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class OneLineErrors:
+    """Mixed into a jsonargparse parser: a wrong command line costs one line and exit code 2."""
+
+    prog: str
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit."""
+        text = " ".join(message.split())
+        print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+class Parser(OneLineErrors, ArgumentParser):  # type: ignore[misc]
+    """A subcommand's parser."""
+
+
+def run(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
+    """Parse `arguments` into the parameters of `function`, and call it.
+
+    Args:
+        function: Its signature and docstring are the options and the help.
+        command: Name of the subcommand.
+        arguments: What followed it.
+    """
+    summary = (function.__doc__ or "").split("\n\n    Args:")[0]
+    parser = Parser(prog=f"lerobot-grids {command}", description=" ".join(summary.split()))
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    parser.add_function_arguments(function, as_group=False)
+    options = parser.parse_args(arguments)
+    options.pop("config", None)
+    return function(**vars(options))

@@ -1,0 +1,60 @@
+"""lerobot-grids record."""
+
+from typing import Literal
+
+from .parser import run
+
+
+def record(
+    output: str,
+    env: Literal["metaworld"] = "metaworld",
+    tasks: str = "push-v3,coffee-push-v3",
+    episodes: int = 100,
+    size: int = 96,
+    noise: float = 0.2,
+    seed: int = 5000,
+    workers: int = 2,
+    json: str | None = None,
+) -> None:
+    """Record demonstrations of a scripted expert as a LeRobotDataset that any LeRobot policy can learn from.
+
+    Only successful episodes are kept; a failed one is tried again. The folder appears when it is complete.
+
+    Args:
+        output: New folder of the dataset; it must not exist.
+        env: Simulator.
+        tasks: Tasks, comma-separated. A dataset of several tasks teaches one policy by its instructions.
+        episodes: Successful episodes of each task.
+        size: Height and width of the camera image in pixels.
+        noise: Standard deviation of the noise on the executed action, so that recoveries are shown too.
+        seed: First seed. Evaluate on others (eval starts at 100000).
+        workers: Processes that simulate.
+        json: File for the counts and times.
+    """
+    from lerobot_grids.progress import counting_bar, write_json
+    from lerobot_grids.recording import record as record_dataset
+    from lerobot_grids.simulation.metaworld import expand_tasks
+    from lerobot_policy_grids.errors import GridsError
+
+    for name, value, least in (("episodes", episodes, 1), ("size", size, 16), ("workers", workers, 1), ("noise", noise, 0)):
+        if value < least:
+            raise GridsError(f"--{name} {value}; give at least {least}")
+    with counting_bar("recording", len(expand_tasks(tasks)) * episodes, "episodes") as bar:
+        count = record_dataset(
+            output,
+            tasks=tasks,
+            episodes=episodes,
+            size=size,
+            noise=noise,
+            seed=seed,
+            workers=workers,
+            on_episode=lambda episode: bar.advance(),
+        )
+    print(f"{count['episodes']} episodes, {count['frames']} frames in {bar.seconds:.0f} s -> {output}")
+    print(f"next: lerobot-grids fit --policy tiny --tokens dense --dataset {output}")
+    write_json(json, {**count, "seconds": bar.seconds, "tasks": expand_tasks(tasks), "size": size, "noise": noise})
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    run(record, "record", arguments)

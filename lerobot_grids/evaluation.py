@@ -1,0 +1,232 @@
+"""Closed-loop success of a policy in simulation, through LeRobot's own evaluation code."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.envs.configs import EnvConfig
+from lerobot.envs.factory import make_env_pre_post_processors
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.scripts.lerobot_eval import eval_policy, rollout
+from lerobot.utils.constants import OBS_IMAGES
+from lerobot.utils.io_utils import write_video
+from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, require_complete
+from lerobot_policy_grids.errors import CheckpointError, SimulationError
+from lerobot_policy_grids.modeling_grids import GridsPolicy, build_base
+
+from .policies import find_source
+from .statistics import wilson_interval
+from .view import contact_sheet, draw_points, watch_coordinates
+
+
+@dataclass
+class TaskResult:
+    """Success of one task: counts, the rate with its 95 % Wilson interval, and every episode's outcome."""
+
+    task: str
+    successes: int
+    episodes: int
+    success_rate: float
+    interval: tuple[float, float]
+    seconds: float
+    seeds: list[int]
+    outcomes: list[bool]
+
+
+@dataclass
+class Evaluation:
+    """Success over tasks, with what was evaluated."""
+
+    policy: str
+    policy_type: str
+    num_tokens: int | None
+    num_dense_tokens: int | None
+    tasks: list[TaskResult] = field(default_factory=list)
+
+    @property
+    def total(self) -> TaskResult:
+        """All tasks together."""
+        outcomes = [o for task in self.tasks for o in task.outcomes]
+        seeds = [s for task in self.tasks for s in task.seeds]
+        return summarise("all", outcomes, seeds, sum(task.seconds for task in self.tasks))
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self) | {"total": asdict(self.total)}, indent=2) + "\n")
+
+
+def summarise(task: str, outcomes: list[bool], seeds: list[int], seconds: float) -> TaskResult:
+    """Count outcomes and put an interval around their rate."""
+    successes, episodes = sum(outcomes), len(outcomes)
+    interval = wilson_interval(successes, episodes)
+    return TaskResult(task, successes, episodes, successes / episodes, interval, seconds, seeds, outcomes)
+
+
+@dataclass
+class LoadedPolicy:
+    """A policy ready to act, with its processors."""
+
+    policy: Any
+    preprocessor: Any
+    postprocessor: Any
+
+
+def load_policy(source: str, device: str | None = None, num_tokens: int | None = None) -> LoadedPolicy:
+    """Load a checkpoint strictly, dense or grids, with the processors that were saved beside it.
+
+    Args:
+        source: Checkpoint folder, output folder of a run, or Hub id.
+        device: Where it runs; None keeps the checkpoint's, or what this machine has.
+        num_tokens: Run-time budget of a grids checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete or does not fit.
+    """
+    folder = find_source(source)
+    if not isinstance(folder, Path):
+        raise CheckpointError(f"'{source}' is a family with random weights; give the checkpoint folder of a trained policy")
+    require_complete(folder)
+    kind = policy_type(folder)
+    try:
+        config = PreTrainedConfig.from_pretrained(folder)
+    except Exception as error:  # draccus raises many types for a malformed file
+        raise CheckpointError(f"{folder / 'config.json'} is no valid configuration: {error}") from error
+    if device is not None:
+        config.device = device
+    policy: Any
+    if kind == "grids":
+        policy = GridsPolicy.from_pretrained(folder, config=config)
+        if num_tokens is not None:
+            policy.num_tokens = num_tokens
+    elif num_tokens is not None:
+        raise CheckpointError(f"{source} is a dense '{kind}' policy, which has no token budget to set; drop --tokens")
+    else:
+        policy = build_base(config)
+        load_weights(policy, folder / WEIGHTS_FILE)
+    policy.to(config.device)
+    policy.eval()
+    preprocessor, postprocessor = make_pre_post_processors(
+        config,
+        pretrained_path=str(folder),
+        preprocessor_overrides={"device_processor": {"device": str(config.device)}},
+    )
+    return LoadedPolicy(policy, preprocessor, postprocessor)
+
+
+def token_counts(policy: Any) -> tuple[int | None, int | None]:
+    """Visual tokens per camera of a policy: (those it uses, those of its dense policy); None where unknown."""
+    try:
+        if isinstance(policy, GridsPolicy):
+            return policy.num_tokens, policy.adapter.layout(policy.base).num_dense_tokens
+        dense = get_adapter(policy.config.type).layout(policy).num_dense_tokens
+        return dense, dense
+    except Exception:  # a policy without a token grid can still be evaluated
+        return None, None
+
+
+def evaluate(
+    loaded: LoadedPolicy,
+    env_config: EnvConfig,
+    *,
+    episodes: int,
+    seed: int = 100_000,
+    batch_size: int = 10,
+    source: str = "",
+) -> Evaluation:
+    """Run episodes of every task of an environment.
+
+    Args:
+        loaded: Policy and processors.
+        env_config: LeRobot's configuration of the environment.
+        episodes: Episodes of each task.
+        seed: Seed of the first episode; the next ones follow. Recordings should not contain them.
+        batch_size: Episodes that run side by side.
+        source: Name of the policy in the result.
+    """
+    used, dense = token_counts(loaded.policy)
+    result = Evaluation(source, loaded.policy.config.type, used, dense)
+    for task, env in _environments(env_config, min(batch_size, episodes)):
+        start = time.perf_counter()
+        torch.manual_seed(seed)
+        info = eval_policy(env, **_arguments(loaded, env_config), n_episodes=episodes, start_seed=seed)
+        outcomes = [bool(episode["success"]) for episode in info["per_episode"]]
+        seeds = [int(episode["seed"]) for episode in info["per_episode"]]
+        result.tasks.append(summarise(task, outcomes, seeds, time.perf_counter() - start))
+    return result
+
+
+def film(
+    loaded: LoadedPolicy, env_config: EnvConfig, folder: Path, *, episodes: int, seed: int = 100_000, frames: int = 6
+) -> list[Path]:
+    """Film a few episodes of every task with the sampled points drawn on the frames.
+
+    Args:
+        loaded: Policy and processors.
+        env_config: LeRobot's configuration of the environment; its images should be rendered at every step.
+        folder: Where `<task>_<seed>.mp4` and `looks.png`, a sheet of `frames` frames per episode, are written.
+        episodes: Episodes of each task.
+        seed: Seed of the first episode.
+        frames: Frames of each episode on the sheet.
+
+    Returns:
+        The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    rows: list[list[np.ndarray]] = []
+    for task, env in _environments(env_config, 1):
+        for episode in range(episodes):
+            torch.manual_seed(seed + episode)
+            with watch_coordinates(loaded.policy) as looks:
+                images: list[np.ndarray] = []
+
+                def draw(env: Any, images: list[np.ndarray] = images, looks: list[Any] = looks, task: str = task) -> None:
+                    frame = np.ascontiguousarray(env.envs[0].render())
+                    points = looks[-1][0].numpy() if looks else np.zeros((0, 2))
+                    region = _image_region(loaded.policy, *frame.shape[:2])
+                    images.append(draw_points(frame, points, region, f"{task}  {len(images)}"))
+
+                rollout(env, **_arguments(loaded, env_config), seeds=[seed + episode], render_callback=draw)
+            path = folder / f"{task}_{seed + episode}.mp4"
+            write_video(str(path), np.stack(images), env.metadata.get("render_fps", 30))
+            written.append(path)
+            # The first frame is drawn before the policy has looked at it.
+            picked = np.linspace(min(1, len(images) - 1), len(images) - 1, frames).round().astype(int)
+            rows.append([images[i] for i in picked])
+    sheet = folder / "looks.png"
+    contact_sheet(rows, sheet)
+    return [*written, sheet]
+
+
+def _image_region(policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
+    if isinstance(policy, GridsPolicy):
+        return policy.adapter.image_region(policy.base, height, width)
+    return 0.0, 0.0, 1.0, 1.0
+
+
+def _environments(config: EnvConfig, batch_size: int) -> Any:
+    """Yield (task name, vector environment), each closed afterwards."""
+    for group, envs in config.create_envs(n_envs=batch_size).items():
+        for task_id, env in envs.items():
+            try:
+                yield group if len(envs) == 1 else f"{group}_{task_id}", env
+            finally:
+                env.close()
+
+
+def _arguments(loaded: LoadedPolicy, env_config: EnvConfig) -> dict[str, Any]:
+    before, after = make_env_pre_post_processors(env_cfg=env_config, policy_cfg=loaded.policy.config)
+    return {
+        "policy": loaded.policy,
+        "env_preprocessor": before,
+        "env_postprocessor": after,
+        "preprocessor": loaded.preprocessor,
+        "postprocessor": loaded.postprocessor,
+    }

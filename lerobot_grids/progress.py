@@ -1,0 +1,71 @@
+"""Progress bars, tables and JSON files of the commands."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class CountingBar:
+    """A progress bar over a known number of things, and the time it took."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+        self._start = time.perf_counter()
+        self.seconds = 0.0
+
+    def advance(self) -> None:
+        """One more is done."""
+        self._progress.advance(self._task)
+        self.seconds = time.perf_counter() - self._start
+
+
+@contextmanager
+def counting_bar(title: str, total: int, unit: str) -> Iterator[CountingBar]:
+    """Show a progress bar on standard error while the block runs."""
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield CountingBar(progress, progress.add_task(title, total=total))
+
+
+def write_json(path: str | None, content: dict[str, Any]) -> None:
+    """Write `content` where a path was given."""
+    if path is not None:
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def print_evaluation(result: Any) -> None:
+    """Show an `Evaluation` as a table."""
+    from rich.table import Table
+
+    tokens = "?" if result.num_tokens is None else f"{result.num_tokens} of {result.num_dense_tokens}"
+    table = Table(title=f"{result.policy} ({result.policy_type}), {tokens} visual tokens per camera")
+    table.add_column("task")
+    for name in ("success", "rate", "95 % interval", "seconds"):
+        table.add_column(name, justify="right")
+    rows = [*result.tasks, result.total] if len(result.tasks) > 1 else result.tasks
+    for row in rows:
+        low, high = row.interval
+        table.add_row(
+            row.task,
+            f"{row.successes}/{row.episodes}",
+            f"{100 * row.success_rate:.0f} %",
+            f"{100 * low:.0f} - {100 * high:.0f} %",
+            f"{row.seconds:.0f}",
+        )
+    Console().print(table)

@@ -1,0 +1,49 @@
+"""Which LeRobot environment a name on the command line means."""
+
+from dataclasses import fields
+from typing import Any
+
+import lerobot.envs  # noqa: F401  (registers LeRobot's environments)
+from lerobot.envs.configs import EnvConfig
+from lerobot_policy_grids.errors import SimulationError
+
+# Our faster and corrected MetaWorld in place of LeRobot's.
+ALIASES = {"metaworld": "grids_metaworld"}
+
+
+def make_env_config(
+    name: str, tasks: str | None, arguments: dict[str, Any] | None = None, *, look_every: int = 1
+) -> EnvConfig:
+    """The configuration of a simulated environment.
+
+    Args:
+        name: "metaworld", or an environment type of LeRobot.
+        tasks: Its tasks; None takes the environment's own.
+        arguments: More fields of its configuration.
+        look_every: Steps between two looks of the policy; environments that can skip the images in between do.
+
+    Raises:
+        SimulationError: If the environment, its package or a field is unknown.
+    """
+    if name == "metaworld":
+        try:
+            from . import metaworld  # noqa: F401  (registers it)
+        except ImportError as error:
+            raise SimulationError(
+                f"MetaWorld is not installed ({error}); install it with: pip install 'lerobot_policy_grids[sim]'"
+            ) from error
+    choices = EnvConfig.get_known_choices()
+    kind = ALIASES.get(name, name)
+    if kind not in choices:
+        raise SimulationError(f"environment '{name}' is unknown; choose from metaworld, {', '.join(sorted(choices))}")
+    known = {field.name for field in fields(choices[kind])}
+    values = dict(arguments or {})
+    if tasks is not None:
+        values["task"] = tasks
+    if "render_interval" in known:
+        values.setdefault("render_interval", look_every)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise SimulationError(f"environment '{name}' has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    config: EnvConfig = choices[kind](**values)
+    return config

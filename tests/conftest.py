@@ -1,0 +1,102 @@
+"""Fixtures shared by all tests. Everything runs on the CPU, offline, on data made here."""
+
+import os
+
+# Before anything imports torch, transformers or a Hub client.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SIZE, EPISODES, FRAMES = 96, 6, 24
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+def write_dataset(root: Path, cameras=("observation.image",), positions=False) -> Path:
+    """A LeRobotDataset of a bright square that an action moves: small, real, and learnable from the image."""
+    import datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    datasets.disable_progress_bars()
+    features = {
+        "observation.state": {"dtype": "float32", "shape": (4,), "names": list("abcd")},
+        "action": {"dtype": "float32", "shape": (4,), "names": list("abcd")},
+    }
+    image = {"dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    features |= dict.fromkeys(cameras, image)
+    if positions:
+        features["auxiliary.positions"] = {"dtype": "float32", "shape": (6,), "names": list("abcdef")}
+    dataset = LeRobotDataset.create("local/squares", fps=10, features=features, root=root, use_videos=False)
+    random = np.random.default_rng(0)
+    for episode in range(EPISODES):
+        target, place = random.uniform(0.2, 0.8, 2), random.uniform(0.2, 0.8, 2)
+        for _ in range(FRAMES):
+            step = np.clip(target - place, -0.05, 0.05)
+            pixels = np.full((SIZE, SIZE, 3), 40, np.uint8)
+            for (x, y), colour in ((target, (0, 255, 0)), (place, (255, 0, 0))):
+                column, row = int(x * SIZE), int(y * SIZE)
+                pixels[row - 6 : row + 6, column - 6 : column + 6] = colour
+            frame = {key: pixels for key in cameras}
+            frame["observation.state"] = np.array([0.1 * episode, 0, 0, 1], np.float32)
+            frame["action"] = np.array([*step * 20, 0, 0], np.float32)
+            frame["task"] = ("move the red square", "push the square to the goal")[episode % 2]
+            if positions:
+                frame["auxiliary.positions"] = np.array([*place, 0, *target, 0], np.float32)
+            dataset.add_frame(frame)
+            place = place + step
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """Two tasks, one camera, object positions."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "squares", positions=True)
+
+
+@pytest.fixture(scope="session")
+def two_camera_dataset(tmp_path_factory) -> Path:
+    """Two cameras, no object positions."""
+    cameras = ("observation.images.top", "observation.images.wrist")
+    return write_dataset(tmp_path_factory.mktemp("data") / "two_cameras", cameras=cameras)
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(dataset, tmp_path_factory) -> Path:
+    """A dense tiny policy with random weights, saved as `fit --tokens dense` saves it."""
+    from lerobot_grids.data import load_metadata
+    from lerobot_grids.policies import build_policy
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints") / "dense"
+    folder.mkdir()
+    build_policy("tiny", "dense", load_metadata(str(dataset))).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def grids_checkpoint(dataset, dense_checkpoint, tmp_path_factory) -> Path:
+    """A grids policy around the dense checkpoint: 16 tokens, at most 36."""
+    from lerobot_grids.data import load_metadata
+    from lerobot_grids.policies import build_policy
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("checkpoints") / "grids"
+    folder.mkdir()
+    built = build_policy(str(dense_checkpoint), 16, load_metadata(str(dataset)), num_tokens_max=36)
+    # Untrained offsets are zero; these let every path of the sampler matter.
+    for parameter in built.policy.reducer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    built.save(folder)
+    return folder

@@ -1,0 +1,39 @@
+"""Every prefix of the anchors covers the image."""
+
+import pytest
+import torch
+from lerobot_policy_grids.anchors import anchor_cells, anchor_order
+
+GRIDS = [(12, 12), (16, 16), (8, 8), (15, 20), (7, 14), (1, 5)]
+
+
+@pytest.mark.parametrize(("height", "width"), GRIDS)
+def test_order_visits_every_cell_once(height, width):
+    assert sorted(anchor_order(height, width)) == list(range(height * width))
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (16, 16), (8, 8), (15, 20)])
+def test_every_prefix_is_well_spread(height, width):
+    unit = min(height, width)
+    extent = torch.tensor([width, height]) / unit
+    grid = torch.stack(torch.meshgrid(torch.linspace(0, 1, 40), torch.linspace(0, 1, 40), indexing="xy"), -1)
+    everywhere = grid.flatten(0, 1) * extent
+    for k in range(1, height * width + 1):
+        points = (anchor_cells(height, width, k) + 0.5) / unit
+        # A square lattice of k points on this area has spacing 1 and covering radius 0.71 in these units.
+        spacing = (extent.prod() / k).sqrt()
+        covering = torch.cdist(everywhere, points).amin(1).max() / spacing
+        assert covering < 1.75, (k, covering)
+        if k > 1:
+            distances = torch.cdist(points, points) + 10 * torch.eye(k)
+            assert distances.min() / spacing > 0.5, (k, distances.min() / spacing)
+
+
+def test_one_token_looks_at_the_centre():
+    (column, row), *_ = anchor_cells(7, 7, 1).tolist()
+    assert (column, row) == (3, 3)
+
+
+def test_prefixes_are_nested():
+    for k in range(1, 144):
+        assert torch.equal(anchor_cells(12, 12, k), anchor_cells(12, 12, 144)[:k])
