@@ -1,7 +1,10 @@
 """Closed-loop success of a policy in simulation, through LeRobot's own evaluation code."""
 
 import json
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,10 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env_pre_post_processors
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy, rollout
-from lerobot.utils.constants import OBS_IMAGES
 from lerobot.utils.io_utils import write_video
 from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, require_complete
-from lerobot_policy_grids.errors import CheckpointError, SimulationError
+from lerobot_policy_grids.errors import CheckpointError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build_base
 
 from .policies import find_source
@@ -139,6 +141,7 @@ def evaluate(
     seed: int = 100_000,
     batch_size: int = 10,
     source: str = "",
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Run episodes of every task of an environment.
 
@@ -149,17 +152,34 @@ def evaluate(
         seed: Seed of the first episode; the next ones follow. Recordings should not contain them.
         batch_size: Episodes that run side by side.
         source: Name of the policy in the result.
+        on_progress: Called with (task, episodes done, successes) after each batch.
     """
     used, dense = token_counts(loaded.policy)
     result = Evaluation(source, loaded.policy.config.type, used, dense)
     for task, env in _environments(env_config, min(batch_size, episodes)):
         start = time.perf_counter()
+        outcomes: list[bool] = []
+        seeds: list[int] = []
         torch.manual_seed(seed)
-        info = eval_policy(env, **_arguments(loaded, env_config), n_episodes=episodes, start_seed=seed)
-        outcomes = [bool(episode["success"]) for episode in info["per_episode"]]
-        seeds = [int(episode["seed"]) for episode in info["per_episode"]]
+        while len(outcomes) < episodes:
+            count = min(env.num_envs, episodes - len(outcomes))
+            with _without_bars():
+                info = eval_policy(
+                    env, **_arguments(loaded, env_config), n_episodes=count, start_seed=seed + len(outcomes)
+                )
+            outcomes += [bool(episode["success"]) for episode in info["per_episode"]]
+            seeds += [int(episode["seed"]) for episode in info["per_episode"]]
+            if on_progress is not None:
+                on_progress(task, len(outcomes), sum(outcomes))
         result.tasks.append(summarise(task, outcomes, seeds, time.perf_counter() - start))
     return result
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """LeRobot draws a bar per rollout on standard error, which buries ours."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def film(
@@ -189,11 +209,14 @@ def film(
 
                 def draw(env: Any, images: list[np.ndarray] = images, looks: list[Any] = looks, task: str = task) -> None:
                     frame = np.ascontiguousarray(env.envs[0].render())
-                    points = looks[-1][0].numpy() if looks else np.zeros((0, 2))
+                    # Elsewhere what is rendered for people is not what the policy sees.
+                    seen = looks and getattr(env.envs[0].unwrapped, "renders_observation", False)
+                    points = looks[-1][0].numpy() if seen else np.zeros((0, 2))
                     region = _image_region(loaded.policy, *frame.shape[:2])
                     images.append(draw_points(frame, points, region, f"{task}  {len(images)}"))
 
-                rollout(env, **_arguments(loaded, env_config), seeds=[seed + episode], render_callback=draw)
+                with _without_bars():
+                    rollout(env, **_arguments(loaded, env_config), seeds=[seed + episode], render_callback=draw)
             path = folder / f"{task}_{seed + episode}.mp4"
             write_video(str(path), np.stack(images), env.metadata.get("render_fps", 30))
             written.append(path)

@@ -19,9 +19,11 @@ class CountingBar:
         self._start = time.perf_counter()
         self.seconds = 0.0
 
-    def advance(self) -> None:
-        """One more is done."""
-        self._progress.advance(self._task)
+    def advance(self, count: int = 1, title: str | None = None) -> None:
+        """So many more are done."""
+        self._progress.advance(self._task, count)
+        if title is not None:
+            self._progress.update(self._task, description=title)
         self.seconds = time.perf_counter() - self._start
 
 
@@ -29,7 +31,7 @@ class CountingBar:
 def counting_bar(title: str, total: int, unit: str) -> Iterator[CountingBar]:
     """Show a progress bar on standard error while the block runs."""
     columns = (
-        TextColumn(title),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),

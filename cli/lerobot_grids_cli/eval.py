@@ -40,8 +40,8 @@ def evaluate(
     from pathlib import Path
 
     from lerobot_grids import evaluation
-    from lerobot_grids.progress import print_evaluation
-    from lerobot_grids.simulation.environments import make_env_config
+    from lerobot_grids.progress import counting_bar, print_evaluation
+    from lerobot_grids.simulation.environments import make_env_config, task_names
     from lerobot_policy_grids.errors import GridsError
 
     for name, value, least in (("episodes", episodes, 1), ("batch_size", batch_size, 1), ("videos", videos, 0)):
@@ -50,9 +50,23 @@ def evaluate(
     loaded = evaluation.load_policy(policy, device=device, num_tokens=tokens)
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk)
-    result = evaluation.evaluate(
-        loaded, env_config, episodes=episodes, seed=seed, batch_size=batch_size, source=policy
-    )
+    total = episodes * len(task_names(env_config))
+    with counting_bar("evaluating", total, "episodes") as bar:
+        done: dict[str, int] = {}
+
+        def show(task: str, episodes_done: int, successes: int) -> None:
+            bar.advance(episodes_done - done.get(task, 0), f"{task} {successes}/{episodes_done}")
+            done[task] = episodes_done
+
+        result = evaluation.evaluate(
+            loaded,
+            env_config,
+            episodes=episodes,
+            seed=seed,
+            batch_size=batch_size,
+            source=policy,
+            on_progress=show,
+        )
     folder = Path(output or Path("outputs/eval") / Path(policy).name)
     result.save(folder / "result.json")
     if json is not None:

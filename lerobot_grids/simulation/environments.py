@@ -47,3 +47,12 @@ def make_env_config(
         raise SimulationError(f"environment '{name}' has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
     config: EnvConfig = choices[kind](**values)
     return config
+
+
+def task_names(config: EnvConfig) -> list[str]:
+    """Names of the tasks that an environment's configuration asks for."""
+    if config.type == ALIASES["metaworld"]:
+        from .metaworld import expand_tasks
+
+        return expand_tasks(config.task)
+    return [task for task in (config.task or config.type).split(",") if task]

@@ -79,6 +79,9 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):  # type: ignore[misc]
             in chunks of n looks only every n steps.
     """
 
+    # What `render` gives is what the policy sees, so that points can be drawn on it.
+    renders_observation = True
+
     def __init__(self, task: str, size: int = 96, max_steps: int = 200, render_interval: int = 1) -> None:
         super().__init__(
             expand_tasks(task)[0],

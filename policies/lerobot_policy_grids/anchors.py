@@ -22,8 +22,8 @@ def anchor_order(height: int, width: int) -> tuple[int, ...]:
         width: W, columns of the token grid.
 
     Returns:
-        The H * W cell indices (row-major, `row * W + column`), each once. Ties go to the lower index,
-        so the order is the same everywhere.
+        The H * W cell indices (row-major, `row * W + column`), each once. Ties go to the least crowded cell,
+        then to the lower index, so the order is the same everywhere.
     """
     # In units of the image's shorter side, so that a wide map is covered evenly and not per axis.
     unit = min(height, width)
@@ -31,13 +31,16 @@ def anchor_order(height: int, width: int) -> tuple[int, ...]:
     columns = (torch.arange(width, dtype=torch.float64) + 0.5) / unit
     y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
     border = torch.stack([x, width / unit - x, y, height / unit - y]).amin(0)
-    distance = 2 * border
+    distance, crowding = 2 * border, torch.zeros_like(x)
     order: list[int] = []
     for _ in range(height * width):
-        # Rounding makes symmetric cells tie exactly whatever the platform's last bit says.
-        chosen = int(distance.round(decimals=9).argmax())
+        # Within rounding, cells that are symmetric tie, whatever the platform's last bit says.
+        farthest = distance >= distance.max() - 1e-9
+        chosen = int(crowding.round(decimals=6).masked_fill(~farthest, torch.inf).argmin())
         order.append(chosen)
-        distance = torch.minimum(distance, torch.hypot(x - x[chosen], y - y[chosen]))
+        apart = torch.hypot(x - x[chosen], y - y[chosen])
+        crowding += apart.clamp_min(1 / unit) ** -2
+        distance = torch.minimum(distance, apart)
         distance[chosen] = -1.0
     return tuple(order)
 

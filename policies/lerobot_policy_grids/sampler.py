@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from .anchors import anchor_cells
 from .errors import BudgetError, TokenGridError
 
+# Beyond this the sigmoid is 0 or 1 in float32, and its exponential stays finite.
+MAX_OFFSET = 60.0
 CONTEXTS = ("image", "language", "state", "camera")
 
 
@@ -158,11 +160,9 @@ class GridSampler(nn.Module):
         self.coordinate_head = Float32MLP(max(context_width, 1), hidden_width, 2 * self.num_tokens_max)
         self.geometry = Float32MLP(2, geometry_width, width)
 
-        cells = anchor_cells(height, columns, self.num_tokens_max)
-        size = torch.tensor([columns, height])
-        # Not persistent: they follow from token_grid, and a checkpoint should hold only what was trained.
-        self.register_buffer("anchor_cells", cells, persistent=False)
-        self.register_buffer("grid_size", size, persistent=False)
+        # Saved with the weights: offsets mean nothing without the anchors they were learned from.
+        self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max))
+        self.register_buffer("grid_size", torch.tensor([columns, height]), persistent=False)
 
     @property
     def num_tokens(self) -> int:
@@ -221,9 +221,9 @@ class GridSampler(nn.Module):
         order = (cells[:, 1] * self.token_grid[1] + cells[:, 0]).argsort()
         cells, offsets = cells[order], offsets[:, order]
         anchors = (cells + 0.5) / self.grid_size
-        # sigmoid(logit(a)) is a only up to rounding; taking the difference makes a zero offset exactly zero.
-        logits = torch.logit(anchors)
-        shift = torch.sigmoid(logits + offsets) - torch.sigmoid(logits)
+        # sigmoid(logit(a) + d) - a in closed form: exactly 0 at d = 0, which the logit and back is not.
+        growth = torch.expm1(offsets.clamp(-MAX_OFFSET, MAX_OFFSET))
+        shift = anchors * (1 - anchors) * growth / (1 + anchors * growth)
         return cells + shift * self.grid_size, (anchors + shift).clamp(0.0, 1.0)
 
     def _context(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> Tensor:

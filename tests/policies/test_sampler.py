@@ -115,8 +115,20 @@ def test_saturated_offsets_read_the_border_token_and_not_zeros():
     sampler = GridSampler((6, 9), 8, 5)
     sampler.coordinate_head.out.bias.data.fill_(1000.0)
     tokens, coordinates = sampler(torch.ones(1, 6, 9, 8))
-    assert torch.equal(coordinates, torch.ones_like(coordinates))
-    assert torch.equal(tokens, torch.ones_like(tokens))
+    torch.testing.assert_close(coordinates, torch.ones_like(coordinates), atol=1e-6, rtol=0)
+    torch.testing.assert_close(tokens, torch.ones_like(tokens), atol=1e-6, rtol=0)
+
+
+def test_coordinates_are_the_sigmoid_of_anchor_logit_plus_offset():
+    sampler = random_sampler(k=54)
+    offsets = torch.randn(54, 2)
+    torch.nn.init.zeros_(sampler.coordinate_head.out.weight)
+    sampler.coordinate_head.out.bias.data = offsets.flatten()
+    anchors = (sampler.anchor_cells + 0.5) / sampler.grid_size
+    expected = torch.sigmoid(torch.logit(anchors) + offsets)
+    order = (sampler.anchor_cells[:, 1] * 9 + sampler.anchor_cells[:, 0]).argsort()
+    coordinates = sampler(torch.randn(1, 6, 9, 8)).coordinates[0]
+    torch.testing.assert_close(coordinates, expected[order], atol=1e-6, rtol=0)
 
 
 def test_coordinates_stay_in_the_image():

@@ -1,0 +1,253 @@
+"""What every adapter promises, checked against the dense policy."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from lerobot_policy_grids import GridsConfig, GridsPolicy
+from lerobot_policy_grids.errors import BudgetError, UnsupportedPolicyError
+
+# One vision call for all cameras instead of one each: other batch sizes round differently in float32.
+ROUNDING = 1e-5
+
+
+def wrap(policy, k, **options):
+    config = GridsConfig(base=policy.config, num_tokens=k, **options)
+    wrapped = GridsPolicy(config, base=policy)
+    return wrapped.eval()
+
+
+def train_offsets(wrapped):
+    """As after training: offsets and geometry are not zero."""
+    torch.manual_seed(3)
+    for parameter in wrapped.reducer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return wrapped
+
+
+def run(policy, family, batch):
+    """(loss, action chunk, gradients of the base) with every random draw fixed."""
+    noise = family.fixed_noise(policy.config)
+    policy.zero_grad()
+    loss, _ = policy.forward(dict(batch), **noise)
+    loss.backward()
+    base = policy.base if isinstance(policy, GridsPolicy) else policy
+    gradients = {name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    chunk = policy.predict_action_chunk(dict(batch), noise=noise["noise"])
+    return loss.detach(), chunk, gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identity_at_all_tokens_is_exact_for_one_camera(family, dtype):
+    policy = family.policy()
+    batch = family.batch(policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss, chunk, gradients = run(policy, family, batch)
+        wrapped = wrap(policy, family.tokens_per_camera)
+        loss_k, chunk_k, gradients_k = run(wrapped, family, batch)
+    assert torch.equal(loss, loss_k)
+    assert torch.equal(chunk, chunk_k)
+    assert gradients.keys() == gradients_k.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients_k[name]), name
+
+
+@pytest.mark.parametrize("cameras", [2, 3])
+def test_identity_at_all_tokens_up_to_rounding_for_several_cameras(family, cameras):
+    policy = family.policy(cameras)
+    batch = family.batch(policy)
+    loss, chunk, gradients = run(policy, family, batch)
+    loss_k, chunk_k, gradients_k = run(wrap(policy, family.tokens_per_camera), family, batch)
+    torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_k[name], gradient, atol=ROUNDING, rtol=0, msg=name)
+
+
+def test_detach_restores_the_dense_policy_bit_for_bit(family):
+    policy = family.policy()
+    batch = family.batch(policy)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    loss, chunk, _ = run(policy, family, batch)
+    wrapped = train_offsets(wrap(policy, 9))
+    reduced, _, _ = run(wrapped, family, batch)
+    assert not torch.equal(loss, reduced)
+    restored = wrapped.detach()
+    assert restored is policy
+    loss_after, chunk_after, _ = run(policy, family, batch)
+    assert torch.equal(loss, loss_after)
+    assert torch.equal(chunk, chunk_after)
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+
+@pytest.mark.parametrize(("cameras", "k"), [(1, 16), (2, 4), (3, 1)])
+def test_prefix_is_shorter_and_masks_and_positions_follow(family, cameras, k):
+    policy = family.policy(cameras)
+    batch = family.batch(policy)
+    noise = family.fixed_noise(policy.config)
+    seen = family.spy(policy)
+    policy.forward(dict(batch), **noise)
+    policy.predict_action_chunk(dict(batch), noise=noise["noise"])
+    dense = list(seen)
+    seen.clear()
+    wrapped = wrap(policy, k)
+    wrapped.forward(dict(batch), **noise)
+    wrapped.predict_action_chunk(dict(batch), noise=noise["noise"])
+    removed = cameras * (family.tokens_per_camera - k)
+    assert len(seen) == len(dense)
+    for (length, mask, positions), (dense_length, dense_mask, dense_positions) in zip(seen, dense, strict=True):
+        assert length == dense_length - removed
+        assert mask.shape[-1] == dense_mask.shape[-1] - removed
+        # Visual tokens come first and all are real: what is left of mask and positions is the dense tail.
+        visual, dense_visual = cameras * k, cameras * family.tokens_per_camera
+        assert torch.equal(mask[:, visual:, visual:], dense_mask[:, dense_visual:, dense_visual:])
+        assert mask[:, :visual, :visual].all()
+        assert torch.equal(positions[:, visual:], dense_positions[:, dense_visual:] - removed)
+        assert torch.equal(positions[0, :visual], torch.arange(visual))
+
+
+def test_gradients_reach_the_sampler_and_not_a_frozen_base(family):
+    wrapped = train_offsets(wrap(family.policy(), 9))
+    wrapped.base.requires_grad_(False)
+    loss, _ = wrapped.forward(family.batch(wrapped.base))
+    loss.backward()
+    for name, parameter in wrapped.reducer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in wrapped.base.parameters())
+
+
+def test_an_untrained_sampler_gets_a_gradient_through_its_coordinates(family):
+    wrapped = wrap(family.policy(), 9)
+    loss, _ = wrapped.forward(family.batch(wrapped.base))
+    loss.backward()
+    assert wrapped.reducer.coordinate_head.out.weight.grad.abs().sum() > 0
+
+
+def test_coordinates_depend_on_instruction_state_and_image(family):
+    wrapped = train_offsets(wrap(family.policy(), 9))
+    batch = family.batch(wrapped.base)
+
+    def coordinates(changed):
+        seen = []
+        handle = wrapped.reducer.register_forward_hook(lambda m, i, output: seen.append(output.coordinates))
+        wrapped.predict_action_chunk(dict(batch | changed))
+        handle.remove()
+        return seen[0]
+
+    reference = coordinates({})
+    language = "observation.language.tokens"
+    image = next(iter(wrapped.base.config.image_features))
+    for key in (language, "observation.state", image):
+        flipped = batch[key].flip(0)
+        assert not torch.equal(coordinates({key: flipped}), reference), key
+
+
+def test_masked_language_tokens_do_not_move_the_coordinates(family):
+    wrapped = train_offsets(wrap(family.policy(), 9))
+    batch = family.batch(wrapped.base)
+    mask = batch["observation.language.attention_mask"].bool()
+    assert not mask.all()
+    changed = torch.where(mask, batch["observation.language.tokens"], 7)
+    seen = []
+    wrapped.reducer.register_forward_hook(lambda m, i, output: seen.append(output.coordinates))
+    for tokens in (batch["observation.language.tokens"], changed):
+        wrapped.predict_action_chunk(dict(batch) | {"observation.language.tokens": tokens})
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_a_missing_camera_is_told_apart_from_the_present_ones(family):
+    wrapped = train_offsets(wrap(family.policy(cameras=3), 9))
+    batch = family.batch(wrapped.base)
+    cameras = list(wrapped.base.config.image_features)
+    ids = []
+    wrapped.reducer.register_forward_hook(lambda m, inputs, o: ids.append(inputs[1]["camera"].unique().tolist()))
+    del batch[cameras[1]]
+    chunk = wrapped.predict_action_chunk(batch)
+    assert torch.isfinite(chunk).all()
+    assert ids == [[0, 2]]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_a_copy_is_whole_and_its_own(family, duplicate):
+    wrapped = train_offsets(wrap(family.policy(), 9))
+    batch = family.batch(wrapped.base)
+    noise = family.fixed_noise(wrapped.config)["noise"]
+    before = wrapped.predict_action_chunk(dict(batch), noise=noise)
+    twin = duplicate(wrapped)
+    assert torch.equal(twin.predict_action_chunk(dict(batch), noise=noise), before)
+    torch.nn.init.zeros_(twin.reducer.geometry.out.weight)
+    torch.nn.init.normal_(twin.reducer.coordinate_head.out.bias)
+    assert not torch.equal(twin.predict_action_chunk(dict(batch), noise=noise), before)
+    assert torch.equal(wrapped.predict_action_chunk(dict(batch), noise=noise), before)
+
+
+def test_attaching_twice_is_refused(family):
+    wrapped = wrap(family.policy(), 9)
+    with pytest.raises(UnsupportedPolicyError, match="detach it first"):
+        wrapped.adapter.attach(wrapped.base, wrapped.reducer)
+
+
+def test_more_tokens_than_the_dense_policy_has_are_refused(family):
+    with pytest.raises(BudgetError, match=str(family.tokens_per_camera)):
+        wrap(family.policy(), family.tokens_per_camera + 1)
+
+
+def test_the_budget_may_change_at_run_time(family):
+    policy = family.policy()
+    wrapped = train_offsets(wrap(policy, 16, num_tokens_max=36))
+    batch = family.batch(policy)
+    seen = family.spy(policy)
+    lengths = []
+    for k in (36, 16, 1):
+        wrapped.num_tokens = k
+        assert torch.isfinite(wrapped.predict_action_chunk(dict(batch))).all()
+        lengths.append(seen[-1][0])
+    assert [a - b for a, b in zip(lengths, lengths[1:], strict=False)] == [20, 15]
+
+
+def test_blind_hands_over_no_visual_token(family):
+    policy = family.policy(cameras=2)
+    batch = family.batch(policy)
+    wrapped = wrap(policy, 1, reducer="blind")
+    noise = family.fixed_noise(policy.config)["noise"]
+    chunk = wrapped.predict_action_chunk(dict(batch), noise=noise)
+    for key in policy.config.image_features:
+        batch[key] = torch.rand_like(batch[key])
+    assert torch.equal(wrapped.predict_action_chunk(dict(batch), noise=noise), chunk)
+
+
+def test_wrapped_policy_is_saved_and_loaded_exactly(family, tmp_path):
+    wrapped = train_offsets(wrap(family.policy(), 16, num_tokens_max=25))
+    batch = family.batch(wrapped.base)
+    noise = family.fixed_noise(wrapped.config)["noise"]
+    wrapped.save_pretrained(tmp_path)
+    loaded = GridsPolicy.from_pretrained(tmp_path)
+    assert loaded.reducer.num_tokens_max == 25
+    expected = wrapped.predict_action_chunk(dict(batch), noise=noise)
+    assert torch.equal(loaded.predict_action_chunk(dict(batch), noise=noise), expected)
+
+
+def test_feature_map_is_row_major(family):
+    """A bright patch excites the token at its place most, up to a neighbour, in the grid the adapter declares."""
+    policy = family.policy()
+    wrapped = wrap(policy, family.tokens_per_camera)
+    batch = family.batch(policy)
+    key = next(iter(policy.config.image_features))
+    maps = []
+    wrapped.reducer.register_forward_hook(lambda m, inputs, o: maps.append(inputs[0].detach()))
+    height, width = wrapped.reducer.token_grid
+    for row, column in ((1, width - 2), (height - 2, 1), (2, 7)):
+        maps.clear()
+        images = torch.zeros_like(batch[key])
+        for bright in (0.0, 1.0):
+            cell_height, cell_width = images.shape[-2] // height, images.shape[-1] // width
+            rows = slice(row * cell_height, (row + 1) * cell_height)
+            columns = slice(column * cell_width, (column + 1) * cell_width)
+            images[..., rows, columns] = bright
+            wrapped.predict_action_chunk(dict(batch) | {key: images.clone()})
+        change = (maps[1] - maps[0]).norm(dim=-1)[0]
+        seen_row, seen_column = divmod(int(change.argmax()), width)
+        assert max(abs(seen_row - row), abs(seen_column - column)) <= 1
