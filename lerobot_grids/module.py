@@ -43,7 +43,7 @@ class GridsModule(lightning.LightningModule):
         self,
         meta: LeRobotDatasetMetadata,
         policy: str = "tiny",
-        tokens: str = "16",
+        tokens: int | str = 16,
         num_tokens_max: int | None = None,
         reducer: str = "grids",
         condition_on: list[str] | None = None,

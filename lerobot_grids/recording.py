@@ -162,15 +162,18 @@ def record(
             robot_type="sawyer",
             use_videos=False,
         )
-        for episode in demonstrations(names, episodes, size, noise, seed, workers):
-            columns = (episode.images, episode.states, episode.actions, episode.positions)
-            for image, state, action, positions in zip(*columns, strict=True):
-                frame = {IMAGE: image, STATE: state, ACTION: action, POSITIONS: positions, "task": episode.task}
-                dataset.add_frame(frame)
-            dataset.save_episode()
-            count["episodes"] += 1
-            count["frames"] += len(episode.images)
-            if on_episode is not None:
-                on_episode(episode)
-        dataset.finalize()
+        try:
+            for episode in demonstrations(names, episodes, size, noise, seed, workers):
+                columns = (episode.images, episode.states, episode.actions, episode.positions)
+                for image, state, action, positions in zip(*columns, strict=True):
+                    frame = {IMAGE: image, STATE: state, ACTION: action, POSITIONS: positions, "task": episode.task}
+                    dataset.add_frame(frame)
+                dataset.save_episode()
+                count["episodes"] += 1
+                count["frames"] += len(episode.images)
+                if on_episode is not None:
+                    on_episode(episode)
+        finally:
+            # Also when interrupted: otherwise LeRobot writes the folder again after it was removed.
+            dataset.finalize()
     return count

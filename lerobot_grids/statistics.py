@@ -19,4 +19,5 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     rate = successes / trials
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact where rounding would leave a hair.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)

@@ -57,7 +57,7 @@ def draw_points(
     image = Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = region
-    radius = max(3, image.height // 90)
+    radius = max(4, image.height // 70)
     for x, y in np.asarray(coordinates, dtype=float).reshape(-1, 2):
         column = (x - left) / (right - left) * image.width
         row = (y - top) / (bottom - top) * image.height

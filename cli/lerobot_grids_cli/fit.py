@@ -49,4 +49,5 @@ def main(arguments: list[str]) -> None:
         parser.parse_args(["--help"])
     from .fit_lightning import fit
 
-    fit(arguments)
+    # A switch that is given alone is on.
+    fit(["--resume=true" if argument == "--resume" else argument for argument in arguments])

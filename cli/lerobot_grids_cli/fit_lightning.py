@@ -5,13 +5,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lerobot_grids.callbacks import CheckpointExport
+from lerobot_grids.callbacks import CheckpointExport, TrainingProgress
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens
 from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from .fit import FitOptions
@@ -64,29 +64,49 @@ class FitCLI(LightningCLI):  # type: ignore[misc]
             options.trainer.val_check_interval = min(options.save_every, max(1, options.steps // 4))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        options = self.config
-        if options.trainer.logger is None:
-            kwargs["logger"] = [
-                CSVLogger(self.output, name="logs", version="csv"),
-                TensorBoardLogger(self.output, name="logs", version="tensorboard"),
-            ]
-        trainer = super().instantiate_trainer(**kwargs)
+        options = self.config_init
         every = options.save_every
-        trainer.callbacks += [
+        callbacks = [
+            *(options.trainer.callbacks or []),
             CheckpointExport(self.output, every_n_steps=every),
             ModelCheckpoint(self.output / STATE_FOLDER, "last", every_n_train_steps=every, enable_version_counter=False),
         ]
-        if trainer.loggers:
-            trainer.callbacks.append(LearningRateMonitor())
-        return trainer
+        if options.trainer.enable_progress_bar is not False:
+            callbacks.append(TrainingProgress())
+        if options.trainer.logger is None:
+            # Lightning's CSV logger deletes what a folder holds, so each resumed part has its own.
+            parts = len(list((self.output / "logs").glob("csv*")))
+            kwargs["logger"] = [
+                CSVLogger(self.output, name="logs", version="csv" if parts == 0 else f"csv-{parts + 1}"),
+                TensorBoardLogger(self.output, name="logs", version="tensorboard"),
+            ]
+            callbacks.append(LearningRateMonitor())
+        return super().instantiate_trainer(callbacks=callbacks, default_root_dir=self.output, **kwargs)
+
+
+class SaveOptions(SaveConfigCallback):  # type: ignore[misc]
+    """Keep what was asked for beside what came of it, as `fit --config` reads it."""
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        path = Path(trainer.default_root_dir) / "fit.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, path, overwrite=True, multifile=False)
 
 
 def quiet() -> None:
     """Keep libraries from burying our own lines under advice that does not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lerobot").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*lr_scheduler.step.*", ".*No accelerated backend.*"):
-        warnings.filterwarnings("ignore", message)
+    for message in (
+        "does not have many workers",
+        "LeafSpec",
+        "lr_scheduler.step",
+        "LightningCLI's args parameter",
+        "exists and is not empty",
+        "your dataloader is not resumable",
+    ):
+        warnings.filterwarnings("ignore", f".*{message}.*")
 
 
 def describe(cli: FitCLI) -> str:
@@ -113,7 +133,8 @@ def fit(arguments: list[str]) -> None:
         LeRobotDataModule,
         args=arguments,
         run=False,
-        save_config_kwargs={"config_filename": "fit.yaml", "overwrite": True},
+        save_config_callback=SaveOptions,
+        save_config_kwargs={"save_to_log_dir": False},
         parser_class=FitParser,
         parser_kwargs={"prog": "lerobot-grids fit"},
         seed_everything_default=0,
@@ -123,10 +144,11 @@ def fit(arguments: list[str]) -> None:
             "log_every_n_steps": 10,
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
-            "callbacks": [TQDMProgressBar()],
         },
     )
     print(describe(cli))
+    if cli.config.resume:
+        print("going on from the last checkpoint; the order of the frames is drawn anew")
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from if cli.config.resume else None)
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     if "val/loss" in metrics:

@@ -1,0 +1,198 @@
+"""Training: it learns, it repeats, and what it writes can be loaded."""
+
+import csv
+
+import lightning
+import pytest
+import torch
+from lerobot.policies.factory import get_policy_class
+from lerobot_grids.callbacks import CheckpointExport
+from lerobot_grids.data import LeRobotDataModule, load_metadata
+from lerobot_grids.evaluation import load_policy
+from lerobot_grids.module import GridsModule
+from lerobot_grids.policies import build_policy, parse_tokens
+from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
+
+
+def train(dataset, output, steps, seed=0, **options):
+    """Train and return (module, validation losses)."""
+    lightning.seed_everything(seed, verbose=False)
+    data = LeRobotDataModule(str(dataset), batch_size=16, val_fraction=0.3)
+    module = GridsModule(data.meta, **options)
+    losses = []
+
+    class Keep(lightning.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            losses.append(float(trainer.callback_metrics["val/loss"]))
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=max(1, steps // 2),
+        check_val_every_n_epoch=None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=1,
+        callbacks=[Keep(), CheckpointExport(output, every_n_steps=10**6)],
+    )
+    trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    return module, losses
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    module, losses = train(dataset, output, 60, tokens="16")
+    return module, losses, output
+
+
+def test_the_validation_loss_falls_well_below_its_start(trained):
+    _, losses, _ = trained
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+def test_the_same_seed_gives_the_same_policy(dataset, tmp_path):
+    states = [train(dataset, tmp_path / str(i), 6, seed=seed)[0].policy.state_dict() for i, seed in enumerate((3, 3, 4))]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_the_coordinates_move_away_from_their_anchors(trained):
+    reducer = trained[0].policy.reducer
+    assert reducer.coordinate_head.out.weight.abs().max() > 0
+    assert reducer.geometry.out.weight.abs().max() > 0
+
+
+def test_the_exported_checkpoint_acts_like_the_trained_policy(trained, dataset):
+    module, _, output = trained
+    loaded = load_policy(str(output))
+    data = LeRobotDataModule(str(dataset))
+    data.load(module.policy.config)
+    batch = next(iter(data.val_dataloader()))
+    batch = {key: value[:4] if isinstance(value, (torch.Tensor, list)) else value for key, value in batch.items()}
+    batch["observation.image"] = batch["observation.image"].float() / 255
+    noise = torch.randn(4, 16, 32)
+    module.policy.eval()
+    expected = module.policy.predict_action_chunk(module.built.preprocessor(dict(batch)), noise=noise)
+    got = loaded.policy.predict_action_chunk(loaded.preprocessor(dict(batch)), noise=noise)
+    assert torch.equal(got, expected)
+    assert torch.equal(loaded.postprocessor(got), module.built.postprocessor(expected))
+
+
+def test_training_only_the_reducer_leaves_the_base_alone(dataset, dense_checkpoint, tmp_path):
+    before = get_policy_class("tiny_smolvla").from_pretrained(dense_checkpoint).state_dict()
+    module, _ = train(dataset, tmp_path, 3, policy=str(dense_checkpoint), tokens="9", train="reducer")
+    after = module.policy.base.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert module.policy.reducer.coordinate_head.out.weight.abs().max() > 0
+
+
+def test_the_position_loss_is_no_part_of_the_checkpoint(trained):
+    module, _, output = trained
+    assert module.position_loss is not None
+    assert {name.split(".")[0] for name in load_policy(str(output)).policy.state_dict()} == {"base", "reducer"}
+
+
+def test_dense_training_saves_a_policy_of_the_base_type(dataset, tmp_path):
+    module, _ = train(dataset, tmp_path, 2, tokens="dense")
+    assert module.position_loss is not None
+    loaded = load_policy(str(tmp_path)).policy
+    assert loaded.config.type == "tiny_smolvla"
+    assert not isinstance(loaded, GridsPolicy)
+
+
+def test_blind_trains_without_looking(dataset, tmp_path):
+    module, _ = train(dataset, tmp_path, 2, tokens="16", reducer="blind")
+    assert module.policy.num_tokens == 0
+    vision = module.policy.base.model.vlm_with_expert.get_vlm_model().vision_model
+    assert all(parameter.grad is None for parameter in vision.parameters())
+
+
+def test_two_cameras_without_positions(two_camera_dataset, tmp_path):
+    module, losses = train(two_camera_dataset, tmp_path, 2, tokens="4")
+    assert module.position_loss is None
+    assert losses[-1] > 0
+    assert module.policy.config.image_features.keys() == {"observation.images.top", "observation.images.wrist"}
+
+
+def test_a_grids_checkpoint_can_be_trained_on(dataset, grids_checkpoint):
+    built = build_policy(str(grids_checkpoint), 36, load_metadata(str(dataset)))
+    assert built.policy.num_tokens == 36
+    with pytest.raises(BudgetError, match=r"1 \.\. 36"):
+        build_policy(str(grids_checkpoint), 37, load_metadata(str(dataset)))
+    with pytest.raises(BudgetError, match="dense"):
+        build_policy(str(grids_checkpoint), "dense", load_metadata(str(dataset)))
+
+
+def test_other_camera_names_are_an_error_that_says_how_to_rename(two_camera_dataset, dense_checkpoint):
+    meta = load_metadata(str(two_camera_dataset))
+    with pytest.raises(DatasetError, match=r"observation\.images\.top.*rename_map"):
+        build_policy(str(dense_checkpoint), 16, meta)
+    rename = {"observation.images.top": "observation.image"}
+    built = build_policy(str(dense_checkpoint), 16, meta, rename_map=rename)
+    batch = {
+        "observation.images.top": torch.rand(1, 3, 96, 96),
+        "observation.state": torch.zeros(1, 4),
+        "task": ["push"],
+    }
+    assert built.policy.select_action(built.preprocessor(batch)).shape == (1, 4)
+
+
+def test_unknown_policies(dataset, tmp_path):
+    meta = load_metadata(str(dataset))
+    with pytest.raises(UnsupportedPolicyError, match="'pi9' is unknown"):
+        build_policy("pi9", 16, meta)
+    (tmp_path / "config.json").write_text('{"type": "act"}')
+    with pytest.raises(UnsupportedPolicyError, match="'act' has no adapter"):
+        build_policy(str(tmp_path), 16, meta)
+
+
+def test_a_budget_above_the_grid_names_the_grid(dataset):
+    with pytest.raises(BudgetError, match=r"999 tokens per camera.*12 x 12 = 144"):
+        build_policy("tiny", 999, load_metadata(str(dataset)))
+
+
+def test_dense_takes_no_reducer(dataset):
+    with pytest.raises(GridsError, match="drop one"):
+        build_policy("tiny", "dense", load_metadata(str(dataset)), reducer="blind")
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "abc", "1.5", ""])
+def test_what_is_no_budget(text):
+    with pytest.raises(BudgetError, match="no token budget"):
+        parse_tokens(text)
+
+
+def test_budgets():
+    assert parse_tokens("dense") == "dense"
+    assert parse_tokens(" 16 ") == parse_tokens(16) == 16
+
+
+def test_run_csv_has_no_gap(tmp_path, dataset):
+    """The command's own logger, trainer and callbacks."""
+    from lerobot_grids_cli.fit_lightning import fit
+
+    output = tmp_path / "run"
+    fit(
+        [f"--dataset={dataset}", "--tokens=4", f"--output={output}", "--steps=4", "--batch_size=4", "--save_every=2"]
+        + ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+    )
+    rows = list(csv.DictReader((output / "logs" / "csv" / "metrics.csv").open()))
+    assert {int(row["step"]) for row in rows if row["train/loss"]} == {0, 1, 2, 3}
+    assert (output / "fit.yaml").is_file()
+    assert list((output / "logs" / "tensorboard").glob("events*"))
+    assert (output / "training_state" / "last.ckpt").is_file()
+    assert load_policy(str(output)).policy.num_tokens == 4
+    # More steps with --resume start where the run stopped.
+    fit(
+        [f"--dataset={dataset}", "--tokens=4", f"--output={output}", "--steps=6", "--batch_size=4", "--save_every=2"]
+        + ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+        + ["--resume=true"]
+    )
+    state = torch.load(output / "training_state" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 6

@@ -1,0 +1,107 @@
+"""A folder is whole or absent, and weights fit exactly or are refused."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from lerobot_policy_grids.checkpoint import atomic_folder, load_weights, resolve_checkpoint
+from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
+from safetensors.torch import save_file
+from torch import nn
+
+
+def test_a_finished_folder_appears_whole(tmp_path):
+    target = tmp_path / "a" / "out"
+    with atomic_folder(target) as folder:
+        (folder / "one").write_text("1")
+        assert not target.exists()
+    assert [p.name for p in target.iterdir()] == ["one"]
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    def write():
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "one").write_text("1")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_unless_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(OutputExistsError, match="already exists"), atomic_folder(tmp_path / "out"):
+        pass
+    with atomic_folder(tmp_path / "out", replace=True) as folder:
+        (folder / "new").touch()
+        assert (tmp_path / "out" / "old").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_killed_writer_leaves_the_old_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    code = (
+        "import time, sys; from pathlib import Path; from lerobot_policy_grids.checkpoint import atomic_folder\n"
+        f"with atomic_folder(Path({str(tmp_path / 'out')!r}), replace=True) as folder:\n"
+        "    (folder / 'new').touch(); print('writing', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def test_weights_take_the_files_precision(tmp_path):
+    source = nn.Linear(3, 2).to(torch.bfloat16)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    module = nn.Linear(3, 2)
+    load_weights(module, tmp_path / "w.safetensors")
+    assert module.weight.dtype == torch.bfloat16
+    assert torch.equal(module.weight, source.weight)
+
+
+def test_tied_weights_are_no_missing_keys(tmp_path):
+    from safetensors.torch import save_model
+
+    def tied():
+        module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        module[1].weight = module[0].weight
+        return module
+
+    source, module = tied(), tied()
+    save_model(source, tmp_path / "w.safetensors")
+    load_weights(module, tmp_path / "w.safetensors")
+    assert torch.equal(module[1].weight, source[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": torch.zeros(2, 3)}, "missing 'bias'"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "unexpected 'more'"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"shape \(3, 2\), expected \(2, 3\)"),
+        ({"weight": torch.zeros(2, 3, dtype=torch.int8), "bias": torch.zeros(2)}, "dtype torch.int8"),
+        ({"weight": torch.full((2, 3), torch.inf), "bias": torch.zeros(2)}, "NaN or infinity"),
+    ],
+)
+def test_weights_that_do_not_fit(tensors, message, tmp_path):
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
+    assert str(tmp_path / "w.safetensors") in str(caught.value)
+
+
+def test_a_run_folder_means_its_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / "pretrained_model").mkdir()
+    (tmp_path / "pretrained_model" / "config.json").write_text("{}")
+    assert resolve_checkpoint(tmp_path) == tmp_path / "pretrained_model"
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        resolve_checkpoint(tmp_path / "nothing")

@@ -1,0 +1,113 @@
+"""GridsConfig: what LeRobot reads and sets on it reaches the base, and back."""
+
+import json
+
+import draccus
+import pytest
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot_policy_grids import GridsConfig, TinySmolVLAConfig
+from lerobot_policy_grids.base_choice import BasePolicyChoice
+from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
+
+INPUTS = {
+    "observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
+    "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
+}
+OUTPUTS = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+
+
+def tiny(**options):
+    return GridsConfig(base=TinySmolVLAConfig(device="cpu"), **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny(input_features=INPUTS, output_features=OUTPUTS),
+        tiny(num_tokens=4, num_tokens_max=36, condition_on=["image"], reducer="blind"),
+        GridsConfig(base=SmolVLAConfig(device="cpu", chunk_size=8, n_action_steps=8), num_tokens=9),
+    ],
+)
+def test_saved_and_read_back_equal(config, tmp_path):
+    config._save_pretrained(tmp_path)
+    read = PreTrainedConfig.from_pretrained(tmp_path)
+    assert type(read) is GridsConfig
+    config.num_tokens_max = config.max_tokens
+    assert read == config
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == 1
+
+
+def test_where_the_weights_came_from_is_not_saved(tmp_path):
+    config = tiny()
+    config.base.pretrained_path = "/home/someone/secret"
+    config.pretrained_path = "/home/someone/else"
+    config._save_pretrained(tmp_path)
+    assert "someone" not in (tmp_path / "config.json").read_text()
+    assert config.base.pretrained_path == "/home/someone/secret"
+
+
+def test_every_registered_policy_but_ourselves_is_a_base():
+    choices = BasePolicyChoice.get_known_choices()
+    assert "grids" in PreTrainedConfig.get_known_choices()
+    assert "grids" not in choices
+    assert {"smolvla", "pi0", "tiny_smolvla"} <= choices.keys()
+
+
+def test_base_fields_are_parsed_from_a_command_line():
+    config = draccus.parse(
+        PreTrainedConfig,
+        args=["--type=grids", "--base.type=smolvla", "--base.chunk_size=8", "--base.n_action_steps=8", "--num_tokens=9"],
+    )
+    assert (config.type, config.base.type, config.base.chunk_size, config.num_tokens) == ("grids", "smolvla", 8, 9)
+
+
+def test_what_lerobot_sets_reaches_the_base():
+    config = tiny()
+    config.input_features, config.output_features = dict(INPUTS), dict(OUTPUTS)
+    config.share_with_base()
+    assert config.base.input_features == INPUTS
+    assert config.base.output_features == OUTPUTS
+    config.rtc_config = RTCConfig()
+    assert config.base.rtc_config is config.rtc_config
+    assert "rtc_config" not in vars(config)
+
+
+def test_what_lerobot_reads_is_the_base_policys():
+    config = tiny()
+    assert config.chunk_size == 16
+    assert config.n_action_steps == 8
+    assert config.action_delta_indices == list(range(16))
+    assert config.observation_delta_indices == [0]
+    assert config.normalization_mapping["ACTION"] is NormalizationMode.MEAN_STD
+    assert config.get_optimizer_preset().lr == config.base.optimizer_lr
+    assert config.get_scheduler_preset().peak_lr == config.base.optimizer_lr
+    # SmolVLA has no dtype; LeRobot asks with hasattr and falls back to use_amp.
+    assert not hasattr(config, "dtype")
+    pi0 = GridsConfig(base=PreTrainedConfig.get_choice_class("pi0")(device="cpu"))
+    assert pi0.dtype == pi0.base.dtype
+
+
+def test_device_follows_the_base_and_then_leads():
+    config = tiny()
+    assert config.device == "cpu"
+
+
+@pytest.mark.parametrize("k", [0, -3])
+def test_impossible_budgets(k):
+    with pytest.raises(BudgetError, match="choose num_tokens"):
+        tiny(num_tokens=k)
+    with pytest.raises(BudgetError, match=r"1 \.\. 4"):
+        tiny(num_tokens=5, num_tokens_max=4)
+
+
+def test_other_mistakes():
+    with pytest.raises(GridsError, match="magic"):
+        tiny(reducer="magic")
+    with pytest.raises(GridsError, match="smell"):
+        tiny(condition_on=["smell"])
+    with pytest.raises(CheckpointError, match="version 2"):
+        tiny(version=2)
+    with pytest.raises(GridsError, match=r"--policy\.base\.type"):
+        GridsConfig().require_base()

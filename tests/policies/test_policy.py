@@ -1,0 +1,117 @@
+"""GridsPolicy as LeRobot drives it."""
+
+import re
+
+import pytest
+import torch
+from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot_grids.data import load_metadata
+from lerobot_policy_grids import GridsConfig, GridsPolicy, TinySmolVLAConfig
+from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
+
+
+def test_lerobots_factories_build_it(dataset):
+    meta = load_metadata(str(dataset))
+    config = GridsConfig(base=TinySmolVLAConfig(device="cpu"), num_tokens=9)
+    policy = make_policy(config, ds_meta=meta)
+    assert isinstance(policy, GridsPolicy)
+    assert get_policy_class("grids") is GridsPolicy
+    assert policy.base.config.image_features.keys() == {"observation.image"}
+    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=meta.stats)
+    batch = {"observation.image": torch.rand(3, 96, 96), "observation.state": torch.zeros(4), "task": "push"}
+    action = postprocessor(policy.select_action(preprocessor(batch)))
+    assert action.shape == (1, 4)
+
+
+def test_actions_come_from_a_queue_that_reset_empties(grids_checkpoint):
+    policy = GridsPolicy.from_pretrained(grids_checkpoint)
+    looks = []
+    policy.reducer.register_forward_hook(lambda *args: looks.append(1))
+    preprocessor, _ = make_pre_post_processors(policy.config, pretrained_path=str(grids_checkpoint))
+    batch = {"observation.image": torch.rand(3, 96, 96), "observation.state": torch.zeros(4), "task": "push"}
+    batch = preprocessor(batch)
+    for _ in range(policy.config.n_action_steps + 1):
+        policy.select_action(dict(batch))
+    assert len(looks) == 2
+    policy.reset()
+    policy.select_action(dict(batch))
+    assert len(looks) == 3
+
+
+def test_from_pretrained_needs_no_source_of_the_base(grids_checkpoint, tmp_path):
+    """A checkpoint is whole: moved alone to another place, it loads."""
+    import shutil
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(grids_checkpoint, copy)
+    ours, theirs = (GridsPolicy.from_pretrained(folder).state_dict() for folder in (grids_checkpoint, copy))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "tmp" not in (copy / "config.json").read_text()
+    assert "tmp" not in (copy / "policy_preprocessor.json").read_text()
+
+
+def test_the_run_time_budget_is_a_flag(grids_checkpoint):
+    from lerobot.configs import PreTrainedConfig
+
+    config = PreTrainedConfig.from_pretrained(grids_checkpoint, cli_overrides=["--num_tokens=25"])
+    assert GridsPolicy.from_pretrained(grids_checkpoint, config=config).num_tokens == 25
+    with pytest.raises(BudgetError, match=r"1 \.\. 36"):
+        PreTrainedConfig.from_pretrained(grids_checkpoint, cli_overrides=["--num_tokens=37"])
+
+
+def test_lax_loading_is_refused(grids_checkpoint):
+    with pytest.raises(CheckpointError, match="random weights"):
+        GridsPolicy.from_pretrained(grids_checkpoint, strict=False)
+
+
+def test_a_dense_checkpoint_is_no_grids_checkpoint(dense_checkpoint):
+    with pytest.raises(CheckpointError, match="'tiny_smolvla' policy, not 'grids'"):
+        GridsPolicy.from_pretrained(dense_checkpoint)
+
+
+def test_a_hub_id_without_a_network_names_the_cause():
+    with pytest.raises(CheckpointError, match="cannot be fetched from the Hub"):
+        GridsPolicy.from_pretrained("someone/something")
+
+
+def test_without_a_base_it_says_what_to_pass():
+    with pytest.raises(GridsError, match=r"--policy\.base\.type"):
+        GridsPolicy(GridsConfig(device="cpu"))
+
+
+def test_a_base_can_be_loaded_from_its_checkpoint(dense_checkpoint):
+    """lerobot-train --policy.type=grids --policy.base.pretrained_path=..."""
+    dense = get_policy_class("tiny_smolvla").from_pretrained(dense_checkpoint)
+    base = TinySmolVLAConfig(device="cpu", pretrained_path=dense_checkpoint)
+    base.input_features, base.output_features = dense.config.input_features, dense.config.output_features
+    policy = GridsPolicy(GridsConfig(base=base))
+    assert all(torch.equal(value, policy.base.state_dict()[name]) for name, value in dense.state_dict().items())
+
+
+def test_real_time_chunking_reaches_the_base(grids_checkpoint):
+    policy = GridsPolicy.from_pretrained(grids_checkpoint)
+    assert policy.supports_rtc() == policy.base.supports_rtc()
+    policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=4)
+    policy.init_rtc_processor()
+    assert policy.base.rtc_processor is not None
+    assert policy.base.model.rtc_processor is policy.base.rtc_processor
+    preprocessor, _ = make_pre_post_processors(policy.config, pretrained_path=str(grids_checkpoint))
+    batch = {"observation.image": torch.rand(3, 96, 96), "observation.state": torch.zeros(4), "task": "push"}
+    chunk = policy.predict_action_chunk(
+        preprocessor(batch), inference_delay=2, prev_chunk_left_over=torch.zeros(1, 8, 32), execution_horizon=4
+    )
+    assert torch.isfinite(chunk).all()
+
+
+def test_lora_targets_match_the_same_modules_as_in_the_base(grids_checkpoint):
+    policy = GridsPolicy.from_pretrained(grids_checkpoint)
+    ours, theirs = policy._get_default_peft_targets(), policy.base._get_default_peft_targets()
+
+    def matched(root, pattern):
+        return [name for name, _ in root.named_modules() if re.fullmatch(pattern, name)]
+
+    expected = matched(policy.base, theirs["target_modules"])
+    assert len(expected) > 0
+    assert matched(policy, ours["target_modules"]) == [f"base.{name}" for name in expected]
+    assert ours["modules_to_save"] == ["reducer"]
