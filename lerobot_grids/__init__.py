@@ -1,0 +1,1 @@
+"""Training, measuring and publishing grids policies. Import its modules; this one stays light."""

@@ -28,7 +28,9 @@ class PositionLoss(nn.Module):
         self.num_heads = num_heads
         mean = torch.as_tensor(statistics["mean"]).float().flatten()
         std = torch.as_tensor(statistics["std"]).float().flatten().clamp_min(self.MIN_STD)
+        self.mean: Tensor
         self.register_buffer("mean", mean)
+        self.std: Tensor
         self.register_buffer("std", std)
         self.queries = nn.Parameter(torch.randn(num_tasks, 2, width) * 0.5)
         self.norm = nn.LayerNorm(width)

@@ -27,7 +27,7 @@ def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMe
     if local and not (folder / "meta" / "info.json").is_file():
         seen = "does not exist" if not folder.exists() else "holds no meta/info.json"
         raise DatasetError(
-            f"dataset {dataset} {seen}; expected the folder of a LeRobotDataset v3.0, or an id like user/name on the Hub"
+            f"dataset {dataset} {seen}; expected the folder of a LeRobotDataset v3.0, or a Hub id like user/name"
         )
     try:
         if local:
@@ -139,8 +139,6 @@ class LeRobotDataModule(lightning.LightningDataModule):
         workers = self.num_workers
         if workers < 0:
             workers = 0 if cached else min(4, os.cpu_count() or 1)
-        # A cache hands out whole batches.
-        collate = {"collate_fn": _identity} if cached else {}
         return DataLoader(
             subset,
             batch_size=min(self.batch_size, len(subset)),
@@ -148,7 +146,8 @@ class LeRobotDataModule(lightning.LightningDataModule):
             drop_last=shuffle,
             num_workers=workers,
             persistent_workers=workers > 0,
-            **collate,
+            # A cache hands out whole batches.
+            collate_fn=_identity if cached else None,
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env_pre_post_processors
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy, rollout
 from lerobot.utils.io_utils import write_video
 from lerobot_policy_grids.adapters import get_adapter
@@ -93,7 +93,9 @@ def load_policy(source: str, device: str | None = None, num_tokens: int | None =
     """
     folder = find_source(source)
     if not isinstance(folder, Path):
-        raise CheckpointError(f"'{source}' is a family with random weights; give the checkpoint folder of a trained policy")
+        raise CheckpointError(
+            f"'{source}' is a family with random weights; give the checkpoint folder of a trained policy"
+        )
     require_complete(folder)
     kind = policy_type(folder)
     try:
@@ -207,7 +209,9 @@ def film(
             with watch_coordinates(loaded.policy) as looks:
                 images: list[np.ndarray] = []
 
-                def draw(env: Any, images: list[np.ndarray] = images, looks: list[Any] = looks, task: str = task) -> None:
+                def draw(
+                    env: Any, images: list[np.ndarray] = images, looks: list[Any] = looks, task: str = task
+                ) -> None:
                     frame = np.ascontiguousarray(env.envs[0].render())
                     # Elsewhere what is rendered for people is not what the policy sees.
                     seen = looks and getattr(env.envs[0].unwrapped, "renders_observation", False)

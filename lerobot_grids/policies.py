@@ -139,7 +139,7 @@ def build_policy(
     if isinstance(config, GridsConfig):
         if tokens == "dense":
             raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")
-        policy = GridsPolicy.from_pretrained(found, config=config)  # type: ignore[arg-type]
+        policy = GridsPolicy.from_pretrained(str(found), config=config)
         policy.num_tokens = tokens
     else:
         base = build_base(config)
@@ -147,7 +147,9 @@ def build_policy(
             load_weights(base, found / WEIGHTS_FILE)
         if tokens == "dense":
             if reducer != "grids":
-                raise GridsError(f"--tokens dense keeps every token, so --reducer {reducer} has nothing to do; drop one")
+                raise GridsError(
+                    f"--tokens dense keeps every token, so --reducer {reducer} has nothing to do; drop one"
+                )
             policy = base
         else:
             options: dict[str, Any] = {"condition_on": condition_on} if condition_on is not None else {}
@@ -172,5 +174,5 @@ def _check_cameras(source: str, config: PreTrainedConfig, inputs: dict[str, Any]
     if missing and not set(have) <= set(wanted):
         raise DatasetError(
             f"policy {source} looks through cameras {', '.join(wanted)}; the dataset has {', '.join(have)}. "
-            f"Rename with --rename_map '{{\"{have[0]}\": \"{missing[0]}\"}}'"
+            f'Rename with --rename_map \'{{"{have[0]}": "{missing[0]}"}}\''
         )

@@ -46,7 +46,7 @@ def write_dataset(root: Path, cameras=("observation.image",), positions=False) -
             for (x, y), colour in ((target, (0, 255, 0)), (place, (255, 0, 0))):
                 column, row = int(x * SIZE), int(y * SIZE)
                 pixels[row - 6 : row + 6, column - 6 : column + 6] = colour
-            frame = {key: pixels for key in cameras}
+            frame = dict.fromkeys(cameras, pixels)
             frame["observation.state"] = np.array([0.1 * episode, 0, 0, 1], np.float32)
             frame["action"] = np.array([*step * 20, 0, 0], np.float32)
             frame["task"] = ("move the red square", "push the square to the goal")[episode % 2]

@@ -1,0 +1,1 @@
+"""The command `lerobot-grids`: one module per subcommand, imported on use."""

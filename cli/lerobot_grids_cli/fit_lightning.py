@@ -5,14 +5,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lerobot_grids.callbacks import CheckpointExport, TrainingProgress
-from lerobot_grids.data import LeRobotDataModule
-from lerobot_grids.module import GridsModule
-from lerobot_grids.policies import parse_tokens
 from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lerobot_grids.callbacks import CheckpointExport, TrainingProgress
+from lerobot_grids.data import LeRobotDataModule
+from lerobot_grids.module import GridsModule
+from lerobot_grids.policies import parse_tokens
 
 from .fit import FitOptions
 from .parser import OneLineErrors
@@ -29,11 +30,11 @@ LINKS = {
 STATE_FOLDER = "training_state"
 
 
-class FitParser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
+class FitParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
 
 
-class FitCLI(LightningCLI):  # type: ignore[misc]
+class FitCLI(LightningCLI):
     """LightningCLI whose output folder, loggers and callbacks follow from the main options."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -69,7 +70,9 @@ class FitCLI(LightningCLI):  # type: ignore[misc]
         callbacks = [
             *(options.trainer.callbacks or []),
             CheckpointExport(self.output, every_n_steps=every),
-            ModelCheckpoint(self.output / STATE_FOLDER, "last", every_n_train_steps=every, enable_version_counter=False),
+            ModelCheckpoint(
+                self.output / STATE_FOLDER, "last", every_n_train_steps=every, enable_version_counter=False
+            ),
         ]
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
@@ -84,7 +87,7 @@ class FitCLI(LightningCLI):  # type: ignore[misc]
         return super().instantiate_trainer(callbacks=callbacks, default_root_dir=self.output, **kwargs)
 
 
-class SaveOptions(SaveConfigCallback):  # type: ignore[misc]
+class SaveOptions(SaveConfigCallback):
     """Keep what was asked for beside what came of it, as `fit --config` reads it."""
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 1 for what the user can mend, 2 for a wrong command line, 130 when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if sys.version_info < (3, 12):
+    if sys.version_info < (3, 12):  # noqa: UP036 (a source tree can be run by any Python)
         return fail(f"Python {sys.version.split()[0]}; LeRobot needs 3.12 or newer, make the environment with that")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

@@ -22,7 +22,7 @@ class OneLineErrors:
         sys.exit(2)
 
 
-class Parser(OneLineErrors, ArgumentParser):  # type: ignore[misc]
+class Parser(OneLineErrors, ArgumentParser):
     """A subcommand's parser."""
 
 

@@ -22,7 +22,7 @@ def record(
 
     Args:
         output: New folder of the dataset; it must not exist.
-        env: Simulator.
+        env: Simulator to record in.
         tasks: Tasks, comma-separated. A dataset of several tasks teaches one policy by its instructions.
         episodes: Successful episodes of each task.
         size: Height and width of the camera image in pixels.
@@ -31,12 +31,18 @@ def record(
         workers: Processes that simulate.
         json: File for the counts and times.
     """
+    from lerobot_policy_grids.errors import GridsError
+
     from lerobot_grids.progress import counting_bar, write_json
     from lerobot_grids.recording import record as record_dataset
     from lerobot_grids.simulation.metaworld import expand_tasks
-    from lerobot_policy_grids.errors import GridsError
 
-    for name, value, least in (("episodes", episodes, 1), ("size", size, 16), ("workers", workers, 1), ("noise", noise, 0)):
+    for name, value, least in (
+        ("episodes", episodes, 1),
+        ("size", size, 16),
+        ("workers", workers, 1),
+        ("noise", noise, 0),
+    ):
         if value < least:
             raise GridsError(f"--{name} {value}; give at least {least}")
     with counting_bar("recording", len(expand_tasks(tasks)) * episodes, "episodes") as bar:

@@ -44,7 +44,9 @@ def make_env_config(
         values.setdefault("render_interval", look_every)
     unknown = sorted(set(values) - known)
     if unknown:
-        raise SimulationError(f"environment '{name}' has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+        raise SimulationError(
+            f"environment '{name}' has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
+        )
     config: EnvConfig = choices[kind](**values)
     return config
 

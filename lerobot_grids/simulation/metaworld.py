@@ -68,7 +68,7 @@ def look_at(position: tuple[float, ...], target: tuple[float, ...]) -> np.ndarra
     return quaternion
 
 
-class MetaworldEnv(lerobot_metaworld.MetaworldEnv):  # type: ignore[misc]
+class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
     """One MetaWorld task, seen by a side camera.
 
     Args:
@@ -123,7 +123,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):  # type: ignore[misc]
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self._steps += 1
-        return super().step(action)  # type: ignore[no-any-return]
+        return super().step(action)
 
     def render(self) -> np.ndarray:
         """The camera's image, uint8 [size, size, 3].
@@ -151,7 +151,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):  # type: ignore[misc]
 
 @lerobot_configs.EnvConfig.register_subclass("grids_metaworld")
 @dataclass
-class MetaworldConfig(lerobot_configs.MetaworldEnv):  # type: ignore[misc]
+class MetaworldConfig(lerobot_configs.MetaworldEnv):
     """LeRobot's MetaWorld with this module's camera.
 
     Attributes:

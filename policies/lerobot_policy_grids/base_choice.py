@@ -36,4 +36,4 @@ class BasePolicyChoice(draccus.ChoiceRegistry):
 
 
 # Without this draccus drops the "type" key when it encodes a base config, and the file cannot be read back.
-BasePolicyChoice.register(PreTrainedConfig)  # type: ignore[attr-defined]
+BasePolicyChoice.register(PreTrainedConfig)

@@ -7,7 +7,7 @@ line in the log. Here a checkpoint fits exactly or is refused, and a folder appe
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,8 +102,8 @@ def load_weights(module: nn.Module, path: Path, device: str = "cpu") -> None:
         raise CheckpointError(f"{path}: keys do not match the policy, {' and '.join(shown)}; {advice}")
 
 
-def _first(keys: object, limit: int = 3) -> str:
-    names = sorted(keys)  # type: ignore[call-overload]
+def _first(keys: Iterable[str], limit: int = 3) -> str:
+    names = sorted(keys)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(f"'{name}'" for name in names[:limit]) + more
 

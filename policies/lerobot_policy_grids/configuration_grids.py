@@ -45,8 +45,9 @@ class GridsConfig(PreTrainedConfig):
     version: int = 1
 
     def __post_init__(self) -> None:
-        if self.device is None and self.base is not None:
-            self.device = self.base.device  # type: ignore[attr-defined]
+        base: Any = self.base
+        if self.device is None and base is not None:
+            self.device: str | None = base.device
         super().__post_init__()
         if self.version != 1:
             raise CheckpointError(
@@ -91,12 +92,12 @@ class GridsConfig(PreTrainedConfig):
         if self.base is None:
             raise GridsError("policy type 'grids' wraps another policy; say which with --policy.base.type=smolvla")
         base: Any = self.base
-        return base  # type: ignore[no-any-return]
+        return base
 
     @property
     def normalization_mapping(self) -> dict[str, NormalizationMode]:
         """The base policy's, which its processors apply."""
-        mapping: dict[str, NormalizationMode] = self.require_base().normalization_mapping  # type: ignore[attr-defined]
+        mapping: dict[str, NormalizationMode] = self.require_base().normalization_mapping
         return mapping
 
     @property
@@ -140,8 +141,8 @@ class GridsConfig(PreTrainedConfig):
         saved.num_tokens_max = self.max_tokens
         for config in (saved, saved.base):
             if config is not None:
-                config.pretrained_path = None  # type: ignore[attr-defined]
-                config.pretrained_revision = None  # type: ignore[attr-defined]
+                config.pretrained_path = None
+                config.pretrained_revision = None
         super(GridsConfig, saved)._save_pretrained(save_directory)
 
 

@@ -167,7 +167,11 @@ class GridsPolicy(PreTrainedPolicy):
 
             folder = path
             try:
-                known = {name: hub[name] for name in ("force_download", "token", "cache_dir", "local_files_only") if name in hub}
+                known = {
+                    name: hub[name]
+                    for name in ("force_download", "token", "cache_dir", "local_files_only")
+                    if name in hub
+                }
                 weights = Path(hf_hub_download(str(path), WEIGHTS_FILE, revision=revision, **known))
             except (HfHubHTTPError, HFValidationError, OSError) as error:
                 raise CheckpointError(

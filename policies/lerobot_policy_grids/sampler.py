@@ -161,7 +161,9 @@ class GridSampler(nn.Module):
         self.geometry = Float32MLP(2, geometry_width, width)
 
         # Saved with the weights: offsets mean nothing without the anchors they were learned from.
+        self.anchor_cells: Tensor
         self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max))
+        self.grid_size: Tensor
         self.register_buffer("grid_size", torch.tensor([columns, height]), persistent=False)
 
     @property
@@ -237,7 +239,7 @@ class GridSampler(nn.Module):
             else:
                 part = context[name].float()
             if name in self.norms:
-                norm = self.norms[name]
+                norm: nn.LayerNorm = self.norms[name]  # type: ignore[assignment]
                 part = nn.functional.layer_norm(
                     part, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
                 )

@@ -60,7 +60,10 @@ def test_help_is_quick_and_complete(arguments):
     ("code", "forbidden"),
     [
         ("from lerobot_grids_cli.main import main; main(['--help'])", ("torch", "lightning", "lerobot")),
-        ("import lerobot_policy_grids, lerobot_policy_grids.modeling_grids", ("lightning", "jsonargparse", "lerobot_grids")),
+        (
+            "import lerobot_policy_grids, lerobot_policy_grids.modeling_grids",
+            ("lightning", "jsonargparse", "lerobot_grids"),
+        ),
     ],
 )
 def test_light_imports(code, forbidden):

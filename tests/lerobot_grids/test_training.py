@@ -6,13 +6,14 @@ import lightning
 import pytest
 import torch
 from lerobot.policies.factory import get_policy_class
+from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
+
 from lerobot_grids.callbacks import CheckpointExport
 from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.evaluation import load_policy
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import build_policy, parse_tokens
-from lerobot_policy_grids import GridsPolicy
-from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
 
 
 def train(dataset, output, steps, seed=0, **options):
@@ -57,7 +58,9 @@ def test_the_validation_loss_falls_well_below_its_start(trained):
 
 
 def test_the_same_seed_gives_the_same_policy(dataset, tmp_path):
-    states = [train(dataset, tmp_path / str(i), 6, seed=seed)[0].policy.state_dict() for i, seed in enumerate((3, 3, 4))]
+    states = [
+        train(dataset, tmp_path / str(i), 6, seed=seed)[0].policy.state_dict() for i, seed in enumerate((3, 3, 4))
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
@@ -173,26 +176,23 @@ def test_budgets():
     assert parse_tokens(" 16 ") == parse_tokens(16) == 16
 
 
-def test_run_csv_has_no_gap(tmp_path, dataset):
+def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset):
     """The command's own logger, trainer and callbacks."""
     from lerobot_grids_cli.fit_lightning import fit
 
     output = tmp_path / "run"
-    fit(
-        [f"--dataset={dataset}", "--tokens=4", f"--output={output}", "--steps=4", "--batch_size=4", "--save_every=2"]
-        + ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
-    )
+    flags = [f"--dataset={dataset}", f"--output={output}", "--tokens=4", "--batch_size=4", "--save_every=2"]
+    flags += ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+    fit([*flags, "--steps=4"])
     rows = list(csv.DictReader((output / "logs" / "csv" / "metrics.csv").open()))
     assert {int(row["step"]) for row in rows if row["train/loss"]} == {0, 1, 2, 3}
     assert (output / "fit.yaml").is_file()
     assert list((output / "logs" / "tensorboard").glob("events*"))
-    assert (output / "training_state" / "last.ckpt").is_file()
+    assert [path.name for path in output.rglob("*.ckpt")] == ["last.ckpt"]
     assert load_policy(str(output)).policy.num_tokens == 4
-    # More steps with --resume start where the run stopped.
-    fit(
-        [f"--dataset={dataset}", "--tokens=4", f"--output={output}", "--steps=6", "--batch_size=4", "--save_every=2"]
-        + ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
-        + ["--resume=true"]
-    )
-    state = torch.load(output / "training_state" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 6
+    # More steps with --resume start where the run stopped, and keep its log.
+    fit([*flags, "--steps=6", "--resume=true"])
+    assert torch.load(output / "training_state" / "last.ckpt", weights_only=True)["global_step"] == 6
+    more = list(csv.DictReader((output / "logs" / "csv-2" / "metrics.csv").open()))
+    assert {int(row["step"]) for row in more if row["train/loss"]} == {4, 5}
+    assert (output / "logs" / "csv" / "metrics.csv").is_file()

@@ -1,6 +1,7 @@
 """GridsConfig: what LeRobot reads and sets on it reaches the base, and back."""
 
 import json
+from dataclasses import dataclass
 
 import draccus
 import pytest
@@ -55,11 +56,16 @@ def test_every_registered_policy_but_ourselves_is_a_base():
     assert {"smolvla", "pi0", "tiny_smolvla"} <= choices.keys()
 
 
+@dataclass
+class Command:
+    """What LeRobot's commands have: a field that holds any policy."""
+
+    policy: PreTrainedConfig | None = None
+
+
 def test_base_fields_are_parsed_from_a_command_line():
-    config = draccus.parse(
-        PreTrainedConfig,
-        args=["--type=grids", "--base.type=smolvla", "--base.chunk_size=8", "--base.n_action_steps=8", "--num_tokens=9"],
-    )
+    flags = {"type": "grids", "base.type": "smolvla", "base.chunk_size": 8, "base.n_action_steps": 8, "num_tokens": 9}
+    config = draccus.parse(Command, args=[f"--policy.{name}={value}" for name, value in flags.items()]).policy
     assert (config.type, config.base.type, config.base.chunk_size, config.num_tokens) == ("grids", "smolvla", 8, 9)
 
 

@@ -24,7 +24,9 @@ def test_shipped_files_are_what_the_script_builds(tmp_path):
         assert ours == built, name
 
 
-@pytest.mark.parametrize("text", ["push the puck to the goal\n", "Öffne die Tür, bitte!\n", "把杯子放下\n", "x\ty 123\n"])
+@pytest.mark.parametrize(
+    "text", ["push the puck to the goal\n", "Öffne die Tür, bitte!\n", "把杯子放下\n", "x\ty 123\n"]
+)
 def test_any_instruction_has_tokens_of_its_own(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in ids

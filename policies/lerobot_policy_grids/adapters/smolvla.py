@@ -104,7 +104,9 @@ def _embed_image(vlm: Any, image: Tensor) -> Tensor:
     return tokens
 
 
-def _context(policy: Any, condition_on: tuple[str, ...], batch: dict[str, Tensor], num_cameras: int) -> dict[str, Tensor]:
+def _context(
+    policy: Any, condition_on: tuple[str, ...], batch: dict[str, Tensor], num_cameras: int
+) -> dict[str, Tensor]:
     """What the coordinates may depend on, repeated for each camera (camera-major, as the images are stacked)."""
     context: dict[str, Tensor] = {}
     if "language" in condition_on:

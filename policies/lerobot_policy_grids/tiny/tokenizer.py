@@ -17,7 +17,7 @@ class TinyTokenizerStep(TokenizerProcessorStep):
     padding: str = "longest"
 
     def __post_init__(self) -> None:
-        self.tokenizer_name = str(VLM_FOLDER)
+        self.tokenizer_name: str | None = str(VLM_FOLDER)
         super().__post_init__()
         # The step's saved configuration would name the folder of this machine.
         self.tokenizer_name = None

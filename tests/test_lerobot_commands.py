@@ -1,0 +1,156 @@
+"""LeRobot's own commands, unmodified, with this plugin installed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def lerobot(command, *arguments, timeout=280):
+    """Run one of LeRobot's commands and return its output."""
+    result = subprocess.run(
+        [Path(sys.executable).with_name(command), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+METAWORLD = (
+    "--env.discover_packages_path=lerobot_grids.simulation",
+    "--env.type=grids_metaworld",
+    "--env.task=push-v3",
+    "--env.max_steps=9",
+    "--env.render_interval=8",
+)
+
+
+def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
+    output = tmp_path / "train"
+    lerobot(
+        "lerobot-train",
+        "--policy.type=grids",
+        "--policy.base.type=tiny_smolvla",
+        "--policy.num_tokens=9",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--dataset.repo_id=local/squares",
+        f"--dataset.root={dataset}",
+        f"--output_dir={output}",
+        "--steps=2",
+        "--batch_size=4",
+        "--num_workers=0",
+        "--log_freq=1",
+        "--env_eval_freq=0",
+        "--wandb.enable=false",
+    )
+    checkpoint = output / "checkpoints" / "last" / "pretrained_model"
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert (config["type"], config["base"]["type"], config["num_tokens"]) == ("grids", "tiny_smolvla", 9)
+    # More training from it, by path, with another budget within the maximum.
+    lerobot(
+        "lerobot-train",
+        f"--policy.path={checkpoint}",
+        "--policy.num_tokens=4",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--dataset.repo_id=local/squares",
+        f"--dataset.root={dataset}",
+        f"--output_dir={tmp_path / 'more'}",
+        "--steps=1",
+        "--batch_size=4",
+        "--num_workers=0",
+        "--env_eval_freq=0",
+        "--wandb.enable=false",
+    )
+    evaluation = tmp_path / "eval"
+    lerobot(
+        "lerobot-eval",
+        f"--policy.path={checkpoint}",
+        "--policy.device=cpu",
+        *METAWORLD,
+        "--eval.n_episodes=1",
+        "--eval.batch_size=1",
+        f"--output_dir={evaluation}",
+    )
+    assert json.loads((evaluation / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
+
+
+def test_lerobot_eval_of_our_checkpoints(dense_checkpoint, grids_checkpoint, tmp_path):
+    for checkpoint, flags in ((dense_checkpoint, ()), (grids_checkpoint, ("--policy.num_tokens=4",))):
+        output = tmp_path / checkpoint.name
+        lerobot(
+            "lerobot-eval",
+            f"--policy.path={checkpoint}",
+            "--policy.device=cpu",
+            *flags,
+            *METAWORLD,
+            "--eval.n_episodes=1",
+            "--eval.batch_size=1",
+            f"--output_dir={output}",
+        )
+        assert (output / "eval_info.json").is_file()
+
+
+PARSE = """
+import sys, time
+from lerobot.configs import parser
+from lerobot.utils.import_utils import register_third_party_plugins
+register_third_party_plugins()
+{imports}
+start = time.perf_counter()
+
+@parser.wrap()
+def main(cfg: {config}):
+    print("PARSED", cfg.policy.type, getattr(cfg.policy, "num_tokens", None), round(time.perf_counter() - start, 2))
+
+main()
+"""
+
+
+def parse(imports, config, *arguments):
+    """What a LeRobot command's configuration makes of these flags: [type, num_tokens, seconds]."""
+    code = PARSE.format(imports=imports, config=config)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("PARSED")]
+    return line.split()[1:]
+
+
+TRAIN = ("from lerobot.configs.train import TrainPipelineConfig", "TrainPipelineConfig", "--dataset.repo_id=a/b")
+
+
+def test_other_policies_still_parse_quickly():
+    """A choice field that contained ourselves would recurse for ever, in every LeRobot command."""
+    kind, _, seconds = parse(*TRAIN, "--policy.type=act", "--policy.push_to_hub=false")
+    assert kind == "act"
+    assert float(seconds) < 10  # 2 s on an idle machine; the failure this guards against never ends
+
+
+def test_lerobot_rollout_parses_our_checkpoint(grids_checkpoint):
+    kind, tokens, _ = parse(
+        "import lerobot.scripts.lerobot_rollout\nfrom lerobot.rollout import RolloutConfig",
+        "RolloutConfig",
+        f"--policy.path={grids_checkpoint}",
+        "--policy.num_tokens=25",
+        "--robot.type=so101_follower",
+        "--robot.port=/dev/null",
+        "--robot.id=x",
+        "--task=push",
+        "--duration=1",
+    )
+    assert (kind, tokens) == ("grids", "25")
+
+
+def test_the_plugin_is_discovered():
+    code = (
+        "from lerobot.utils.import_utils import register_third_party_plugins; register_third_party_plugins()\n"
+        "from lerobot.configs import PreTrainedConfig; print('grids' in PreTrainedConfig.get_known_choices())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip().endswith("True")
