@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env_pre_post_processors
+from lerobot.envs.utils import env_to_policy_features
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy, rollout
+from lerobot.utils.constants import ACTION
 from lerobot.utils.io_utils import write_video
 from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, require_complete
-from lerobot_policy_grids.errors import CheckpointError
-from lerobot_policy_grids.modeling_grids import GridsPolicy, build_base
+from lerobot_policy_grids.errors import CheckpointError, SimulationError
+from lerobot_policy_grids.modeling_grids import GridsPolicy, build
 
 from .policies import find_source
 from .statistics import wilson_interval
@@ -80,13 +82,19 @@ class LoadedPolicy:
     postprocessor: Any
 
 
-def load_policy(source: str, device: str | None = None, num_tokens: int | None = None) -> LoadedPolicy:
+def load_policy(
+    source: str,
+    device: str | None = None,
+    num_tokens: int | None = None,
+    rename_map: dict[str, str] | None = None,
+) -> LoadedPolicy:
     """Load a checkpoint strictly, dense or grids, with the processors that were saved beside it.
 
     Args:
         source: Checkpoint folder, output folder of a run, or Hub id.
         device: Where it runs; None keeps the checkpoint's, or what this machine has.
         num_tokens: Run-time budget of a grids checkpoint.
+        rename_map: Names of the environment's observations to the policy's; None keeps the checkpoint's.
 
     Raises:
         CheckpointError: If the checkpoint is incomplete or does not fit.
@@ -104,22 +112,19 @@ def load_policy(source: str, device: str | None = None, num_tokens: int | None =
         raise CheckpointError(f"{folder / 'config.json'} is no valid configuration: {error}") from error
     if device is not None:
         config.device = device
-    policy: Any
-    if kind == "grids":
-        policy = GridsPolicy.from_pretrained(folder, config=config)
-        if num_tokens is not None:
-            policy.num_tokens = num_tokens
-    elif num_tokens is not None:
+    if num_tokens is not None and kind != "grids":
         raise CheckpointError(f"{source} is a dense '{kind}' policy, which has no token budget to set; drop --tokens")
-    else:
-        policy = build_base(config)
-        load_weights(policy, folder / WEIGHTS_FILE)
+    policy = build(config)
+    load_weights(policy, folder / WEIGHTS_FILE)
+    if num_tokens is not None:
+        policy.num_tokens = num_tokens
     policy.to(config.device)
     policy.eval()
+    overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
+    if rename_map is not None:
+        overrides["rename_observations_processor"] = {"rename_map": rename_map}
     preprocessor, postprocessor = make_pre_post_processors(
-        config,
-        pretrained_path=str(folder),
-        preprocessor_overrides={"device_processor": {"device": str(config.device)}},
+        config, pretrained_path=str(folder), preprocessor_overrides=overrides
     )
     return LoadedPolicy(policy, preprocessor, postprocessor)
 
@@ -133,6 +138,28 @@ def token_counts(policy: Any) -> tuple[int | None, int | None]:
         return dense, dense
     except Exception:  # a policy without a token grid can still be evaluated
         return None, None
+
+
+def check_fit(loaded: LoadedPolicy, env_config: EnvConfig) -> None:
+    """Raise `SimulationError` unless the environment shows what the policy looks at and takes what it does."""
+    renames: dict[str, str] = {}
+    for step in loaded.preprocessor.steps:
+        renames |= getattr(step, "rename_map", {})
+    features = env_to_policy_features(env_config)
+    config = loaded.policy.config
+    shown = [renames.get(key, key) for key, feature in features.items() if feature.type is FeatureType.VISUAL]
+    if not set(shown) & set(config.image_features):
+        wanted = next(iter(config.image_features))
+        raise SimulationError(
+            f"the policy looks through {', '.join(config.image_features)}; the environment shows {', '.join(shown)}. "
+            f'Rename with --rename_map \'{{"{shown[0] if shown else "..."}": "{wanted}"}}\''
+        )
+    acts, takes = (tuple(shape[ACTION].shape) for shape in (config.output_features, features))
+    if acts != takes:
+        raise SimulationError(
+            f"the policy's actions have shape {acts}, the environment takes {takes}; "
+            "evaluate it in the environment of its dataset"
+        )
 
 
 def evaluate(
@@ -155,7 +182,11 @@ def evaluate(
         batch_size: Episodes that run side by side.
         source: Name of the policy in the result.
         on_progress: Called with (task, episodes done, successes) after each batch.
+
+    Raises:
+        SimulationError: If the environment's cameras or actions are not the policy's.
     """
+    check_fit(loaded, env_config)
     used, dense = token_counts(loaded.policy)
     result = Evaluation(source, loaded.policy.config.type, used, dense)
     for task, env in _environments(env_config, min(batch_size, episodes)):
@@ -221,6 +252,8 @@ def film(
 
                 with _without_bars():
                     rollout(env, **_arguments(loaded, env_config), seeds=[seed + episode], render_callback=draw)
+            if len(images) <= env.call("_max_episode_steps")[0]:
+                images.pop()  # success resets the simulator, so the last frame shows another episode
             path = folder / f"{task}_{seed + episode}.mp4"
             write_video(str(path), np.stack(images), env.metadata.get("render_fps", 30))
             written.append(path)

@@ -89,7 +89,7 @@ class GridsModule(lightning.LightningModule):
             base, source = self.policy.base, self.policy.reducer
         else:
             base = self.policy
-            source = get_adapter(base.config.type).projector(base)
+            source = get_adapter(base.config.type).feature_source(base)
         width = get_adapter(base.config.type).layout(base).width
         self.position_loss = PositionLoss(width, meta.stats[POSITIONS], len(meta.tasks))
         # The tokens the trunk gets: all of them in a dense policy, the sampled ones otherwise.

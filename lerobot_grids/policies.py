@@ -17,7 +17,7 @@ from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, resolve_checkpoint
 from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
-from lerobot_policy_grids.modeling_grids import GridsPolicy, build_base
+from lerobot_policy_grids.modeling_grids import GridsPolicy, build
 
 Tokens = int | Literal["dense"]
 
@@ -124,6 +124,7 @@ def build_policy(
     outputs = {k: v for k, v in features.items() if v.type is FeatureType.ACTION}
 
     found = find_source(source)
+    folder = found if isinstance(found, Path) else None
     if isinstance(found, Path):
         kind = policy_type(found)
         if kind != "grids":
@@ -131,38 +132,32 @@ def build_policy(
         config = PreTrainedConfig.from_pretrained(found)
         _check_cameras(source, config, inputs)
     else:
-        config = found(input_features=inputs)
+        config = found(input_features=inputs, device="cpu")
     config.device = "cpu"
     config.output_features = outputs
+    # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
+    config.pretrained_path = None
 
-    policy: PreTrainedPolicy
-    if isinstance(config, GridsConfig):
+    policy: Any = build(config)
+    if folder is not None:
+        load_weights(policy, folder / WEIGHTS_FILE)
+    if isinstance(policy, GridsPolicy):
         if tokens == "dense":
             raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")
-        policy = GridsPolicy.from_pretrained(str(found), config=config)
         policy.num_tokens = tokens
+    elif tokens == "dense":
+        if reducer != "grids":
+            raise GridsError(f"--tokens dense keeps every token, so --reducer {reducer} has nothing to do; drop one")
     else:
-        base = build_base(config)
-        if isinstance(found, Path):
-            load_weights(base, found / WEIGHTS_FILE)
-        if tokens == "dense":
-            if reducer != "grids":
-                raise GridsError(
-                    f"--tokens dense keeps every token, so --reducer {reducer} has nothing to do; drop one"
-                )
-            policy = base
-        else:
-            options: dict[str, Any] = {"condition_on": condition_on} if condition_on is not None else {}
-            wrapper = GridsConfig(
-                base=config, num_tokens=tokens, num_tokens_max=num_tokens_max, reducer=reducer, device="cpu", **options
-            )
-            policy = GridsPolicy(wrapper, base=base)
+        options: dict[str, Any] = {"condition_on": condition_on} if condition_on is not None else {}
+        wrapper = GridsConfig(
+            base=config, num_tokens=tokens, num_tokens_max=num_tokens_max, reducer=reducer, device="cpu", **options
+        )
+        policy = GridsPolicy(wrapper, base=policy)
     preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
             step.rename_map = rename_map
-    # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
-    policy.config.pretrained_path = None
     return TrainablePolicy(policy, preprocessor, postprocessor)
 
 

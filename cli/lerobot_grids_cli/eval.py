@@ -18,6 +18,7 @@ def evaluate(
     output: str | None = None,
     json: str | None = None,
     env_args: dict[str, Any] | None = None,
+    rename_map: dict[str, str] | None = None,
 ) -> None:
     """Measure a policy's closed-loop success with its 95 % Wilson interval, and film where it looks.
 
@@ -35,6 +36,7 @@ def evaluate(
         videos: Episodes of each task to film; 0 for none.
         output: Folder for films and result.json. Defaults to outputs/eval/<policy>.
         json: Another file for the result.
+        rename_map: Names of the environment's observations to the policy's, where they differ.
         env_args: More fields of the environment's configuration, such as '{"max_steps": 300}'.
     """
     from pathlib import Path
@@ -48,7 +50,7 @@ def evaluate(
     for name, value, least in (("episodes", episodes, 1), ("batch_size", batch_size, 1), ("videos", videos, 0)):
         if value < least:
             raise GridsError(f"--{name} {value}; give at least {least}")
-    loaded = evaluation.load_policy(policy, device=device, num_tokens=tokens)
+    loaded = evaluation.load_policy(policy, device=device, num_tokens=tokens, rename_map=rename_map)
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk)
     total = episodes * len(task_names(env_config))

@@ -139,10 +139,11 @@ class GridsConfig(PreTrainedConfig):
         # Where the weights came from is a fact about a machine and a moment; a checkpoint holds its own weights.
         saved = deepcopy(self)
         saved.num_tokens_max = self.max_tokens
-        for config in (saved, saved.base):
-            if config is not None:
-                config.pretrained_path = None
-                config.pretrained_revision = None
+        config: Any
+        for config in filter(None, (saved, saved.base)):
+            config.pretrained_path = config.pretrained_revision = None
+        if hasattr(saved, "load_vlm_weights"):
+            saved.load_vlm_weights = False
         super(GridsConfig, saved)._save_pretrained(save_directory)
 
 

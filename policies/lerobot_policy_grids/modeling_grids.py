@@ -3,24 +3,30 @@
 from pathlib import Path
 from typing import Any, Self
 
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from .adapters import get_adapter
-from .checkpoint import WEIGHTS_FILE, load_weights, resolve_checkpoint
+from .checkpoint import WEIGHTS_FILE, load_weights, policy_type, resolve_checkpoint
 from .configuration_grids import GridsConfig
 from .errors import CheckpointError
 from .reducers import make_reducer
 
 
-def build_base(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedPolicy:
-    """Construct a base policy with random weights, fetching none."""
+def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """Construct the policy that a configuration describes with random weights, fetching none.
+
+    Args:
+        config: Of a base policy or of a grids policy.
+        **kwargs: What its constructor takes besides.
+    """
+    # A grids configuration passes this on to its base.
     if hasattr(config, "load_vlm_weights"):
         config.load_vlm_weights = False
-    policy: PreTrainedPolicy = get_policy_class(config.type)(config, **kwargs)
-    return policy
+    return get_policy_class(config.type)(config, **kwargs)
 
 
 class GridsPolicy(PreTrainedPolicy):
@@ -48,13 +54,10 @@ class GridsPolicy(PreTrainedPolicy):
         base_config = config.require_base()
         self.adapter = get_adapter(base_config.type)
         if base is None:
-            source = base_config.pretrained_path
-            if source is None and getattr(base_config, "load_vlm_weights", False):
-                base = get_policy_class(base_config.type)(base_config, **kwargs)
-            else:
-                base = build_base(base_config, **kwargs)
-            if source is not None:
-                load_weights(base, resolve_checkpoint(Path(source)) / WEIGHTS_FILE)
+            # Starting from the vision-language model's own weights is a wish that only the base's class can fulfil.
+            base = get_policy_class(base_config.type)(base_config, **kwargs)
+            if base_config.pretrained_path is not None:
+                load_weights(base, resolve_checkpoint(Path(base_config.pretrained_path)) / WEIGHTS_FILE)
         self.base: Any = base
         self.reducer: Any = make_reducer(config, self.adapter.layout(base))
         self.adapter.attach(base, self.reducer)
@@ -129,62 +132,37 @@ class GridsPolicy(PreTrainedPolicy):
         }
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_name_or_path: str | Path,
-        *,
-        config: PreTrainedConfig | None = None,
-        revision: str | None = None,
-        strict: bool = True,
-        **kwargs: Any,
-    ) -> Self:
-        """Load a grids checkpoint: a folder, or a repository on the Hub.
+    def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> Self:
+        """Load a grids checkpoint: a folder, the output folder of a run, or a repository on the Hub.
 
         Args:
             pretrained_name_or_path: Folder or Hub id.
-            config: Replaces the checkpoint's own configuration (LeRobot passes it with overrides applied).
-            revision: Hub revision.
             strict: Must be true; a checkpoint that does not fit exactly is refused.
-            **kwargs: Hub options and what the base policy's constructor takes.
+            **kwargs: As for any LeRobot policy: config, revision, token, cache_dir, ...
 
         Returns:
             The policy on `config.device`, in evaluation mode.
 
         Raises:
-            CheckpointError: If the folder is incomplete or its weights do not fit exactly.
+            CheckpointError: If the checkpoint is incomplete or its weights do not fit exactly.
         """
         if not strict:
             raise CheckpointError("strict=False would leave random weights in the policy; load with strict=True")
-        hub_names = ("force_download", "resume_download", "proxies", "token", "cache_dir", "local_files_only")
-        hub = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
-        path = Path(pretrained_name_or_path)
-        if path.exists():
-            folder = resolve_checkpoint(path)
-            weights = folder / WEIGHTS_FILE
-        else:
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        source = Path(pretrained_name_or_path)
+        if source.exists():
+            source = resolve_checkpoint(source)
+            kind = policy_type(source)
+            if kind != cls.name:
+                raise CheckpointError(f"{source} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
+        try:
+            return super().from_pretrained(str(source), strict=True, **kwargs)
+        except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"'{source}' is no checkpoint folder here and cannot be fetched from the Hub ({error}); "
+                "check the name, the revision and your login"
+            ) from error
 
-            folder = path
-            try:
-                known = {
-                    name: hub[name]
-                    for name in ("force_download", "token", "cache_dir", "local_files_only")
-                    if name in hub
-                }
-                weights = Path(hf_hub_download(str(path), WEIGHTS_FILE, revision=revision, **known))
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
-                raise CheckpointError(
-                    f"'{path}' is no folder here, and {WEIGHTS_FILE} cannot be fetched from the Hub ({error}); "
-                    "check the name, the revision and your login"
-                ) from error
-        if config is None:
-            config = PreTrainedConfig.from_pretrained(folder, revision=revision, **hub)
-        if not isinstance(config, GridsConfig):
-            raise CheckpointError(f"{folder} is a '{config.type}' policy, not 'grids'; load it with its own class")
-        base_config = config.require_base()
-        base_config.pretrained_path = None
-        policy = cls(config, base=build_base(base_config, **kwargs))
-        load_weights(policy, weights, device="cpu")
-        policy.eval()
-        return policy
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        load_weights(model, Path(model_file))
+        return model

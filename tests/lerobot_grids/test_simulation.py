@@ -138,6 +138,17 @@ def test_a_scripted_policy_is_counted_as_successful(grids_checkpoint):
     assert evaluate(loaded, config, episodes=2, batch_size=1).total.successes == 2
 
 
+def test_an_environment_that_does_not_fit_is_refused(grids_checkpoint):
+    loaded = load_policy(str(grids_checkpoint), rename_map={"observation.image": "observation.images.top"})
+    config = make_env_config("metaworld", "push-v3")
+    with pytest.raises(SimulationError, match=r"looks through observation\.image; .* shows observation\.images\.top"):
+        evaluate(loaded, config, episodes=1)
+    loaded = load_policy(str(grids_checkpoint))
+    loaded.policy.config.output_features["action"].shape = (7,)
+    with pytest.raises(SimulationError, match=r"shape \(7,\), the environment takes \(4,\)"):
+        evaluate(loaded, config, episodes=1)
+
+
 def test_unknown_tasks_and_environments():
     with pytest.raises(SimulationError, match="no task push-v2"):
         expand_tasks("push-v2")

@@ -7,6 +7,9 @@ from .base import Adapter, TokenLayout
 
 # LeRobot policy type -> "module:class" of its adapter; imported on use.
 ADAPTERS = {
+    "pi0": "pi0:PI0Adapter",
+    "pi05": "pi0:PI0Adapter",
+    "pi0_fast": "pi0:PI0Adapter",
     "smolvla": "smolvla:SmolVLAAdapter",
     "tiny_smolvla": "smolvla:SmolVLAAdapter",
 }

@@ -57,8 +57,8 @@ class Adapter(ABC):
         """Undo `attach`; the policy is then bit-identical to what it was. Harmless when nothing is attached."""
 
     @abstractmethod
-    def projector(self, policy: Any) -> nn.Module:
-        """The submodule whose output is the dense visual tokens, [b, n, c]."""
+    def feature_source(self, policy: Any) -> nn.Module:
+        """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
 
     @abstractmethod
     def image_region(self, policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
@@ -67,6 +67,14 @@ class Adapter(ABC):
         Returns:
             (left, top, right, bottom) in [0, 1] of that square.
         """
+
+
+def centred_region(height: int, width: int, target_height: int, target_width: int) -> tuple[float, float, float, float]:
+    """`Adapter.image_region` for images that are resized with their aspect ratio kept and padded evenly around."""
+    ratio = max(width / target_width, height / target_height)
+    left = (target_width - int(width / ratio)) // 2 / target_width
+    top = (target_height - int(height / ratio)) // 2 / target_height
+    return left, top, left + int(width / ratio) / target_width, top + int(height / ratio) / target_height
 
 
 def refuse_second_attach(attached: bool) -> None:

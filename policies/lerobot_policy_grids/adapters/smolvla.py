@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
 from .base import Adapter, TokenLayout, refuse_second_attach
+from .context import gather_context, present_cameras
 
 
 class SmolVLAAdapter(Adapter):
@@ -58,17 +58,16 @@ class SmolVLAAdapter(Adapter):
 
     def attach(self, policy: Any, reducer: nn.Module) -> None:
         refuse_second_attach("prepare_images" in vars(policy))
-        grid = self.layout(policy).token_grid
         vlm = policy.model.vlm_with_expert
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
-        policy.prepare_images = partial(_prepare_images, policy, reducer, grid)
+        policy.prepare_images = partial(_prepare_images, policy, reducer, self.layout(policy))
         vlm.embed_image = partial(_embed_image, vlm)
 
     def detach(self, policy: Any) -> None:
         vars(policy).pop("prepare_images", None)
         vars(policy.model.vlm_with_expert).pop("embed_image", None)
 
-    def projector(self, policy: Any) -> nn.Module:
+    def feature_source(self, policy: Any) -> nn.Module:
         connector: nn.Module = policy.model.vlm_with_expert.get_vlm_model().connector
         return connector
 
@@ -84,17 +83,24 @@ class SmolVLAAdapter(Adapter):
 
 
 def _prepare_images(
-    policy: Any, reducer: Any, grid: tuple[int, int], batch: dict[str, Tensor]
+    policy: Any, reducer: Any, layout: TokenLayout, batch: dict[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     images, masks = type(policy).prepare_images(policy, batch)
-    vlm = policy.model.vlm_with_expert
     if reducer.num_tokens == 0:
-        width = vlm.config.text_config.hidden_size
-        return [image.new_zeros(len(image), 0, width) for image in images], masks
+        return [image.new_zeros(len(image), 0, layout.width) for image in images], masks
+    # Masked images of missing cameras come last; nothing attends to them, so they cost no vision and no tokens.
+    cameras = present_cameras(layout.cameras, batch)
+    images, masks = images[: len(cameras)], masks[: len(cameras)]
+    vlm = policy.model.vlm_with_expert
     dense = type(vlm).embed_image(vlm, torch.cat(images))
-    feature_map = dense.unflatten(1, grid)
-    context = _context(policy, reducer.condition_on, batch, num_cameras=len(images))
-    tokens = reducer(feature_map, context).tokens
+    context = gather_context(
+        reducer.condition_on,
+        batch,
+        embed_language=vlm.embed_language_tokens,
+        state_width=layout.state_width,
+        cameras=cameras,
+    )
+    tokens = reducer(dense.unflatten(1, layout.token_grid), context).tokens
     return list(tokens.chunk(len(images))), masks
 
 
@@ -102,26 +108,3 @@ def _embed_image(vlm: Any, image: Tensor) -> Tensor:
     """Pass tokens [b, k, c] through; embed pixels [b, 3, h, w] as before."""
     tokens: Tensor = image if image.ndim == 3 else type(vlm).embed_image(vlm, image)
     return tokens
-
-
-def _context(
-    policy: Any, condition_on: tuple[str, ...], batch: dict[str, Tensor], num_cameras: int
-) -> dict[str, Tensor]:
-    """What the coordinates may depend on, repeated for each camera (camera-major, as the images are stacked)."""
-    context: dict[str, Tensor] = {}
-    if "language" in condition_on:
-        embedded = policy.model.vlm_with_expert.embed_language_tokens(batch[OBS_LANGUAGE_TOKENS]).float()
-        mask = batch[OBS_LANGUAGE_ATTENTION_MASK][..., None].float()
-        context["language"] = (embedded * mask).sum(1) / mask.sum(1).clamp_min(1)
-    if "state" in condition_on:
-        context["state"] = policy.prepare_state(batch)
-    context = {name: value.repeat(num_cameras, 1) for name, value in context.items()}
-    if "camera" in condition_on:
-        keys = list(policy.config.image_features)
-        # LeRobot puts the cameras missing from a batch last.
-        present = [i for i, key in enumerate(keys) if key in batch]
-        order = present + [i for i in range(len(keys)) if i not in present]
-        batch_size = len(batch[keys[present[0]]])
-        device = batch[keys[present[0]]].device
-        context["camera"] = torch.tensor(order[:num_cameras], device=device).repeat_interleave(batch_size)
-    return context

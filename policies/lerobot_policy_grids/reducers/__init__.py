@@ -30,7 +30,8 @@ def _make_grids(config: "GridsConfig", layout: TokenLayout) -> nn.Module:
         layout.width,
         config.num_tokens,
         num_tokens_max=config.max_tokens,
-        condition_on=config.condition_on,
+        # A policy without proprioception has no state to depend on.
+        condition_on=[name for name in config.condition_on if name != "state" or layout.state_width > 0],
         language_width=layout.language_width,
         state_width=layout.state_width,
         num_cameras=len(layout.cameras),

@@ -6,12 +6,14 @@ values the action expert reads.
 """
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
+from ..checkpoint import load_weights
 from .configuration_tiny_smolvla import TinySmolVLAConfig
 from .tokenizer import VLM_FOLDER
 
@@ -66,3 +68,9 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
         if not config.train_expert_only:
             vlm.text_model.layers[-1].requires_grad_(True)
         self.to(config.device)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        # LeRobot would leave random weights where the file has none.
+        load_weights(model, Path(model_file))
+        return model

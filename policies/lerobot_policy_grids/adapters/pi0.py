@@ -1,0 +1,95 @@
+"""π0, π0.5 and π0-FAST: SigLIP -> linear projector -> [image tokens, language, ...] -> Gemma.
+
+Modifications, from outside, of `lerobot/policies/{pi0,pi05,pi0_fast}` 0.6, which share this seam:
+- `policy._preprocess_images` also runs the vision tower, once for all cameras, and the reducer, and returns
+  the k sampled features of each camera as if they were its image. There the whole batch is visible.
+- `PaliGemmaModel.get_image_features` projects such features instead of running the tower. Sampling before the
+  linear projector gives the same tokens for less: the map and the convex bilinear weights commute.
+- Cameras missing from the batch are left out. LeRobot sends a blank image through the tower and masks its tokens;
+  nothing attends to them and they advance no position, so the result is the same.
+Everything after that follows from the number of tokens: masks, positions, key-value cache, FAST decoding.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .base import Adapter, TokenLayout, centred_region, refuse_second_attach
+from .context import gather_context, present_cameras
+
+
+class PI0Adapter(Adapter):
+    """Adapter of the three policies built on PaliGemma in openpi's way."""
+
+    def layout(self, policy: Any) -> TokenLayout:
+        config = policy.config
+        paligemma = _paligemma(policy)
+        vision = paligemma.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return TokenLayout(
+            token_grid=(side, side),
+            width=vision.hidden_size,
+            cameras=tuple(config.image_features),
+            language_width=paligemma.config.text_config.hidden_size,
+            state_width=0 if config.robot_state_feature is None else config.max_state_dim,
+        )
+
+    def attach(self, policy: Any, reducer: nn.Module) -> None:
+        refuse_second_attach("_preprocess_images" in vars(policy))
+        paligemma = _paligemma(policy)
+        # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
+        policy._preprocess_images = partial(_preprocess_images, policy, reducer, self.layout(policy))
+        paligemma.get_image_features = partial(_get_image_features, paligemma)
+
+    def detach(self, policy: Any) -> None:
+        vars(policy).pop("_preprocess_images", None)
+        vars(_paligemma(policy)).pop("get_image_features", None)
+
+    def feature_source(self, policy: Any) -> nn.Module:
+        tower: Any = _paligemma(policy).vision_tower
+        source: nn.Module = getattr(tower, "vision_model", tower).post_layernorm
+        return source
+
+    def image_region(self, policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
+        return centred_region(height, width, *policy.config.image_resolution)
+
+
+def _paligemma(policy: Any) -> Any:
+    return policy.model.paligemma_with_expert.paligemma.model
+
+
+def _preprocess_images(
+    policy: Any, reducer: Any, layout: TokenLayout, batch: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    images, masks = type(policy)._preprocess_images(policy, batch)
+    cameras = present_cameras(layout.cameras, batch)
+    images, masks = images[: len(cameras)], masks[: len(cameras)]
+    if reducer.num_tokens == 0:
+        return [image.new_zeros(len(image), 0, layout.width) for image in images], masks
+    model = policy.model
+    # As in the dense policy, the tower's activations are recomputed in backward if checkpointing is on.
+    dense = model._apply_checkpoint(partial(_run_tower, _paligemma(policy).vision_tower), torch.cat(images))
+    context = gather_context(
+        reducer.condition_on,
+        batch,
+        embed_language=model.paligemma_with_expert.embed_language_tokens,
+        state_width=layout.state_width,
+        cameras=cameras,
+    )
+    features = reducer(dense.unflatten(1, layout.token_grid), context).tokens
+    return list(features.chunk(len(cameras))), masks
+
+
+def _run_tower(tower: nn.Module, images: Tensor) -> Tensor:
+    features: Tensor = tower(images).last_hidden_state
+    return features
+
+
+def _get_image_features(paligemma: Any, pixel_values: Tensor, **kwargs: Any) -> Any:
+    """Project features [b, k, c]; treat pixels [b, 3, h, w] as before."""
+    if pixel_values.ndim == 3:
+        return BaseModelOutputWithPooling(pooler_output=paligemma.multi_modal_projector(pixel_values))
+    return type(paligemma).get_image_features(paligemma, pixel_values, **kwargs)
