@@ -1,43 +1,7 @@
-"""lerobot-grids fit: its main options. Lightning itself is imported only when training starts."""
+"""lerobot-grids fit. Lightning is imported only when training starts."""
 
-from dataclasses import dataclass
-
+from .fit_options import EPILOG, FitOptions
 from .parser import Parser
-
-EPILOG = (
-    "Everything Lightning offers is reachable too: --trainer.devices, --trainer.strategy, --trainer.precision, "
-    "--trainer.accumulate_grad_batches, ..., and the rest of the model and the data: --model.lr, "
-    "--model.condition_on, --data.val_fraction, ... `lerobot-grids fit --help_all` lists them, "
-    "`--print_config` writes them as YAML, `--config FILE` reads them back."
-)
-
-
-@dataclass
-class FitOptions:
-    """Train a policy on a dataset, dense or with K visual tokens per camera."""
-
-    dataset: str
-    """Folder of a LeRobotDataset, or its id on the Hub (user/name)."""
-    policy: str = "tiny"
-    """What to start from: a family (tiny, smolvla), a checkpoint folder, or a Hub id."""
-    tokens: int | str = 16
-    """Visual tokens per camera, or 'dense' to train the policy as it is."""
-    reducer: str = "grids"
-    """How tokens are reduced: grids, or blind for no visual tokens at all (the floor to compare with)."""
-    output: str | None = None
-    """Folder for checkpoint and logs. Defaults to outputs/<policy>-<tokens>; must not exist unless --resume."""
-    steps: int = 2000
-    """Training steps."""
-    batch_size: int = 32
-    """Frames per step and device."""
-    seed: int = 0
-    """Seed of everything random; the same seed on the same machine gives the same policy."""
-    save_every: int = 500
-    """Steps between two checkpoints, so that a killed run can go on."""
-    rename_map: dict[str, str] | None = None
-    """Dataset feature names to the policy's, where they differ: '{"observation.image": "observation.images.top"}'."""
-    resume: bool = False
-    """Go on with the run in --output from its last checkpoint."""
 
 
 def main(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens
 
-from .fit import FitOptions
+from .fit_options import FitOptions
 from .parser import OneLineErrors
 
 # What the main options set in the model and in the data.

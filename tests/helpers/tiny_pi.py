@@ -101,7 +101,7 @@ def write_text_tokenizer(folder: Path) -> Path:
     return folder
 
 
-FAST_TOKENIZER = '''
+FAST_TOKENIZER = """
 import numpy as np
 from scipy.fft import dct
 from transformers.processing_utils import ProcessorMixin
@@ -113,7 +113,7 @@ class UniversalActionProcessor(ProcessorMixin):
     def __init__(self, bpe_tokenizer=None, scale=10.0, vocab_size=64, min_token=0, **kwargs):
         self.scale, self.vocab_size, self.min_token = scale, vocab_size, min_token
         super().__init__(bpe_tokenizer)
-'''
+"""
 
 
 def write_fast_tokenizer(folder: Path) -> Path:
