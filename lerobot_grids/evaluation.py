@@ -19,10 +19,10 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy, rollout
 from lerobot.utils.constants import ACTION
 from lerobot.utils.io_utils import write_video
-from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.adapters import ADAPTERS, get_adapter
 from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, require_complete
 from lerobot_policy_grids.errors import CheckpointError, SimulationError
-from lerobot_policy_grids.modeling_grids import GridsPolicy, build
+from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
 
 from .policies import find_source
 from .statistics import wilson_interval
@@ -115,7 +115,10 @@ def load_policy(
     if num_tokens is not None and kind != "grids":
         raise CheckpointError(f"{source} is a dense '{kind}' policy, which has no token budget to set; drop --tokens")
     policy = build(config)
-    load_weights(policy, folder / WEIGHTS_FILE)
+    if kind in ADAPTERS:
+        load_base(policy, folder)
+    else:
+        load_weights(policy, folder / WEIGHTS_FILE)
     if num_tokens is not None:
         policy.num_tokens = num_tokens
     policy.to(config.device)

@@ -17,7 +17,7 @@ from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, resolve_checkpoint
 from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
-from lerobot_policy_grids.modeling_grids import GridsPolicy, build
+from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
 
 Tokens = int | Literal["dense"]
 
@@ -139,8 +139,10 @@ def build_policy(
     config.pretrained_path = None
 
     policy: Any = build(config)
-    if folder is not None:
+    if folder is not None and isinstance(policy, GridsPolicy):
         load_weights(policy, folder / WEIGHTS_FILE)
+    elif folder is not None:
+        load_base(policy, folder)
     if isinstance(policy, GridsPolicy):
         if tokens == "dense":
             raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")

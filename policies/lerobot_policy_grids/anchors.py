@@ -8,32 +8,45 @@ import functools
 import torch
 from torch import Tensor
 
+# (left, top, right, bottom) of the part of the image that is not letterbox padding, in [0, 1].
+Region = tuple[float, float, float, float]
+WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
+
 
 @functools.cache
-def anchor_order(height: int, width: int) -> tuple[int, ...]:
+def anchor_order(height: int, width: int, region: Region = WHOLE) -> tuple[int, ...]:
     """Order the cells of a grid so that the first k cover the image well, for every k.
 
     Farthest-point order: each next cell is the one farthest from those already chosen. The image's
     border counts as if cells were mirrored behind it, at twice the distance, which is the spacing of
-    a regular lattice; without that the corners would come first, where little is to be seen.
+    a regular lattice; without that the corners would come first, where little is to be seen. Cells whose
+    centre lies in letterbox padding come last.
 
     Args:
         height: H, rows of the token grid.
         width: W, columns of the token grid.
+        region: Where the camera image lies in the square that the vision tower sees.
 
     Returns:
         The H * W cell indices (row-major, `row * W + column`), each once. Ties go to the least crowded cell,
         then to the lower index, so the order is the same everywhere.
     """
-    # In units of the image's shorter side, so that a wide map is covered evenly and not per axis.
+    # In units of the grid's shorter side, so that a wide map is covered evenly and not per axis.
     unit = min(height, width)
     rows = (torch.arange(height, dtype=torch.float64) + 0.5) / unit
     columns = (torch.arange(width, dtype=torch.float64) + 0.5) / unit
     y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
-    border = torch.stack([x, width / unit - x, y, height / unit - y]).amin(0)
-    distance, crowding = 2 * border, torch.zeros_like(x)
+    left, right = region[0] * width / unit, region[2] * width / unit
+    top, bottom = region[1] * height / unit, region[3] * height / unit
+    border = torch.stack([x - left, right - x, y - top, bottom - y]).amin(0)
+    padding = border < 0
+    distance, crowding = torch.where(padding, -1.0, 2 * border), torch.zeros_like(x)
     order: list[int] = []
     for _ in range(height * width):
+        if distance.max() < 0:
+            # The image is used up; its padding follows, farthest from the image's cells first.
+            taken = torch.stack([torch.hypot(x - x[i], y - y[i]) for i in order]).amin(0)
+            distance = taken.masked_fill(taken == 0, -1.0)
         # Within rounding, cells that are symmetric tie, whatever the platform's last bit says.
         farthest = distance >= distance.max() - 1e-9
         chosen = int(crowding.round(decimals=6).masked_fill(~farthest, torch.inf).argmin())
@@ -45,11 +58,11 @@ def anchor_order(height: int, width: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def anchor_cells(height: int, width: int, num_tokens: int) -> Tensor:
+def anchor_cells(height: int, width: int, num_tokens: int, region: Region = WHOLE) -> Tensor:
     """The first `num_tokens` anchors as integer cells.
 
     Returns:
         int64 [num_tokens, 2], each row (column, row) of a cell of the token grid.
     """
-    order = torch.tensor(anchor_order(height, width)[:num_tokens], dtype=torch.int64)
+    order = torch.tensor(anchor_order(height, width, region)[:num_tokens], dtype=torch.int64)
     return torch.stack([order % width, order // width], dim=-1)

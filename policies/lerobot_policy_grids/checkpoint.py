@@ -7,14 +7,13 @@ line in the log. Here a checkpoint fits exactly or is refused, and a folder appe
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CheckpointError, OutputExistsError
 
@@ -66,40 +65,55 @@ def require_complete(folder: Path) -> None:
         )
 
 
-def load_weights(module: nn.Module, path: Path, device: str = "cpu") -> None:
+def load_weights(module: nn.Module, path: Path, rename: Callable[[list[str]], dict[str, str]] | None = None) -> None:
     """Load a safetensors file into `module`: exactly its keys and shapes, all values finite.
 
-    The module takes the file's floating-point dtypes, so that a policy trained in bfloat16 runs in it.
+    Tensors are read one by one, so that the peak in memory is the module and its largest tensor. Values take
+    the module's floating-point dtype, as LeRobot's own loading does.
+
+    Args:
+        module: Where the values go.
+        path: The file.
+        rename: Maps the file's names to {the module's name: the file's name}, for checkpoints of older
+            releases. None takes the names as they are.
 
     Raises:
         CheckpointError: Naming the file and the first keys that do not fit. The module is then in an
             undefined state and must not be used.
     """
     advice = "the file does not belong to this configuration, or is damaged; copy the checkpoint again"
+    targets = module.state_dict(keep_vars=True)
     try:
-        expected = module.state_dict(keep_vars=True)
         with safe_open(path, framework="pt") as file:
-            # safetensors stores a tensor that two names share once, so a missing alias is no missing key.
-            names = set(file.keys())
-            for name in sorted(names & set(expected)):
-                shape, want = tuple(file.get_slice(name).get_shape()), tuple(expected[name].shape)
-                if shape != want:
-                    raise CheckpointError(f"{path}: '{name}' has shape {shape}, expected {want}; {advice}")
-                tensor = file.get_tensor(name)
-                if tensor.dtype.is_floating_point != expected[name].dtype.is_floating_point:
-                    raise CheckpointError(
-                        f"{path}: '{name}' has dtype {tensor.dtype}, expected {expected[name].dtype}; {advice}"
-                    )
-                if not torch.isfinite(tensor).all():
-                    raise CheckpointError(f"{path}: '{name}' holds NaN or infinity; {advice}")
-                expected[name].data = expected[name].data.to(tensor.dtype)
-        missing, unexpected = load_model(module, path, strict=False, device=device)
+            names = list(file.keys())
+            sources = {name: name for name in names} if rename is None else rename(names)
+            for name in sorted(sources.keys() & targets.keys()):
+                problem = _copy(file.get_tensor(sources[name]), targets[name])
+                if problem:
+                    raise CheckpointError(f"{path}: '{sources[name]}' {problem}; {advice}")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
+    # Tied weights are stored under one of their names.
+    stored = {targets[name].data_ptr() for name in sources.keys() & targets.keys()}
+    missing = [name for name, target in targets.items() if target.data_ptr() not in stored]
+    unexpected = [source for name, source in sources.items() if name not in targets]
     if missing or unexpected:
         shown = [f"missing {_first(missing)}"] if missing else []
         shown += [f"unexpected {_first(unexpected)}"] if unexpected else []
         raise CheckpointError(f"{path}: keys do not match the policy, {' and '.join(shown)}; {advice}")
+
+
+def _copy(source: Tensor, target: Tensor) -> str:
+    """Copy values where they fit; otherwise say why they do not."""
+    if source.shape != target.shape:
+        return f"has shape {tuple(source.shape)}, expected {tuple(target.shape)}"
+    if source.is_floating_point() != target.is_floating_point():
+        return f"has dtype {source.dtype}, expected {target.dtype}"
+    if not torch.isfinite(source).all():
+        return "holds NaN or infinity"
+    with torch.no_grad():
+        target.copy_(source)
+    return ""
 
 
 def _first(keys: Iterable[str], limit: int = 3) -> str:

@@ -1,5 +1,6 @@
 """GridsPolicy: a base policy and the reducer between its vision tower and its trunk."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,19 @@ def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
     if hasattr(config, "load_vlm_weights"):
         config.load_vlm_weights = False
     return get_policy_class(config.type)(config, **kwargs)
+
+
+def load_base(policy: Any, folder: Path) -> None:
+    """Load a dense checkpoint folder into a base policy: exactly, or not at all.
+
+    LeRobot's own `from_pretrained` of the π policies prints failures and returns random weights.
+
+    Raises:
+        CheckpointError: If the weights do not fit.
+        UnsupportedPolicyError: If no adapter knows the policy.
+    """
+    names = partial(get_adapter(policy.config.type).checkpoint_names, policy)
+    load_weights(policy, folder / WEIGHTS_FILE, names)
 
 
 class GridsPolicy(PreTrainedPolicy):
@@ -57,10 +71,11 @@ class GridsPolicy(PreTrainedPolicy):
             # Starting from the vision-language model's own weights is a wish that only the base's class can fulfil.
             base = get_policy_class(base_config.type)(base_config, **kwargs)
             if base_config.pretrained_path is not None:
-                load_weights(base, resolve_checkpoint(Path(base_config.pretrained_path)) / WEIGHTS_FILE)
+                load_base(base, resolve_checkpoint(Path(base_config.pretrained_path)))
         self.base: Any = base
         self.reducer: Any = make_reducer(config, self.adapter.layout(base))
-        self.adapter.attach(base, self.reducer)
+        # Looked up at each call: PEFT puts a trainable copy in its place.
+        self.adapter.attach(base, partial(getattr, self, "reducer"))
         self.to(config.device)
 
     @property

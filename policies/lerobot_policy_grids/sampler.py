@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .anchors import anchor_cells
+from .anchors import WHOLE, Region, anchor_cells
 from .errors import BudgetError, TokenGridError
 
 # Beyond this the sigmoid is 0 or 1 in float32, and its exponential stays finite.
@@ -113,6 +113,8 @@ class GridSampler(nn.Module):
         language_width: Channels of the pooled instruction, if "language" is among them.
         state_width: Dimensions of the robot state, if "state" is among them.
         num_cameras: Number of cameras that share this sampler, if "camera" is among them.
+        region: Where the camera image lies in what the vision tower sees; the rest is letterbox padding, where
+            no token starts unless all do.
         hidden_width: Hidden units of the coordinate head (paper: 512).
         geometry_width: Hidden units of the geometry embedding (paper: 256).
 
@@ -132,6 +134,7 @@ class GridSampler(nn.Module):
         language_width: int = 0,
         state_width: int = 0,
         num_cameras: int = 1,
+        region: Region = WHOLE,
         hidden_width: int = 512,
         geometry_width: int = 256,
     ) -> None:
@@ -162,7 +165,7 @@ class GridSampler(nn.Module):
 
         # Saved with the weights: offsets mean nothing without the anchors they were learned from.
         self.anchor_cells: Tensor
-        self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max))
+        self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max, region))
         self.grid_size: Tensor
         self.register_buffer("grid_size", torch.tensor([columns, height]), persistent=False)
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny_pi
@@ -22,8 +22,8 @@ class Family(ABC):
     tokens_per_camera: int
 
     @abstractmethod
-    def build(self, features: dict[str, Any]) -> Any:
-        """A dense policy with random weights, for these input and output features."""
+    def build(self, options: dict[str, Any]) -> Any:
+        """A dense policy with random weights, for these input and output features and other options."""
 
     @abstractmethod
     def batch(self, policy: Any) -> dict[str, Any]:
@@ -37,14 +37,17 @@ class Family(ABC):
     def trunk(self, policy: Any) -> Any:
         """The module whose `forward` takes inputs_embeds=[prefix, suffix], attention_mask and position_ids."""
 
-    def policy(self, cameras: int = 1) -> Any:
+    # Further arguments of `policy` that make a bfloat16 one, where the family has such an option.
+    bfloat16: ClassVar[dict[str, Any]] = {}
+
+    def policy(self, cameras: int = 1, **options: Any) -> Any:
         """A dense policy in evaluation mode."""
         size = self.image_size
         inputs = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, size, size)) for i in range(cameras)}
         inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
         outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
         torch.manual_seed(0)
-        return self.build({"input_features": inputs, "output_features": outputs}).eval()
+        return self.build({"input_features": inputs, "output_features": outputs, **options}).eval()
 
     def images(self, policy: Any) -> dict[str, Any]:
         """Random images, and states and actions that go with them."""
@@ -101,6 +104,8 @@ class Pi(Family):
     """π0 and π0.5: flow matching on PaliGemma."""
 
     image_size, tokens_per_camera = tiny_pi.IMAGE_SIZE, (tiny_pi.IMAGE_SIZE // tiny_pi.PATCH_SIZE) ** 2
+
+    bfloat16: ClassVar = {"dtype": "bfloat16"}
 
     def __init__(self, kind: str, **options: Any) -> None:
         self.kind, self.options = kind, options

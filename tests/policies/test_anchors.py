@@ -34,6 +34,17 @@ def test_one_token_looks_at_the_centre():
     assert (column, row) == (3, 3)
 
 
+@pytest.mark.parametrize("region", [(0.0, 0.25, 1.0, 1.0), (0.0, 0.125, 1.0, 0.875), (0.3, 0.0, 0.7, 1.0)])
+def test_letterbox_padding_comes_last(region):
+    left, top, right, bottom = region
+    x, y = ((anchor_cells(16, 16, 256, region) + 0.5) / 16).T
+    inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
+    count = int(inside.sum())
+    assert 0 < count < 256
+    assert inside[:count].all()
+    assert sorted(anchor_order(16, 16, region)) == list(range(256))
+
+
 def test_prefixes_are_nested():
     for k in range(1, 144):
         assert torch.equal(anchor_cells(12, 12, k), anchor_cells(12, 12, 144)[:k])

@@ -57,12 +57,21 @@ def test_a_killed_writer_leaves_the_old_folder(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
 
 
-def test_weights_take_the_files_precision(tmp_path):
-    source = nn.Linear(3, 2).to(torch.bfloat16)
+@pytest.mark.parametrize(("stored", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_values_take_the_modules_precision(stored, wanted, tmp_path):
+    source = nn.Linear(3, 2).to(stored)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
-    module = nn.Linear(3, 2)
+    module = nn.Linear(3, 2).to(wanted)
     load_weights(module, tmp_path / "w.safetensors")
-    assert module.weight.dtype == torch.bfloat16
+    assert module.weight.dtype == wanted
+    assert torch.equal(module.weight, source.weight.to(wanted))
+
+
+def test_names_of_older_files_are_mapped(tmp_path):
+    source = nn.Linear(3, 2)
+    save_file({"old.weight": source.weight, "bias": source.bias, "gone": torch.zeros(1)}, tmp_path / "w.safetensors")
+    module = nn.Linear(3, 2)
+    load_weights(module, tmp_path / "w.safetensors", lambda names: {"weight": "old.weight", "bias": "bias"})
     assert torch.equal(module.weight, source.weight)
 
 

@@ -105,6 +105,28 @@ def test_real_time_chunking_reaches_the_base(grids_checkpoint):
     assert torch.isfinite(chunk).all()
 
 
+def test_lora_trains_adapters_and_the_reducer_and_nothing_else(grids_checkpoint):
+    """What lerobot-train --peft does."""
+    policy = GridsPolicy.from_pretrained(grids_checkpoint)
+    policy.config.pretrained_path = grids_checkpoint
+    preprocessor, _ = make_pre_post_processors(policy.config, pretrained_path=str(grids_checkpoint))
+    batch = preprocessor(
+        {
+            "observation.image": torch.rand(2, 3, 96, 96),
+            "observation.state": torch.zeros(2, 4),
+            "action": torch.randn(2, 16, 4),
+            "task": ["push", "pull"],
+        }
+    )
+    lora = policy.wrap_with_peft(peft_cli_overrides={"method_type": "LORA", "r": 4})
+    loss, _ = lora.forward(batch)
+    loss.backward()
+    trained = {name for name, parameter in lora.named_parameters() if parameter.grad is not None}
+    assert any("lora_A" in name for name in trained)
+    assert any("coordinate_head.out.weight" in name for name in trained)
+    assert all("lora_" in name or "reducer" in name for name in trained)
+
+
 def test_lora_targets_match_the_same_modules_as_in_the_base(grids_checkpoint):
     policy = GridsPolicy.from_pretrained(grids_checkpoint)
     ours, theirs = policy._get_default_peft_targets(), policy.base._get_default_peft_targets()

@@ -1,11 +1,13 @@
 """What every adapter answers about its VLA family, and how it puts a reducer between vision and trunk."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..anchors import Region
 from ..errors import UnsupportedPolicyError
 
 
@@ -19,6 +21,7 @@ class TokenLayout:
         cameras: Feature keys of the cameras, in the order in which the policy numbers them.
         language_width: Channels of an embedded language token.
         state_width: Dimensions of the (padded) robot state.
+        region: The part of the vision tower's input that holds any camera's image and not only padding.
     """
 
     token_grid: tuple[int, int]
@@ -26,6 +29,7 @@ class TokenLayout:
     cameras: tuple[str, ...]
     language_width: int
     state_width: int
+    region: Region
 
     @property
     def num_dense_tokens(self) -> int:
@@ -45,8 +49,8 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def attach(self, policy: Any, reducer: nn.Module) -> None:
-        """From now on `policy` passes its dense feature maps through `reducer`.
+    def attach(self, policy: Any, get_reducer: Callable[[], nn.Module]) -> None:
+        """From now on `policy` passes its dense feature maps through `get_reducer()`.
 
         Raises:
             UnsupportedPolicyError: If a reducer is attached already.
@@ -60,16 +64,31 @@ class Adapter(ABC):
     def feature_source(self, policy: Any) -> nn.Module:
         """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
 
+    def common_region(self, policy: Any) -> Region:
+        """The smallest region that holds the image of every camera, whatever its shape."""
+        shapes = [feature.shape[-2:] for feature in policy.config.image_features.values()]
+        regions = [self.image_region(policy, height, width) for height, width in shapes]
+        lefts, tops, rights, bottoms = zip(*regions, strict=True)
+        return min(lefts), min(tops), max(rights), max(bottoms)
+
     @abstractmethod
-    def image_region(self, policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
+    def image_region(self, policy: Any, height: int, width: int) -> Region:
         """Where a camera image of (height, width) lies in the letterboxed square that the vision tower sees.
 
         Returns:
             (left, top, right, bottom) in [0, 1] of that square.
         """
 
+    def checkpoint_names(self, policy: Any, names: list[str]) -> dict[str, str]:
+        """How the names in a dense checkpoint file, perhaps of an older release, map to the policy's parameters.
 
-def centred_region(height: int, width: int, target_height: int, target_width: int) -> tuple[float, float, float, float]:
+        Returns:
+            {parameter name: name in the file}. Names that upstream drops on purpose are left out.
+        """
+        return {name: name for name in names}
+
+
+def centred_region(height: int, width: int, target_height: int, target_width: int) -> Region:
     """`Adapter.image_region` for images that are resized with their aspect ratio kept and padded evenly around."""
     ratio = max(width / target_width, height / target_height)
     left = (target_width - int(width / ratio)) // 2 / target_width

@@ -10,6 +10,7 @@ Modifications, from outside, of `lerobot/policies/{pi0,pi05,pi0_fast}` 0.6, whic
 Everything after that follows from the number of tokens: masks, positions, key-value cache, FAST decoding.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..anchors import Region
 from .base import Adapter, TokenLayout, centred_region, refuse_second_attach
 from .context import gather_context, present_cameras
 
@@ -35,13 +37,14 @@ class PI0Adapter(Adapter):
             cameras=tuple(config.image_features),
             language_width=paligemma.config.text_config.hidden_size,
             state_width=0 if config.robot_state_feature is None else config.max_state_dim,
+            region=self.common_region(policy),
         )
 
-    def attach(self, policy: Any, reducer: nn.Module) -> None:
+    def attach(self, policy: Any, get_reducer: Callable[[], nn.Module]) -> None:
         refuse_second_attach("_preprocess_images" in vars(policy))
         paligemma = _paligemma(policy)
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
-        policy._preprocess_images = partial(_preprocess_images, policy, reducer, self.layout(policy))
+        policy._preprocess_images = partial(_preprocess_images, policy, get_reducer, self.layout(policy))
         paligemma.get_image_features = partial(_get_image_features, paligemma)
 
     def detach(self, policy: Any) -> None:
@@ -53,8 +56,17 @@ class PI0Adapter(Adapter):
         source: nn.Module = getattr(tower, "vision_model", tower).post_layernorm
         return source
 
-    def image_region(self, policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
+    def image_region(self, policy: Any, height: int, width: int) -> Region:
         return centred_region(height, width, *policy.config.image_resolution)
+
+    def checkpoint_names(self, policy: Any, names: list[str]) -> dict[str, str]:
+        # LeRobot renames keys while it loads. Its function moves values about; here they are the names' numbers.
+        numbers = {name: torch.tensor(number) for number, name in enumerate(names)}
+        renamed = policy._fix_pytorch_state_dict_keys(numbers, policy.config)
+        return {
+            name if name.startswith("model.") else f"model.{name}": names[int(number)]
+            for name, number in renamed.items()
+        }
 
 
 def _paligemma(policy: Any) -> Any:
@@ -62,11 +74,12 @@ def _paligemma(policy: Any) -> Any:
 
 
 def _preprocess_images(
-    policy: Any, reducer: Any, layout: TokenLayout, batch: dict[str, Tensor]
+    policy: Any, get_reducer: Callable[[], Any], layout: TokenLayout, batch: dict[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     images, masks = type(policy)._preprocess_images(policy, batch)
     cameras = present_cameras(layout.cameras, batch)
     images, masks = images[: len(cameras)], masks[: len(cameras)]
+    reducer = get_reducer()
     if reducer.num_tokens == 0:
         return [image.new_zeros(len(image), 0, layout.width) for image in images], masks
     model = policy.model

@@ -9,12 +9,14 @@ Modifications, from outside, of `lerobot/policies/smolvla` 0.6:
 Everything after that follows from the number of tokens: masks, positions, key-value cache.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..anchors import Region
 from ..errors import UnsupportedPolicyError
 from .base import Adapter, TokenLayout, refuse_second_attach
 from .context import gather_context, present_cameras
@@ -54,13 +56,14 @@ class SmolVLAAdapter(Adapter):
             cameras=tuple(config.image_features),
             language_width=vlm_config.text_config.hidden_size,
             state_width=config.max_state_dim,
+            region=self.common_region(policy),
         )
 
-    def attach(self, policy: Any, reducer: nn.Module) -> None:
+    def attach(self, policy: Any, get_reducer: Callable[[], nn.Module]) -> None:
         refuse_second_attach("prepare_images" in vars(policy))
         vlm = policy.model.vlm_with_expert
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
-        policy.prepare_images = partial(_prepare_images, policy, reducer, self.layout(policy))
+        policy.prepare_images = partial(_prepare_images, policy, get_reducer, self.layout(policy))
         vlm.embed_image = partial(_embed_image, vlm)
 
     def detach(self, policy: Any) -> None:
@@ -71,7 +74,7 @@ class SmolVLAAdapter(Adapter):
         connector: nn.Module = policy.model.vlm_with_expert.get_vlm_model().connector
         return connector
 
-    def image_region(self, policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
+    def image_region(self, policy: Any, height: int, width: int) -> Region:
         if policy.config.resize_imgs_with_padding is None:
             return 0.0, 0.0, 1.0, 1.0
         target_width, target_height = policy.config.resize_imgs_with_padding
@@ -83,9 +86,10 @@ class SmolVLAAdapter(Adapter):
 
 
 def _prepare_images(
-    policy: Any, reducer: Any, layout: TokenLayout, batch: dict[str, Tensor]
+    policy: Any, get_reducer: Callable[[], Any], layout: TokenLayout, batch: dict[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     images, masks = type(policy).prepare_images(policy, batch)
+    reducer = get_reducer()
     if reducer.num_tokens == 0:
         return [image.new_zeros(len(image), 0, layout.width) for image in images], masks
     # Masked images of missing cameras come last; nothing attends to them, so they cost no vision and no tokens.

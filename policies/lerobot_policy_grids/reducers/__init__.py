@@ -35,6 +35,7 @@ def _make_grids(config: "GridsConfig", layout: TokenLayout) -> nn.Module:
         language_width=layout.language_width,
         state_width=layout.state_width,
         num_cameras=len(layout.cameras),
+        region=layout.region,
         hidden_width=config.hidden_width,
         geometry_width=config.geometry_width,
     )
