@@ -51,6 +51,12 @@ def write_json(path: str | None, content: dict[str, Any]) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def wide_console() -> Console:
+    """Standard output; where it is no terminal, wide enough for a table that a file or a log should hold whole."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def print_evaluation(result: Any) -> None:
     """Show an `Evaluation` as a table."""
     from rich.table import Table
@@ -70,4 +76,4 @@ def print_evaluation(result: Any) -> None:
             f"{100 * low:.0f} - {100 * high:.0f} %",
             f"{row.seconds:.0f}",
         )
-    Console().print(table)
+    wide_console().print(table)

@@ -33,8 +33,9 @@ def anchor_order(height: int, width: int, region: Region = WHOLE) -> tuple[int, 
     """
     # In units of the grid's shorter side, so that a wide map is covered evenly and not per axis.
     unit = min(height, width)
-    rows = (torch.arange(height, dtype=torch.float64) + 0.5) / unit
-    columns = (torch.arange(width, dtype=torch.float64) + 0.5) / unit
+    # On the CPU even where a policy is being built on another device, or on none.
+    rows = (torch.arange(height, dtype=torch.float64, device="cpu") + 0.5) / unit
+    columns = (torch.arange(width, dtype=torch.float64, device="cpu") + 0.5) / unit
     y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
     left, right = region[0] * width / unit, region[2] * width / unit
     top, bottom = region[1] * height / unit, region[3] * height / unit

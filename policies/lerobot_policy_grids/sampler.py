@@ -19,6 +19,7 @@ Differs from the published reference:
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -210,7 +211,9 @@ class GridSampler(nn.Module):
                 f"feature map of {tuple(feature_map.shape[1:3])} tokens, but this sampler was built for "
                 f"{self.token_grid}; use the image size the checkpoint was trained with"
             )
-        with torch.autocast(feature_map.device.type, enabled=False):
+        # The meta device, on which costs are counted, knows no autocast.
+        device = feature_map.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             pixels, coordinates = self._predict(feature_map, context or {})
             tokens = read_feature_map(feature_map, pixels)
             tokens = tokens + self.geometry(coordinates).to(tokens.dtype)

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from ..errors import UnsupportedPolicyError
-from .base import Adapter, TokenLayout
+from .base import Adapter, Stages, TokenLayout
 
 # LeRobot policy type -> "module:class" of its adapter; imported on use.
 ADAPTERS = {
@@ -31,4 +31,4 @@ def get_adapter(policy_type: str) -> Adapter:
     return adapter
 
 
-__all__ = ["ADAPTERS", "Adapter", "TokenLayout", "get_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "Stages", "TokenLayout", "get_adapter"]

@@ -37,6 +37,25 @@ class TokenLayout:
         return self.token_grid[0] * self.token_grid[1]
 
 
+@dataclass(frozen=True)
+class Stages:
+    """Where a policy spends its time when it acts once, for measuring it.
+
+    Attributes:
+        vision: The vision tower.
+        projector: What maps its features to the trunk's width.
+        steps_field: Field of the configuration that counts the steps after the prefill (denoising or decoding).
+        prefix: Name of the method of `policy.model` that embeds the prefix; its first result is [b, length, c].
+        decodes: Whether steps generate tokens, each dearer than the one before; denoising steps all cost the same.
+    """
+
+    vision: nn.Module
+    projector: nn.Module
+    steps_field: str
+    prefix: str
+    decodes: bool = False
+
+
 class Adapter(ABC):
     """One VLA family's seam. Stateless: everything it changes lives on the policy and is undone by `detach`."""
 
@@ -59,6 +78,10 @@ class Adapter(ABC):
     @abstractmethod
     def detach(self, policy: Any) -> None:
         """Undo `attach`; the policy is then bit-identical to what it was. Harmless when nothing is attached."""
+
+    @abstractmethod
+    def stages(self, policy: Any) -> Stages:
+        """The parts of `policy` that are measured one by one."""
 
     @abstractmethod
     def feature_source(self, policy: Any) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..anchors import Region
-from .base import Adapter, TokenLayout, centred_region, refuse_second_attach
+from .base import Adapter, Stages, TokenLayout, centred_region, refuse_second_attach
 from .context import gather_context, present_cameras
 
 
@@ -50,6 +50,16 @@ class PI0Adapter(Adapter):
     def detach(self, policy: Any) -> None:
         vars(policy).pop("_preprocess_images", None)
         vars(_paligemma(policy)).pop("get_image_features", None)
+
+    def stages(self, policy: Any) -> Stages:
+        decodes = hasattr(policy.config, "max_decoding_steps")
+        return Stages(
+            _paligemma(policy).vision_tower,
+            _paligemma(policy).multi_modal_projector,
+            steps_field="max_decoding_steps" if decodes else "num_inference_steps",
+            prefix="embed_prefix_fast" if decodes else "embed_prefix",
+            decodes=decodes,
+        )
 
     def feature_source(self, policy: Any) -> nn.Module:
         tower: Any = _paligemma(policy).vision_tower

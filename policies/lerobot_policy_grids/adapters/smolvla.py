@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..anchors import Region
 from ..errors import UnsupportedPolicyError
-from .base import Adapter, TokenLayout, refuse_second_attach
+from .base import Adapter, Stages, TokenLayout, refuse_second_attach
 from .context import gather_context, present_cameras
 
 
@@ -69,6 +69,10 @@ class SmolVLAAdapter(Adapter):
     def detach(self, policy: Any) -> None:
         vars(policy).pop("prepare_images", None)
         vars(policy.model.vlm_with_expert).pop("embed_image", None)
+
+    def stages(self, policy: Any) -> Stages:
+        vlm = policy.model.vlm_with_expert.get_vlm_model()
+        return Stages(vlm.vision_model, vlm.connector, steps_field="num_steps", prefix="embed_prefix")
 
     def feature_source(self, policy: Any) -> nn.Module:
         connector: nn.Module = policy.model.vlm_with_expert.get_vlm_model().connector

@@ -1,0 +1,88 @@
+"""lerobot-grids bench."""
+
+from typing import Literal
+
+from .parser import run
+
+
+def bench(
+    policy: str = "pi0",
+    tokens: str = "16",
+    cameras: int = 2,
+    language_tokens: int | None = None,
+    resolution: str | None = None,
+    device: str | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    warmup: int = 2,
+    repeats: int = 5,
+    threads: int | None = None,
+    picture: str | None = None,
+    json: str | None = None,
+) -> None:
+    """Measure what fewer visual tokens save: FLOPs per stage, with --device also milliseconds, dense beside K.
+
+    One action chunk at batch 1, with all its denoising or decoding steps. Architectures are built at their real size
+    with random weights and need no download; without --device the π policies are only counted and need no memory.
+
+    Args:
+        policy: Architecture (pi0, pi05, pi0_fast, smolvla, tiny), or the checkpoint of a trained policy.
+        tokens: Visual tokens per camera, one or several: 4,16,64.
+        cameras: Number of cameras of an architecture; a checkpoint has its own.
+        language_tokens: Instruction tokens after padding. Defaults to what the family pads to.
+        resolution: The plain alternative: the dense policy at smaller images, sides in pixels: 112,56.
+        device: Where to measure time, such as cpu or cuda. Without it only FLOPs are counted.
+        dtype: Precision of the π policies' trunk; their vision tower stays float32, as LeRobot has it.
+        warmup: Runs before timing starts.
+        repeats: Timed runs.
+        threads: CPU threads. Defaults to torch's choice.
+        picture: PNG file for stacked bars.
+        json: File for every figure.
+    """
+    from pathlib import Path
+
+    from lerobot_policy_grids.errors import BudgetError, GridsError
+    from rich.console import Console
+
+    from lerobot_grids.profiling.compare import compare_costs
+    from lerobot_grids.profiling.report import draw_comparison, print_comparison
+    from lerobot_grids.progress import write_json
+
+    def numbers(option: str, text: str | None) -> list[int]:
+        parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+        if not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise BudgetError(f"--{option} {text} is no list of positive numbers; give one or several, such as 4,16,64")
+        return [int(part) for part in parts]
+
+    for name, value in (("cameras", cameras), ("repeats", repeats), ("language_tokens", language_tokens or 1)):
+        if value < 1:
+            raise GridsError(f"--{name} {value}; give at least 1")
+    budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
+    import torch
+
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise GridsError(f"--device {device}, but torch sees no CUDA GPU here; give --device cpu, or leave it out")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Console(stderr=True).status("building") as status:
+        result = compare_costs(
+            policy,
+            budgets,
+            cameras=cameras,
+            language_tokens=language_tokens,
+            resolutions=resolutions,
+            dtype=dtype,
+            device=device,
+            warmup=warmup,
+            repeats=repeats,
+            on_progress=lambda name: status.update(f"measuring {name}"),
+        )
+    print_comparison(result)
+    write_json(json, result.to_dict())
+    if picture is not None:
+        draw_comparison(result, Path(picture))
+        print(f"picture: {picture}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    run(bench, "bench", arguments)

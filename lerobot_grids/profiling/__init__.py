@@ -1,0 +1,1 @@
+"""What a policy costs, stage by stage: FLOPs, milliseconds, memory."""

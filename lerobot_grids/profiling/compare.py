@@ -1,0 +1,142 @@
+"""Dense beside K tokens, on the same policy, the same observation and the same device."""
+
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.configuration_grids import GridsConfig
+from lerobot_policy_grids.modeling_grids import GridsPolicy
+
+from ..evaluation import load_policy
+from .architectures import FAMILIES, instantiate, make_batch, make_config
+from .measure import Cost, base_of, count_flops, measure_latency, peak_memory_mib, prefix_length
+
+# Which families run through LeRobot's code without values.
+COUNTED_ON_META = ("pi0", "pi05", "pi0_fast")
+
+
+@dataclass
+class Comparison:
+    """Costs of several ways to run one policy, and where they were measured."""
+
+    policy: str
+    cameras: int
+    language_tokens: int
+    parameters: int
+    dtype: str
+    device: str | None
+    threads: int
+    torch: str = torch.__version__
+    costs: list[Cost] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return vars(self) | {"costs": [cost.to_dict() for cost in self.costs]}
+
+
+def device_name(device: str) -> str:
+    """What a person calls the device."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or device
+
+
+def wrap(base: Any, num_tokens: int) -> GridsPolicy:
+    """A grids policy with an untrained sampler around a dense policy, on its device."""
+    device = next(base.parameters()).device
+    config = GridsConfig(base=base.config, num_tokens=num_tokens, device="cpu")
+    config.device = str(device)
+    with torch.device(device):
+        policy = GridsPolicy(config, base=base)
+    return policy.eval()
+
+
+def compare_costs(
+    policy: str,
+    tokens: list[int],
+    *,
+    cameras: int = 2,
+    language_tokens: int | None = None,
+    resolutions: list[int] | None = None,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    warmup: int = 2,
+    repeats: int = 5,
+    on_progress: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Measure a policy dense, with each token budget, and dense at lower resolutions.
+
+    Args:
+        policy: Architecture name, for random weights, or a checkpoint.
+        tokens: Budgets per camera.
+        cameras: Number of cameras of an architecture; a checkpoint has its own.
+        language_tokens: Instruction tokens after padding; None takes the family's.
+        resolutions: Sides in pixels of smaller images for the dense policy.
+        dtype: Of families that have the choice.
+        device: Where to measure time and memory; None counts FLOPs only.
+        warmup: Runs before timing.
+        repeats: Timed runs.
+        on_progress: Called with the name of what is being measured.
+
+    Raises:
+        BudgetError: If a budget exceeds the dense tokens.
+        UnsupportedPolicyError: If the policy is unknown, or an image gives no whole token grid.
+    """
+    architecture = policy in FAMILIES
+    length = language_tokens or (FAMILIES[policy][2] if architecture else 48)
+    counting = device or ("meta" if policy in COUNTED_ON_META else "cpu")
+
+    def make(size: int | None = None) -> Any:
+        if architecture:
+            return instantiate(make_config(policy, cameras, size, dtype), counting)
+        return base_of(load_policy(policy, device=device).policy)
+
+    dense = make()
+    if not architecture:
+        get_adapter(dense.config.type).detach(dense)
+    result = Comparison(
+        policy,
+        cameras=len(dense.config.image_features),
+        language_tokens=length,
+        parameters=sum(parameter.numel() for parameter in dense.parameters()),
+        dtype=getattr(dense.config, "dtype", "float32"),
+        device=None if device is None else device_name(device),
+        threads=torch.get_num_threads(),
+    )
+
+    def add(name: str, measured: Any) -> None:
+        if on_progress is not None:
+            on_progress(name)
+        place = str(next(measured.parameters()).device)
+        batch = make_batch(base_of(measured), length, place)
+        if place.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        layout = get_adapter(base_of(measured).config.type).layout(base_of(measured))
+        used = measured.num_tokens if isinstance(measured, GridsPolicy) else layout.num_dense_tokens
+        cost = Cost(name, used, prefix_length(measured, batch), count_flops(measured, batch))
+        if device is not None:
+            cost.latency_ms, cost.latency_p95_ms = measure_latency(measured, batch, warmup, repeats)
+            cost.peak_memory_mib = peak_memory_mib(measured)
+        result.costs.append(cost)
+
+    # Before anything is measured, so that a wrong budget costs no minutes.
+    for budget in tokens:
+        wrap(dense, budget).detach()
+    add("dense", dense)
+    for budget in tokens:
+        wrapped = wrap(dense, budget)
+        add(f"K={budget}", wrapped)
+        wrapped.detach()
+    del dense
+    for size in resolutions or []:
+        add(f"dense at {size} px", make(size))
+    return result
