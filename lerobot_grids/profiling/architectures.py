@@ -66,8 +66,13 @@ def make_config(family: str, cameras: int, size: int | None = None, dtype: str =
 def instantiate(config: PreTrainedConfig, device: str) -> Any:
     """Build the policy on a device ("meta" for none) with random weights, in evaluation mode."""
     config.device = device
-    with _offline(config), torch.device(device), _no_initialisation():
+    with _offline(config), torch.device(device), _no_initialisation(), _default_dtype(config):
         policy = build(config).eval()
+    if hasattr(policy.model, "paligemma_with_expert"):
+        # What LeRobot keeps in float32 besides the parts of PaliGemma, which it converts itself.
+        for name, module in policy.model.named_children():
+            if name != "paligemma_with_expert":
+                module.float()
     if config.type == "pi0_fast":
         # Decoded tokens are looked up on the CPU; random ones mean nothing.
         policy.detokenize_actions = _no_actions
@@ -135,6 +140,18 @@ def _no_initialisation() -> Iterator[None]:
     finally:
         for one in patches:
             one.stop()
+
+
+@contextmanager
+def _default_dtype(config: Any) -> Iterator[None]:
+    """Build a bfloat16 policy in bfloat16: made in float32 first, π0 would need 16 GB for a moment."""
+    saved = torch.get_default_dtype()
+    if getattr(config, "dtype", "float32") == "bfloat16":
+        torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(saved)
 
 
 def _fill(policy: nn.Module, block: int = 1 << 20) -> None:

@@ -1,10 +1,12 @@
 """One row per VLA family: a tiny policy with random weights and a batch it accepts."""
 
+import os
 from abc import ABC, abstractmethod
 from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
 
+import mutants
 import pytest
 import tiny_pi
 import torch
@@ -13,6 +15,10 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 
 BATCH = 3
+
+# Set by test_mutants.py, which expects the suite to fail with each of them.
+if "GRIDS_MUTANT" in os.environ:
+    mutants.install(os.environ["GRIDS_MUTANT"])
 
 
 class Family(ABC):

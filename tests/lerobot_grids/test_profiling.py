@@ -1,0 +1,169 @@
+"""Counted FLOPs against closed formulas, and the command that shows them."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from lerobot_grids_cli.main import main
+
+from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
+from lerobot_grids.profiling.compare import compare_costs, wrap
+from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
+
+
+def linear(tokens, *widths):
+    """FLOPs of a chain of linear layers."""
+    return sum(2 * tokens * a * b for a, b in itertools.pairwise(widths))
+
+
+def siglip(images, tokens=256, width=1152, mlp=4304, layers=27, patch=14):
+    block = 4 * linear(tokens, width, width) + linear(tokens, width, mlp, width) + 4 * tokens**2 * width
+    return images * (layers * block + linear(tokens, 3 * patch**2, width))
+
+
+def gemma(tokens, keys, width, mlp, heads=8, head=256, layers=18):
+    inner = heads * head
+    attention = linear(tokens, width, inner, width) + 2 * linear(tokens, width, head) + 4 * tokens * keys * inner
+    return layers * (attention + 3 * linear(tokens, width, mlp))
+
+
+def sampler(images, k, width=1152, language=2048, state=32, cameras=2):
+    head = linear(1, width + language + state + cameras, 512, 2 * k)
+    return images * (head + linear(k, 2, 256, width))
+
+
+def pi0(cameras, k, dense=256, language=48, chunk=50, steps=10):
+    prefix = cameras * k + language
+    once = linear(1, 32, 1024)
+    step = gemma(chunk + 1, prefix + chunk + 1, 1024, 4096) + linear(1, 32, 1024)
+    step += linear(chunk, 32, 1024) + linear(chunk, 2048, 1024, 1024) + linear(chunk, 1024, 32)
+    return {
+        "vision": siglip(cameras),
+        "projector": linear(cameras * k, 1152, 2048),
+        "sampler": sampler(cameras, k, cameras=cameras) if k < dense else 0,
+        "prefill": gemma(prefix, prefix, 2048, 16384),
+        "steps": steps * step,
+    } | {"once": once}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def pi0_on_meta(request):
+    return request.param, instantiate(make_config("pi0", request.param), "meta")
+
+
+@pytest.mark.parametrize("k", [256, 16, 1])
+def test_pi0_costs_what_its_dimensions_say(pi0_on_meta, k):
+    cameras, policy = pi0_on_meta
+    batch = make_batch(policy, 48, "meta")
+    measured = policy if k == 256 else wrap(policy, k)
+    try:
+        flops, length = count_flops(measured, batch), prefix_length(measured, batch)
+    finally:
+        if measured is not policy:
+            measured.detach()
+    expected = pi0(cameras, k)
+    assert length == cameras * k + 48
+    for stage, value in flops.items():
+        assert value == pytest.approx(expected[stage], rel=1e-3), stage
+
+
+@pytest.mark.parametrize(
+    ("family", "cameras", "dense", "reduced"),
+    # GFLOPs of an independent count: meta tensors, uniform sampling, no sampler.
+    [("pi0", 2, 3073.0, 1086.8), ("pi0", 3, 4379.1, 1370.9), ("pi05", 2, 3707.2, 1700.2)],
+)
+def test_whole_policy_totals(family, cameras, dense, reduced):
+    result = compare_costs(family, [16], cameras=cameras)
+    full, sixteen = result.costs
+    assert full.total_flops / 1e9 == pytest.approx(dense, rel=0.01)
+    assert (sixteen.total_flops - sixteen.flops["sampler"]) / 1e9 == pytest.approx(reduced, rel=0.01)
+    assert 0 < sixteen.flops["sampler"] < 0.005 * sixteen.total_flops
+    assert (full.visual_tokens, sixteen.visual_tokens) == (256, 16)
+
+
+def test_decoding_steps_grow_with_what_they_attend_to():
+    policy = instantiate(make_config("pi0_fast", 1), "meta")
+    batch = make_batch(policy, 32, "meta")
+    policy.config.max_decoding_steps = 9
+    predicted = count_flops(policy, batch)["steps"]
+    prefix = prefix_length(policy, batch)
+    # The first step comes out of the prefill; each later one runs one token through the trunk, and every step
+    # reads one row of logits.
+    logits = linear(1, 2048, 257152)
+    later = sum(gemma(1, prefix + t, 2048, 16384) for t in range(1, 9))
+    assert predicted == pytest.approx(later + 9 * logits, rel=0.15)
+
+
+def test_a_smaller_image_is_shown_beside():
+    result = compare_costs("pi0", [64], cameras=1, resolutions=[112])
+    assert [cost.name for cost in result.costs] == ["dense", "K=64", "dense at 112 px"]
+    assert [cost.visual_tokens for cost in result.costs] == [256, 64, 64]
+    assert result.costs[2].flops["vision"] == pytest.approx(siglip(1, tokens=64), rel=1e-3)
+
+
+def test_latency_is_split_into_stages_that_add_up():
+    policy = instantiate(make_config("tiny", 1), "cpu")
+    batch = make_batch(policy, 8, "cpu")
+    latency, p95 = measure_latency(wrap(policy, 16), batch, warmup=1, repeats=3)
+    stages = ("vision", "projector", "sampler", "prefill", "steps")
+    assert sum(latency[name] for name in stages) == pytest.approx(latency["total"])
+    assert all(latency[name] > 0 for name in ("vision", "sampler", "steps"))
+    assert p95 >= latency["total"]
+
+
+def test_measuring_leaves_the_policy_as_it_was(grids_checkpoint):
+    from lerobot_grids.evaluation import load_policy
+
+    policy = load_policy(str(grids_checkpoint)).policy
+    batch = make_batch(policy.base, 8, "cpu")
+    batch["observation.state"] = batch["observation.state"][:, :4]
+    noise = torch.randn(1, 16, 32)
+    before = policy.predict_action_chunk(dict(batch), noise=noise)
+    steps, attention = policy.base.config.num_steps, policy.adapter.stages(policy.base).vision.config
+    attention = (attention, attention._attn_implementation)
+    count_flops(policy, batch), prefix_length(policy, batch), measure_latency(policy, batch, 0, 1)
+    assert policy.base.config.num_steps == steps
+    assert attention[0]._attn_implementation == attention[1]
+    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), before)
+
+
+def test_the_command_prints_saves_and_draws(tmp_path, capsys):
+    arguments = ["--policy=tiny", "--tokens=16,4", "--cameras=1", "--device=cpu", "--repeats=1", "--warmup=0"]
+    outputs = [f"--json={tmp_path}/bench.json", f"--picture={tmp_path}/bench.png"]
+    assert main(["bench", *arguments, *outputs]) == 0
+    printed = capsys.readouterr().out
+    assert "GFLOPs per stage" in printed
+    assert "milliseconds per stage on" in printed
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert [cost["name"] for cost in saved["costs"]] == ["dense", "K=16", "K=4"]
+    assert saved["costs"][0]["total_flops"] > saved["costs"][1]["total_flops"] > saved["costs"][2]["total_flops"]
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_is_measured_with_its_own_cameras(grids_checkpoint, tmp_path, capsys):
+    assert main(["bench", f"--policy={grids_checkpoint}", "--tokens=16", f"--json={tmp_path}/bench.json"]) == 0
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert saved["cameras"] == 1
+    assert [cost["visual_tokens"] for cost in saved["costs"]] == [144, 16]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy=pi9"], "'pi9' is unknown"),
+        (["--tokens=0"], "no list of positive numbers"),
+        (["--tokens=a,b"], "no list of positive numbers"),
+        (["--policy=tiny", "--tokens=145"], "12 x 12 = 144"),
+        (["--policy=tiny", "--resolution=100"], "set resize_imgs_with_padding to multiples of 8"),
+        (["--cameras=0"], "--cameras 0"),
+        (["--device=cuda"], "no CUDA GPU"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bench_refuses(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
