@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Dataset feature with object and goal positions. Not an observation, so no policy sees it.
+POSITIONS = "auxiliary.positions"
+
 
 class PositionLoss(nn.Module):
     """L1 loss of positions read from visual tokens by one learned query per task and position group.

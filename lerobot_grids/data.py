@@ -51,7 +51,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
     Args:
         dataset: Folder of a LeRobotDataset, or its id on the Hub.
         revision: Hub revision of the dataset.
-        batch_size: Frames per step and device.
+        batch_size: Frames per step and device. None takes 32; the command line takes the family's recipe.
         val_fraction: Share of the episodes held out, spread evenly over the recording.
         max_val_frames: Validate on at most this many of the held-out frames, spread evenly.
         num_workers: Processes that load frames. -1 takes none when frames are cached, else one per core up to 4.
@@ -66,7 +66,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
         self,
         dataset: str,
         revision: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         val_fraction: float = 0.1,
         max_val_frames: int = 512,
         num_workers: int = -1,
@@ -79,7 +79,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
             raise DatasetError(f"val_fraction={val_fraction}; choose a share of the episodes from 0 to below 1")
         self.meta = load_metadata(dataset, revision)
         self.revision = revision
-        self.batch_size = batch_size
+        self.batch_size = 32 if batch_size is None else batch_size
         self.val_fraction = val_fraction
         self.max_val_frames = max_val_frames
         self.num_workers = num_workers

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.configs import FeatureType, PreTrainedConfig
+from lerobot.configs import FeatureType
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env_pre_post_processors
 from lerobot.envs.utils import env_to_policy_features
@@ -20,7 +20,7 @@ from lerobot.scripts.lerobot_eval import eval_policy, rollout
 from lerobot.utils.constants import ACTION
 from lerobot.utils.io_utils import write_video
 from lerobot_policy_grids.adapters import ADAPTERS, get_adapter
-from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, require_complete
+from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, read_config, require_complete
 from lerobot_policy_grids.errors import CheckpointError, SimulationError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
 
@@ -105,11 +105,8 @@ def load_policy(
             f"'{source}' is a family with random weights; give the checkpoint folder of a trained policy"
         )
     require_complete(folder)
-    kind = policy_type(folder)
-    try:
-        config = PreTrainedConfig.from_pretrained(folder)
-    except Exception as error:  # draccus raises many types for a malformed file
-        raise CheckpointError(f"{folder / 'config.json'} is no valid configuration: {error}") from error
+    config = read_config(folder)
+    kind = config.type
     if device is not None:
         config.device = device
     if num_tokens is not None and kind != "grids":

@@ -11,9 +11,10 @@ from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 from torch import Tensor, nn
 
-from .auxiliary import PositionLoss
+from .auxiliary import POSITIONS, PositionLoss
+from .lora import add_lora
 from .policies import build_policy, parse_tokens
-from .recording import POSITIONS
+from .recipes import RECIPES, TrainableChoice, base_type, choose_trainable, device_memory
 
 # Noise and time of the flow are drawn inside the policy; with this seed every validation draws the same.
 VALIDATION_SEED = 0
@@ -29,10 +30,13 @@ class GridsModule(lightning.LightningModule):
         num_tokens_max: Largest budget the checkpoint can serve later. Defaults to `tokens`.
         reducer: How tokens are reduced: "grids", or "blind" for no visual tokens at all (a floor to compare with).
         condition_on: What the coordinates depend on, any of image, language, state, camera. Defaults to all.
-        train: "all" parameters that the policy leaves trainable, or only the "reducer".
-        lr: Peak learning rate. Defaults to the policy's own.
+        train: "all" parameters that the policy leaves trainable, the "reducer" and low-rank adapters
+            ("reducer+lora"), or the "reducer" alone. "auto" takes all if that fits the memory, else LoRA.
+        accelerator: Lightning's accelerator, whose memory "auto" looks at (linked from the trainer).
+        lora_rank: Rank of the low-rank adapters.
+        lr: Peak learning rate. Defaults to the family's recipe.
         reducer_lr: Peak learning rate of the reducer. Defaults to `lr`.
-        warmup_steps: Steps of linear warm-up before the cosine decay over the whole training.
+        warmup_steps: Steps of linear warm-up before the cosine decay. Defaults to the family's recipe.
         auxiliary_weight: Weight of the position loss, where the dataset records object positions.
         jitter: Strength of random brightness and contrast, 0 for none.
         state_noise: Standard deviation of the noise on the normalised robot state, 0 for none.
@@ -47,10 +51,12 @@ class GridsModule(lightning.LightningModule):
         num_tokens_max: int | None = None,
         reducer: str = "grids",
         condition_on: list[str] | None = None,
-        train: Literal["all", "reducer"] = "all",
+        train: Literal["auto", "all", "reducer+lora", "reducer"] = "auto",
+        accelerator: str = "auto",
+        lora_rank: int = 16,
         lr: float | None = None,
         reducer_lr: float | None = None,
-        warmup_steps: int = 100,
+        warmup_steps: int | None = None,
         auxiliary_weight: float = 1.0,
         jitter: float = 0.15,
         state_noise: float = 0.02,
@@ -67,21 +73,34 @@ class GridsModule(lightning.LightningModule):
             rename_map=rename_map,
         )
         self.policy = self.built.policy
-        self.lr = lr
-        self.reducer_lr = reducer_lr
+        self.recipe = RECIPES[base_type(self.policy.config)]
+        self.lr = self.recipe.lr if lr is None else lr
+        self.reducer_lr = self.lr if reducer_lr is None else reducer_lr
         self.warmup_steps = warmup_steps
         self.auxiliary_weight = auxiliary_weight
         self.jitter = jitter
         self.state_noise = state_noise
-        if train == "reducer":
-            if not isinstance(self.policy, GridsPolicy):
-                raise GridsError("train=reducer, but the dense policy has none; give --tokens a number")
-            self.policy.base.requires_grad_(False)
+        self.trainable = self._choose_trainable(train, accelerator, lora_rank)
         self.cameras = [key for key in self.policy.config.image_features if "empty_camera" not in key]
         self.position_loss: PositionLoss | None = None
         self._visual_tokens: list[Tensor] = []
         if POSITIONS in meta.features and auxiliary_weight > 0 and reducer != "blind":
             self._add_position_loss(meta)
+
+    def _choose_trainable(self, train: str, accelerator: str, lora_rank: int) -> TrainableChoice:
+        if not isinstance(self.policy, GridsPolicy):
+            if train not in ("auto", "all"):
+                raise GridsError(f"train={train}, but the dense policy has no reducer; give --tokens a number")
+            return TrainableChoice("all", "training everything")
+        if train == "auto":
+            choice = choose_trainable(self.policy, *device_memory(accelerator))
+        else:
+            choice = TrainableChoice(train, f"training {train}")  # type: ignore[arg-type]
+        if choice.train == "reducer+lora":
+            add_lora(self.policy.base, lora_rank)
+        elif choice.train == "reducer":
+            self.policy.base.requires_grad_(False)
+        return choice
 
     def _add_position_loss(self, meta: LeRobotDatasetMetadata) -> None:
         source: nn.Module
@@ -153,13 +172,11 @@ class GridsModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         preset = self.policy.config.get_optimizer_preset()
-        lr = preset.lr if self.lr is None else self.lr
-        reducer_lr = lr if self.reducer_lr is None else self.reducer_lr
-        decay = preset.weight_decay
+        lr, decay = self.lr, preset.weight_decay
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                rate = reducer_lr if name.startswith("policy.reducer.") else lr
+                rate = self.reducer_lr if name.startswith("policy.reducer.") else lr
                 # Norms and biases are not decayed.
                 groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
         optimizer = torch.optim.AdamW(
@@ -168,7 +185,8 @@ class GridsModule(lightning.LightningModule):
             eps=preset.eps,
         )
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = min(self.warmup_steps, max(1, steps // 10))
+        warmup = round(self.recipe.warmup * steps) if self.warmup_steps is None else self.warmup_steps
+        warmup = max(1, min(warmup, steps - 1))
         scheduler = torch.optim.lr_scheduler.SequentialLR(
             optimizer,
             [

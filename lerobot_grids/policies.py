@@ -14,10 +14,13 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, RenameObservationsProcessorStep
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, policy_type, resolve_checkpoint
+from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, read_config, resolve_checkpoint
 from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
+
+from .lora import merged_state_dict
+from .recipes import base_type
 
 Tokens = int | Literal["dense"]
 
@@ -25,6 +28,9 @@ Tokens = int | Literal["dense"]
 FAMILIES: dict[str, str | type[PreTrainedConfig]] = {
     "tiny": lerobot_policy_grids.TinySmolVLAConfig,
     "smolvla": "lerobot/smolvla_base",
+    "pi0": "lerobot/pi0_base",
+    "pi05": "lerobot/pi05_base",
+    "pi0_fast": "lerobot/pi0fast-base",
 }
 
 
@@ -47,7 +53,7 @@ class TrainablePolicy:
 
     def save(self, folder: Path) -> None:
         """Write configuration, weights and both processors, as LeRobot lays a checkpoint out."""
-        self.policy.save_pretrained(folder)
+        self.policy.save_pretrained(folder, state_dict=merged_state_dict(self.policy))
         self.preprocessor.save_pretrained(folder)
         self.postprocessor.save_pretrained(folder)
 
@@ -94,6 +100,20 @@ def find_source(source: str) -> type[PreTrainedConfig] | Path:
         ) from error
 
 
+def source_type(source: str) -> str:
+    """LeRobot's type of the dense policy that `--policy` names, or of the one inside a grids checkpoint.
+
+    Raises:
+        UnsupportedPolicyError: If there is none, or no adapter for it.
+        CheckpointError: If it cannot be read or fetched.
+    """
+    found = find_source(source)
+    config = read_config(found) if isinstance(found, Path) else found(device="cpu")
+    kind = base_type(config)
+    get_adapter(kind)
+    return kind
+
+
 def build_policy(
     source: str,
     tokens: Tokens,
@@ -126,10 +146,8 @@ def build_policy(
     found = find_source(source)
     folder = found if isinstance(found, Path) else None
     if isinstance(found, Path):
-        kind = policy_type(found)
-        if kind != "grids":
-            get_adapter(kind)
-        config = PreTrainedConfig.from_pretrained(found)
+        config = read_config(found)
+        get_adapter(base_type(config))
         _check_cameras(source, config, inputs)
     else:
         config = found(input_features=inputs, device="cpu")

@@ -1,6 +1,7 @@
 """Recording demonstrations of MetaWorld's scripted experts as a LeRobotDataset."""
 
 import functools
+import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,11 +16,10 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_policy_grids.checkpoint import atomic_folder
 from lerobot_policy_grids.errors import SimulationError
 
+from .auxiliary import POSITIONS
 from .simulation.metaworld import MetaworldEnv, expand_tasks
 
 IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
-# Not an observation, so no policy sees it: object and goal positions, for an auxiliary training loss.
-POSITIONS = "auxiliary.positions"
 
 
 @dataclass(frozen=True)
@@ -176,4 +176,6 @@ def record(
         finally:
             # Also when interrupted: otherwise LeRobot writes the folder again after it was removed.
             dataset.finalize()
+        # Images are inside the parquet files by now; LeRobot leaves the folders they passed through.
+        shutil.rmtree(folder / "images", ignore_errors=True)
     return count

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lerobot_grids.callbacks import CheckpointExport, TrainingProgress
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
-from lerobot_grids.policies import parse_tokens
+from lerobot_grids.policies import parse_tokens, source_type
+from lerobot_grids.recipes import RECIPES
 
 from .fit_options import FitOptions
 from .parser import OneLineErrors
@@ -25,7 +26,6 @@ LINKS = {
     "reducer": "model.reducer",
     "rename_map": "model.rename_map",
     "dataset": "data.dataset",
-    "batch_size": "data.batch_size",
 }
 STATE_FOLDER = "training_state"
 
@@ -42,14 +42,16 @@ class FitCLI(LightningCLI):
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
         parser.link_arguments("seed", "seed_everything")
+        parser.link_arguments("trainer.accelerator", "model.accelerator", str)
         parser.link_arguments("data.meta", "model.meta", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
         options = self.config
         tokens = parse_tokens(options.tokens)
         for name in ("steps", "batch_size", "save_every"):
-            if options[name] < 1:
+            if options[name] is not None and options[name] < 1:
                 raise GridsError(f"--{name} {options[name]}; give at least 1")
+        recipe = RECIPES[source_type(options.policy)]
         label = options.reducer if options.reducer != "grids" else tokens
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
         self.resume_from = self.output / STATE_FOLDER / "last.ckpt"
@@ -59,10 +61,19 @@ class FitCLI(LightningCLI):
             )
         if options.resume and not self.resume_from.is_file():
             raise CheckpointError(f"nothing to resume: {self.resume_from} does not exist; drop --resume to start anew")
+        steps = options.steps or recipe.steps
         if options.trainer.max_steps == -1:
-            options.trainer.max_steps = options.steps
+            options.trainer.max_steps = steps
+        if options.batch_size is not None:
+            options.data.batch_size = options.batch_size
+        elif options.data.batch_size is None:
+            options.data.batch_size = recipe.micro_batch
+            if options.trainer.accumulate_grad_batches == 1:
+                options.trainer.accumulate_grad_batches = max(1, recipe.batch // recipe.micro_batch)
         if options.trainer.val_check_interval is None:
-            options.trainer.val_check_interval = min(options.save_every, max(1, options.steps // 4))
+            # Lightning counts micro-batches.
+            interval = min(options.save_every, max(1, options.trainer.max_steps // 4))
+            options.trainer.val_check_interval = interval * options.trainer.accumulate_grad_batches
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         options = self.config_init
@@ -113,17 +124,20 @@ def quiet() -> None:
 
 
 def describe(cli: FitCLI) -> str:
-    """One line that says what will be trained, on what."""
+    """What will be trained, on what, and how."""
     module, data = cli.model, cli.datamodule
     trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.policy.parameters())
     train, val = data.split()
+    accumulated = cli.config.trainer.accumulate_grad_batches
     tokens = getattr(module.policy, "num_tokens", "all")
     positions = " and the recorded positions" if module.position_loss is not None else ""
     return (
-        f"training {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters of {cli.config.policy} with {tokens} visual "
-        f"tokens per camera\non {len(train)} episodes{positions} ({len(val)} held out) of {cli.config.dataset}, "
-        f"{cli.config.trainer.max_steps} steps of {data.batch_size}, seed {cli.config.seed}"
+        f"{module.trainable.reason}\n{trained / 1e6:.2f} of {total / 1e6:.2f} M parameters of {cli.config.policy} with "
+        f"{tokens} visual tokens per camera\non {len(train)} episodes{positions} ({len(val)} held out) of "
+        f"{cli.config.dataset}\n{cli.config.trainer.max_steps} steps of {data.batch_size} frames"
+        f"{f' x {accumulated} accumulated' if accumulated > 1 else ''}, peak learning rate {module.lr:g}, "
+        f"seed {cli.config.seed}"
     )
 
 

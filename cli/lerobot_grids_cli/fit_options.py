@@ -17,17 +17,17 @@ class FitOptions:
     dataset: str
     """Folder of a LeRobotDataset, or its id on the Hub (user/name)."""
     policy: str = "tiny"
-    """What to start from: a family (tiny, smolvla), a checkpoint folder, or a Hub id."""
+    """What to start from: a family (tiny, smolvla, pi0, pi05, pi0_fast), a checkpoint folder, or a Hub id."""
     tokens: int | str = 16
     """Visual tokens per camera, or 'dense' to train the policy as it is."""
     reducer: str = "grids"
     """How tokens are reduced: grids, or blind for no visual tokens at all (the floor to compare with)."""
     output: str | None = None
     """Folder for checkpoint and logs. Defaults to outputs/<policy>-<tokens>; must not exist unless --resume."""
-    steps: int = 2000
-    """Training steps."""
-    batch_size: int = 32
-    """Frames per step and device."""
+    steps: int | None = None
+    """Training steps. Defaults to the family's recipe: 2000 for tiny, 20000 for smolvla, 30000 for the π policies."""
+    batch_size: int | None = None
+    """Frames per step and device. By default the recipe's batch, in micro-batches that are accumulated."""
     seed: int = 0
     """Seed of everything random; the same seed on the same machine gives the same policy."""
     save_every: int = 500

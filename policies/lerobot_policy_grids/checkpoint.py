@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from lerobot.configs import PreTrainedConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import CheckpointError, OutputExistsError
+from .errors import CheckpointError, GridsError, OutputExistsError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -52,6 +54,22 @@ def policy_type(folder: Path) -> str:
             f"{path} cannot be read as a policy configuration ({error!r}); restore the checkpoint from its source"
         ) from error
     return str(name)
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: If config.json is missing, is no JSON, or does not fit its policy type.
+        GridsError: If a value in it is out of bounds.
+    """
+    policy_type(folder)
+    try:
+        return PreTrainedConfig.from_pretrained(folder)
+    except GridsError:
+        raise
+    except Exception as error:  # draccus raises many types for a malformed file
+        raise CheckpointError(f"{folder / CONFIG_FILE} is no valid configuration: {error}") from error
 
 
 def require_complete(folder: Path) -> None:

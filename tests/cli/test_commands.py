@@ -76,7 +76,7 @@ def test_version_and_unknown_command():
     assert re.match(r"lerobot-grids \d", shell("--version").stdout)
     result = shell("fly")
     assert result.returncode == 2
-    assert result.stderr == "lerobot-grids: error: 'fly' is no command; choose one of record, fit, eval\n"
+    assert result.stderr == "lerobot-grids: error: 'fly' is no command; choose one of record, fit, bench, eval\n"
 
 
 def test_errors_from_the_shell_have_no_traceback(tmp_path):

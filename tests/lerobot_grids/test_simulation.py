@@ -84,6 +84,7 @@ def test_a_recording_is_a_lerobot_dataset(recording):
     assert item["action"].shape == (4,)
     assert item["auxiliary.positions"].shape == (6,)
     assert not list(output.parent.glob(".*"))
+    assert sorted(path.name for path in output.iterdir()) == ["data", "meta"]
 
 
 def test_a_recording_is_never_overwritten(recording):

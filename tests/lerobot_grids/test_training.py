@@ -1,12 +1,15 @@
 """Training: it learns, it repeats, and what it writes can be loaded."""
 
 import csv
+import subprocess
+import sys
 
 import lightning
 import pytest
 import torch
 from lerobot.policies.factory import get_policy_class
 from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.adapters import ADAPTERS
 from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
 
 from lerobot_grids.callbacks import CheckpointExport
@@ -14,6 +17,7 @@ from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.evaluation import load_policy
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import build_policy, parse_tokens
+from lerobot_grids.recipes import RECIPES, choose_trainable, training_bytes
 
 
 def train(dataset, output, steps, seed=0, **options):
@@ -93,6 +97,51 @@ def test_training_only_the_reducer_leaves_the_base_alone(dataset, dense_checkpoi
     after = module.policy.base.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert module.policy.reducer.coordinate_head.out.weight.abs().max() > 0
+
+
+def test_lora_is_merged_into_what_is_saved(dataset, dense_checkpoint, tmp_path):
+    before = get_policy_class("tiny_smolvla").from_pretrained(dense_checkpoint).state_dict()
+    options = {"policy": str(dense_checkpoint), "tokens": "9", "train": "reducer+lora", "lr": 1e-2}
+    module, _ = train(dataset, tmp_path, 3, **options)
+    trained = {name for name, p in module.policy.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".lora_" in name or name.startswith("reducer.") for name in trained)
+    loaded = load_policy(str(tmp_path)).policy
+    changed = {name for name, value in loaded.base.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("q_proj" in n or "v_proj" in n or "_proj" in n or "action_time_mlp" in n for n in changed)
+    data = LeRobotDataModule(str(dataset))
+    data.load(module.policy.config)
+    batch = module._prepare(next(iter(data.val_dataloader())), augment=False)
+    noise = torch.randn(len(batch["action"]), 16, 32)
+    module.policy.eval()
+    expected = module.policy.predict_action_chunk(dict(batch), noise=noise)
+    torch.testing.assert_close(loaded.predict_action_chunk(dict(batch), noise=noise), expected, atol=1e-5, rtol=1e-4)
+    plain = build_policy(str(dense_checkpoint), 9, data.meta).policy.eval()
+    assert (plain.predict_action_chunk(dict(batch), noise=noise) - expected).abs().max() > 1e-3
+
+
+def test_what_is_trained_follows_from_the_memory(dataset, dense_checkpoint):
+    policy = build_policy(str(dense_checkpoint), 9, load_metadata(str(dataset))).policy
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in policy.parameters()) - trainable
+    assert training_bytes(policy) == 4 * (4 * trainable + frozen)  # float32: weights, gradients, two Adam states
+    roomy = choose_trainable(policy, "a big GPU", 2**40)
+    tight = choose_trainable(policy, "a small GPU", training_bytes(policy))
+    assert roomy.train == "all"
+    assert tight.train == "reducer+lora"
+    assert "a small GPU has 0 GiB" in tight.reason
+    assert "--model.train all" in tight.reason
+
+
+def test_every_family_has_a_recipe():
+    assert RECIPES.keys() == ADAPTERS.keys()
+    assert all(recipe.batch % recipe.micro_batch == 0 for recipe in RECIPES.values())
+
+
+def test_training_needs_no_simulator():
+    code = "import sys; sys.modules.update(metaworld=None, mujoco=None)\nimport lerobot_grids_cli.fit_lightning"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_the_position_loss_is_no_part_of_the_checkpoint(trained):

@@ -1,0 +1,54 @@
+"""Low-rank adapters (Hu et al. 2021, through peft) inside a base policy, and checkpoints without them."""
+
+from typing import Any
+
+from lerobot_policy_grids.errors import GridsError
+from torch import Tensor, nn
+
+ADAPTER = "default"
+
+
+def add_lora(base: Any, rank: int) -> None:
+    """Freeze a base policy and put trainable low-rank adapters on LeRobot's default targets for it.
+
+    Args:
+        base: The dense policy; its modules are replaced in place.
+        rank: Rank of the adapters; their scale is 2.
+
+    Raises:
+        GridsError: If peft is missing, or LeRobot names no targets for this policy.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise GridsError(
+            f"LoRA needs peft ({error}); pip install 'lerobot[peft]', or give --model.train all or reducer"
+        ) from error
+    targets = base._get_default_peft_targets()
+    if not targets:
+        raise GridsError(f"LeRobot names no LoRA targets for '{base.config.type}'; give --model.train all or reducer")
+    base.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets["target_modules"])
+    inject_adapter_in_model(config, base, adapter_name=ADAPTER)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
+    """The state of a policy with its adapters added to the weights, under the names it has without adapters.
+
+    The policy itself is not touched: merging in place and back would round its frozen weights.
+    """
+    layers = {name: module for name, module in policy.named_modules() if hasattr(module, "get_delta_weight")}
+    if not layers:
+        return policy.state_dict()
+    merged: dict[str, Tensor] = {}
+    for name, tensor in policy.state_dict().items():
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        if owner and leaf == "weight":
+            layer: Any = layers[owner]
+            tensor = tensor + layer.get_delta_weight(ADAPTER).to(tensor.dtype)
+        merged[f"{owner}.{leaf}" if owner else name] = tensor
+    return merged
