@@ -6,33 +6,55 @@ from typing import Any
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, atomic_folder
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Inside a run's output folder.
+STATE_FILE = "training_state/last.ckpt"
 
-class CheckpointExport(Callback):
-    """Write the policy as a LeRobot checkpoint folder, `<output>/pretrained_model`, whole or not at all.
+
+class RunCheckpoint(Callback):
+    """Keep a run: the policy as LeRobot loads it, and the state that training goes on from.
+
+    `<output>/pretrained_model` appears whole or not at all; `<output>/training_state/last.ckpt` is replaced in
+    one step. Both are written every `every_n_steps`, at the end, and when the run is told to terminate.
 
     Args:
         output: The run's output folder.
-        every_n_steps: Also write it every this many steps, so that a killed run leaves a policy.
+        every_n_steps: Optimiser steps between two checkpoints.
     """
 
     def __init__(self, output: Path, every_n_steps: int = 500) -> None:
         self.folder = Path(output) / CHECKPOINT_FOLDER
+        self.state = Path(output) / STATE_FILE
         self.every_n_steps = every_n_steps
+        self._saved_at = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        # Micro-batches of one accumulated step share its number; the last of them made the step.
-        stepped = trainer.fit_loop.epoch_loop._should_accumulate() is False
-        if stepped and trainer.global_step % self.every_n_steps == 0 and trainer.global_step < trainer.max_steps:
-            self._export(trainer, pl_module)
+        # Micro-batches of one accumulated step share its number.
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step > 0:
+            self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._export(trainer, pl_module)
+        self._save(trainer, pl_module)
 
-    def _export(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning raises this one between two steps; any other may have come in the middle of one.
+        if isinstance(exception, SIGTERMException) and trainer.global_step > 0:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step == self._saved_at:
+            return
+        self._saved_at = trainer.global_step
+        partial = self.state.with_suffix(".partial")
         if trainer.is_global_zero:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        # Every process takes part: a sharded strategy gathers its state here.
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(self.state)
             with atomic_folder(self.folder, replace=True) as folder:
                 pl_module.built.save(folder)
 
@@ -67,7 +89,7 @@ class TrainingProgress(ProgressBar):
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=self.console)
-        self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step)
+        self._progress.add_task("", total=int(trainer.estimated_stepping_batches), completed=trainer.global_step)
         self._progress.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

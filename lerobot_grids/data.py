@@ -77,6 +77,8 @@ class LeRobotDataModule(lightning.LightningDataModule):
             raise DatasetError(f"cache={cache} is unknown; choose 'auto' or 'never'")
         if not 0 <= val_fraction < 1:
             raise DatasetError(f"val_fraction={val_fraction}; choose a share of the episodes from 0 to below 1")
+        if max_val_frames < 1:
+            raise DatasetError(f"max_val_frames={max_val_frames}; give at least 1, or val_fraction=0 for no validation")
         self.meta = load_metadata(dataset, revision)
         self.revision = revision
         self.batch_size = 32 if batch_size is None else batch_size

@@ -20,8 +20,8 @@ from lerobot.scripts.lerobot_eval import eval_policy, rollout
 from lerobot.utils.constants import ACTION
 from lerobot.utils.io_utils import write_video
 from lerobot_policy_grids.adapters import ADAPTERS, get_adapter
-from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, read_config, require_complete
-from lerobot_policy_grids.errors import CheckpointError, SimulationError
+from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, WEIGHTS_FILE, load_weights, read_config, require_complete
+from lerobot_policy_grids.errors import CheckpointError, GridsError, SimulationError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
 
 from .policies import find_source
@@ -108,7 +108,7 @@ def load_policy(
     config = read_config(folder)
     kind = config.type
     if device is not None:
-        config.device = device
+        config.device = checked_device(device)
     if num_tokens is not None and kind != "grids":
         raise CheckpointError(f"{source} is a dense '{kind}' policy, which has no token budget to set; drop --tokens")
     policy = build(config)
@@ -123,10 +123,35 @@ def load_policy(
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
-    preprocessor, postprocessor = make_pre_post_processors(
-        config, pretrained_path=str(folder), preprocessor_overrides=overrides
-    )
+    try:
+        preprocessor, postprocessor = make_pre_post_processors(
+            config, pretrained_path=str(folder), preprocessor_overrides=overrides
+        )
+    except Exception as error:  # LeRobot raises whatever its steps meet
+        raise CheckpointError(
+            f"the processors in {folder} cannot be built: {error}; copy the checkpoint again"
+        ) from error
     return LoadedPolicy(policy, preprocessor, postprocessor)
+
+
+def checked_device(device: str) -> str:
+    """The device, if it exists here.
+
+    Raises:
+        GridsError: If torch knows no such device, or does not see it.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise GridsError(f"device '{device}' is not available here ({str(error).splitlines()[0]}); try cpu") from error
+    return device
+
+
+def short_name(policy: str, tokens: int | None) -> str:
+    """What to call the results of a checkpoint."""
+    path = Path(policy)
+    name = path.parent.name if path.name == CHECKPOINT_FOLDER else path.name
+    return name if tokens is None else f"{name}-{tokens}"
 
 
 def token_counts(policy: Any) -> tuple[int | None, int | None]:

@@ -39,20 +39,18 @@ class FrameCache(Dataset[dict[str, Any]]):
     def __init__(self, dataset: LeRobotDataset) -> None:
         meta = dataset.meta
         table = dataset.hf_dataset.with_format("arrow")[:]
-        self.columns: dict[str, Tensor] = {}
+        self.columns: dict[str, Tensor | list[Any]] = {}
         for key in table.column_names:
             column = table[key].combine_chunks()
             if key in meta.camera_keys:
                 self.columns[key] = torch.stack([_decode(cell.as_py()["bytes"]) for cell in column])
             else:
-                self.columns[key] = torch.as_tensor(np.array(column.to_pylist()))
-                if self.columns[key].dtype == torch.float64:
-                    self.columns[key] = self.columns[key].float()
+                self.columns[key] = _numbers(column.to_pylist())
         self.tasks = list(meta.tasks.index)
         episodes = meta.episodes
         starts, ends = (torch.tensor(episodes[f"dataset_{side}_index"]) for side in ("from", "to"))
-        self.first = starts[self.columns["episode_index"]]
-        self.last = ends[self.columns["episode_index"]] - 1
+        episode: Any = self.columns["episode_index"]
+        self.first, self.last = starts[episode], ends[episode] - 1
         self.deltas = {key: torch.tensor(delta) for key, delta in (dataset.reader.delta_indices or {}).items()}
 
     def __len__(self) -> int:
@@ -69,7 +67,9 @@ class FrameCache(Dataset[dict[str, Any]]):
         first, last = self.first[rows, None], self.last[rows, None]
         batch: dict[str, Any] = {}
         for key, column in self.columns.items():
-            if key in self.deltas:
+            if isinstance(column, list):
+                batch[key] = [column[row] for row in indices]
+            elif key in self.deltas:
                 wanted = rows[:, None] + self.deltas[key]
                 batch[key] = column[wanted.clamp(first, last)]
                 batch[f"{key}_is_pad"] = (wanted < first) | (wanted > last)
@@ -77,6 +77,14 @@ class FrameCache(Dataset[dict[str, Any]]):
                 batch[key] = column[rows]
         batch["task"] = [self.tasks[task] for task in batch["task_index"].tolist()]
         return batch
+
+
+def _numbers(values: list[Any]) -> Tensor | list[Any]:
+    """A tensor, or the list itself where it holds text; float32 where LeRobot gives float32."""
+    array = np.array(values)
+    if array.dtype.kind not in "biuf":
+        return values
+    return torch.as_tensor(array.astype(np.float32) if array.dtype == np.float64 else array)
 
 
 def _decode(image: bytes) -> Tensor:

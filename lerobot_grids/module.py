@@ -1,5 +1,6 @@
 """GridsModule: trains a policy, dense or with K visual tokens, on demonstrations."""
 
+import math
 from typing import Any, Literal
 
 import lightning
@@ -7,7 +8,7 @@ import torch
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import OBS_STATE
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 from torch import Tensor, nn
 
@@ -26,9 +27,11 @@ class GridsModule(lightning.LightningModule):
     Args:
         meta: Metadata of the dataset (linked from the data module on the command line).
         policy: What to start from: a family ("tiny", "smolvla"), a checkpoint folder, or a Hub id.
-        tokens: Visual tokens per camera, or "dense" to train the policy as it is.
+        tokens: Visual tokens per camera, or "dense" to train the policy as it is. Defaults to 16, or to what a
+            grids checkpoint has.
         num_tokens_max: Largest budget the checkpoint can serve later. Defaults to `tokens`.
-        reducer: How tokens are reduced: "grids", or "blind" for no visual tokens at all (a floor to compare with).
+        reducer: How tokens are reduced: "grids" (the default), or "blind" for no visual tokens at all, a floor to
+            compare with.
         condition_on: What the coordinates depend on, any of image, language, state, camera. Defaults to all.
         train: "all" parameters that the policy leaves trainable, the "reducer" and low-rank adapters
             ("reducer+lora"), or the "reducer" alone. "auto" takes all if that fits the memory, else LoRA.
@@ -47,9 +50,9 @@ class GridsModule(lightning.LightningModule):
         self,
         meta: LeRobotDatasetMetadata,
         policy: str = "tiny",
-        tokens: int | str = 16,
+        tokens: int | str | None = None,
         num_tokens_max: int | None = None,
-        reducer: str = "grids",
+        reducer: str | None = None,
         condition_on: list[str] | None = None,
         train: Literal["auto", "all", "reducer+lora", "reducer"] = "auto",
         accelerator: str = "auto",
@@ -65,7 +68,7 @@ class GridsModule(lightning.LightningModule):
         super().__init__()
         self.built = build_policy(
             policy,
-            parse_tokens(tokens),
+            None if tokens is None else parse_tokens(tokens),
             meta,
             reducer=reducer,
             condition_on=condition_on,
@@ -81,10 +84,11 @@ class GridsModule(lightning.LightningModule):
         self.jitter = jitter
         self.state_noise = state_noise
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
-        self.cameras = [key for key in self.policy.config.image_features if "empty_camera" not in key]
+        budget = self.policy.num_tokens if isinstance(self.policy, GridsPolicy) else "all"
+        self.what_is_trained = f"{self.trainable.train} of {base_type(self.policy.config)} with {budget} visual tokens"
         self.position_loss: PositionLoss | None = None
         self._visual_tokens: list[Tensor] = []
-        if POSITIONS in meta.features and auxiliary_weight > 0 and reducer != "blind":
+        if POSITIONS in meta.features and auxiliary_weight > 0 and budget != 0:
             self._add_position_loss(meta)
 
     def _choose_trainable(self, train: str, accelerator: str, lora_rank: int) -> TrainableChoice:
@@ -100,6 +104,10 @@ class GridsModule(lightning.LightningModule):
             add_lora(self.policy.base, lora_rank)
         elif choice.train == "reducer":
             self.policy.base.requires_grad_(False)
+        if self.policy.num_tokens == 0:
+            # What is never used must not wait for a gradient.
+            self.policy.adapter.stages(self.policy.base).vision.requires_grad_(False)
+            self.policy.adapter.stages(self.policy.base).projector.requires_grad_(False)
         return choice
 
     def _add_position_loss(self, meta: LeRobotDatasetMetadata) -> None:
@@ -179,6 +187,8 @@ class GridsModule(lightning.LightningModule):
                 rate = self.reducer_lr if name.startswith("policy.reducer.") else lr
                 # Norms and biases are not decayed.
                 groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        if not groups:
+            raise GridsError("nothing is left to train: a blind policy has no reducer; give --model.train all")
         optimizer = torch.optim.AdamW(
             [{"params": params, "lr": rate, "weight_decay": wd} for (rate, wd), params in groups.items()],
             betas=preset.betas,
@@ -187,15 +197,31 @@ class GridsModule(lightning.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(self.recipe.warmup * steps) if self.warmup_steps is None else self.warmup_steps
         warmup = max(1, min(warmup, steps - 1))
-        scheduler = torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup), eta_min=0.005 * lr),
-            ],
-            milestones=[warmup],
-        )
+
+        def share(step: int) -> float:
+            """Of the peak learning rate: linear warm-up, then a cosine down to half a per cent."""
+            if step < warmup:
+                return (step + 1) / warmup
+            progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * progress))
+
+        # A function of the step alone: a run that is resumed for longer follows the longer schedule.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["what_is_trained"] = self.what_is_trained
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get("what_is_trained")
+        if before != self.what_is_trained:
+            raise CheckpointError(
+                f"the run to resume trained {before}, this one would train {self.what_is_trained}; "
+                "give --policy, --tokens and --reducer as before, or another --output"
+            )
 
     def configure_gradient_clipping(
         self,

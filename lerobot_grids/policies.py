@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lerobot_policy_grids
-from huggingface_hub import snapshot_download
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
@@ -14,9 +13,9 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, RenameObservationsProcessorStep
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, load_weights, read_config, resolve_checkpoint
+from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, read_config
 from lerobot_policy_grids.configuration_grids import GridsConfig
-from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
 
 from .lora import merged_state_dict
@@ -79,25 +78,17 @@ def find_source(source: str) -> type[PreTrainedConfig] | Path:
 
     Raises:
         UnsupportedPolicyError: If it is no family, folder or Hub id.
-        CheckpointError: If a folder holds no checkpoint or the Hub does not give it.
+        CheckpointError: If there is no checkpoint, or the Hub does not give it.
     """
     family = FAMILIES.get(source, source)
     if not isinstance(family, str):
         return family
-    if Path(family).exists():
-        return resolve_checkpoint(Path(family))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", family):
+    if family == source and not Path(source).exists() and "/" not in source:
         raise UnsupportedPolicyError(
             f"policy '{source}' is unknown; give a family ({', '.join(FAMILIES)}), a checkpoint folder, "
-            "or a Hub id like user/name"
+            "or a Hub id like user/name or user/name@revision"
         )
-    try:
-        return Path(snapshot_download(family, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the Hub client's errors share no base class
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"policy '{source}' is no folder here, and {family} cannot be fetched from the Hub: {cause}"
-        ) from error
+    return find_checkpoint(family)
 
 
 def source_type(source: str) -> str:
@@ -116,10 +107,10 @@ def source_type(source: str) -> str:
 
 def build_policy(
     source: str,
-    tokens: Tokens,
+    tokens: Tokens | None,
     meta: LeRobotDatasetMetadata,
     *,
-    reducer: str = "grids",
+    reducer: str | None = None,
     condition_on: list[str] | None = None,
     num_tokens_max: int | None = None,
     rename_map: dict[str, str] | None = None,
@@ -128,9 +119,10 @@ def build_policy(
 
     Args:
         source: Family name, checkpoint folder or Hub id.
-        tokens: Visual tokens per camera, or "dense" for the base policy as it is.
+        tokens: Visual tokens per camera, or "dense" for the base policy as it is; None takes the default, or what a
+            grids checkpoint has.
         meta: The dataset's metadata: features and statistics.
-        reducer: How tokens are reduced.
+        reducer: How tokens are reduced; None takes the default, or what a grids checkpoint has.
         condition_on: What the coordinates depend on; None takes the configuration's default.
         num_tokens_max: Largest budget of the checkpoint; None takes `tokens`.
         rename_map: Dataset feature names to the policy's, where they differ.
@@ -139,7 +131,7 @@ def build_policy(
         GridsError: If the policy, the budget and the dataset do not fit; the message says how.
     """
     rename_map = rename_map or {}
-    features = {rename_map.get(key, key): value for key, value in dataset_to_policy_features(meta.features).items()}
+    features = _renamed(dataset_to_policy_features(meta.features), rename_map)
     inputs = {k: v for k, v in features.items() if v.type in (FeatureType.VISUAL, FeatureType.STATE)}
     outputs = {k: v for k, v in features.items() if v.type is FeatureType.ACTION}
 
@@ -149,12 +141,15 @@ def build_policy(
         config = read_config(found)
         get_adapter(base_type(config))
         _check_cameras(source, config, inputs)
+        # The checkpoint's cameras at the size that they have in this dataset.
+        config.input_features = {key: inputs.get(key, old) for key, old in config.input_features.items()}
     else:
         config = found(input_features=inputs, device="cpu")
     config.device = "cpu"
     config.output_features = outputs
     # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
     config.pretrained_path = None
+    _check_sizes(source, config)
 
     policy: Any = build(config)
     if folder is not None and isinstance(policy, GridsPolicy):
@@ -162,23 +157,61 @@ def build_policy(
     elif folder is not None:
         load_base(policy, folder)
     if isinstance(policy, GridsPolicy):
-        if tokens == "dense":
-            raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")
-        policy.num_tokens = tokens
+        asked = {"reducer": reducer, "condition_on": condition_on, "num_tokens_max": num_tokens_max}
+        _check_continued(source, policy.config, tokens, asked)
+        if isinstance(tokens, int) and policy.num_tokens > 0:
+            policy.num_tokens = tokens
     elif tokens == "dense":
-        if reducer != "grids":
+        if reducer not in (None, "grids"):
             raise GridsError(f"--tokens dense keeps every token, so --reducer {reducer} has nothing to do; drop one")
     else:
-        options: dict[str, Any] = {"condition_on": condition_on} if condition_on is not None else {}
-        wrapper = GridsConfig(
-            base=config, num_tokens=tokens, num_tokens_max=num_tokens_max, reducer=reducer, device="cpu", **options
-        )
+        options = {"condition_on": condition_on, "num_tokens": tokens, "num_tokens_max": num_tokens_max}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        given["reducer"] = reducer or "grids"
+        wrapper = GridsConfig(base=config, device="cpu", **given)
         policy = GridsPolicy(wrapper, base=policy)
     preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
             step.rename_map = rename_map
     return TrainablePolicy(policy, preprocessor, postprocessor)
+
+
+def _renamed(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, Any]:
+    unknown = [name for name in rename_map if name not in features]
+    if unknown:
+        raise DatasetError(f"rename_map names {', '.join(unknown)}; the dataset has {', '.join(features)}")
+    renamed = [rename_map.get(name, name) for name in features]
+    twice = sorted({name for name in renamed if renamed.count(name) > 1})
+    if twice:
+        raise DatasetError(
+            f"rename_map gives {', '.join(twice)} to two features of the dataset; give each its own name"
+        )
+    return dict(zip(renamed, features.values(), strict=True))
+
+
+def _check_sizes(source: str, config: Any) -> None:
+    base = config.base if isinstance(config, GridsConfig) else config
+    for feature, field in ((config.robot_state_feature, "max_state_dim"), (config.action_feature, "max_action_dim")):
+        limit = getattr(base, field, None)
+        if feature is not None and limit is not None and feature.shape[0] > limit:
+            kind, size = feature.type.value.lower(), feature.shape[0]
+            raise DatasetError(
+                f"the dataset's {kind} has {size} dimensions, and {source} takes at most {limit} ({field}); "
+                "choose another policy, or a dataset with fewer"
+            )
+
+
+def _check_continued(source: str, config: GridsConfig, tokens: Tokens | None, asked: dict[str, Any]) -> None:
+    """What a grids checkpoint was built with cannot be asked for otherwise when it is trained on."""
+    if tokens == "dense":
+        raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")
+    for name, value in asked.items():
+        has = config.max_tokens if name == "num_tokens_max" else getattr(config, name)
+        if value is not None and value != has:
+            raise GridsError(
+                f"{source} was built with {name}={has}, not {value}; drop that option, or start from the dense policy"
+            )
 
 
 def _check_cameras(source: str, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Progress bars, tables and JSON files of the commands."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,15 @@ def counting_bar(title: str, total: int, unit: str) -> Iterator[CountingBar]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield CountingBar(progress, progress.add_task(title, total=total))
+
+
+def require_writable(path: Path) -> None:
+    """Raise `OSError` unless a file can be written there; its folder is made."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} is not writable; choose another folder")
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:

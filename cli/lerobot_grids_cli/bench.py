@@ -59,8 +59,10 @@ def bench(
     budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
     import torch
 
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise GridsError(f"--device {device}, but torch sees no CUDA GPU here; give --device cpu, or leave it out")
+    from lerobot_grids.evaluation import checked_device
+
+    if device is not None:
+        checked_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     with Console(stderr=True).status("building") as status:

@@ -34,7 +34,7 @@ def evaluate(
         batch_size: Episodes that run side by side.
         device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
         videos: Episodes of each task to film; 0 for none.
-        output: Folder for films and result.json. Defaults to outputs/eval/<policy>.
+        output: Folder for films and result.json. Defaults to outputs/eval/<policy>[-tokens].
         json: Another file for the result.
         rename_map: Names of the environment's observations to the policy's, where they differ.
         env_args: More fields of the environment's configuration, such as '{"max_steps": 300}'.
@@ -44,15 +44,20 @@ def evaluate(
     from lerobot_policy_grids.errors import GridsError
 
     from lerobot_grids import evaluation
-    from lerobot_grids.progress import counting_bar, print_evaluation
+    from lerobot_grids.progress import counting_bar, print_evaluation, require_writable
     from lerobot_grids.simulation.environments import make_env_config, task_names
 
     for name, value, least in (("episodes", episodes, 1), ("batch_size", batch_size, 1), ("videos", videos, 0)):
         if value < least:
             raise GridsError(f"--{name} {value}; give at least {least}")
+    folder = Path(output or Path("outputs/eval") / evaluation.short_name(policy, tokens))
     loaded = evaluation.load_policy(policy, device=device, num_tokens=tokens, rename_map=rename_map)
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk)
+    evaluation.check_fit(loaded, env_config)
+    # Before minutes of simulation whose result could not be kept.
+    for path in (folder / "result.json", *([Path(json)] if json else [])):
+        require_writable(path)
     total = episodes * len(task_names(env_config))
     with counting_bar("evaluating", total, "episodes") as bar:
         done: dict[str, int] = {}
@@ -70,7 +75,6 @@ def evaluate(
             source=policy,
             on_progress=show,
         )
-    folder = Path(output or Path("outputs/eval") / Path(policy).name)
     result.save(folder / "result.json")
     if json is not None:
         result.save(Path(json))

@@ -14,4 +14,10 @@ def main(arguments: list[str]) -> None:
     from .fit_lightning import fit
 
     # A switch that is given alone is on.
-    fit(["--resume=true" if argument == "--resume" else argument for argument in arguments])
+    following = [*arguments[1:], ""]
+    fit(
+        [
+            "--resume=true" if argument == "--resume" and after not in ("true", "false") else argument
+            for argument, after in zip(arguments, following, strict=True)
+        ]
+    )

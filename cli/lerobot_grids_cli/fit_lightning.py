@@ -1,16 +1,19 @@
 """The Lightning side of `fit`: LightningCLI with the main options in front."""
 
 import logging
+import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lerobot_grids.callbacks import CheckpointExport, TrainingProgress
+from lerobot_grids.callbacks import STATE_FILE, RunCheckpoint, TrainingProgress
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens, source_type
@@ -27,7 +30,6 @@ LINKS = {
     "rename_map": "model.rename_map",
     "dataset": "data.dataset",
 }
-STATE_FOLDER = "training_state"
 
 
 class FitParser(OneLineErrors, LightningArgumentParser):
@@ -47,20 +49,22 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.config
-        tokens = parse_tokens(options.tokens)
+        tokens = None if options.tokens is None else parse_tokens(options.tokens)
         for name in ("steps", "batch_size", "save_every"):
             if options[name] is not None and options[name] < 1:
                 raise GridsError(f"--{name} {options[name]}; give at least 1")
         recipe = RECIPES[source_type(options.policy)]
-        label = options.reducer if options.reducer != "grids" else tokens
+        label = options.reducer or tokens or "grids"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
-        self.resume_from = self.output / STATE_FOLDER / "last.ckpt"
+        self.resume_from = self.output / STATE_FILE
+        advice = "go on with --resume" if self.resume_from.is_file() else "remove it"
         if not options.resume and self.output.exists():
-            raise OutputExistsError(
-                f"{self.output} already exists; choose another --output, remove it, or go on with --resume"
-            )
-        if options.resume and not self.resume_from.is_file():
-            raise CheckpointError(f"nothing to resume: {self.resume_from} does not exist; drop --resume to start anew")
+            raise OutputExistsError(f"{self.output} already exists; {advice}, or choose another --output")
+        if options.resume:
+            self._check_state()
+        if options.trainer.strategy == "ddp":
+            # As LeRobot has it: policies leave weights unused that depend on the batch and the family.
+            options.trainer.strategy = "ddp_find_unused_parameters_true"
         steps = options.steps or recipe.steps
         if options.trainer.max_steps == -1:
             options.trainer.max_steps = steps
@@ -75,15 +79,25 @@ class FitCLI(LightningCLI):
             interval = min(options.save_every, max(1, options.trainer.max_steps // 4))
             options.trainer.val_check_interval = interval * options.trainer.accumulate_grad_batches
 
+    def _check_state(self) -> None:
+        if not self.resume_from.is_file():
+            raise CheckpointError(
+                f"nothing to resume: {self.resume_from} does not exist; remove {self.output} and start anew"
+            )
+        try:
+            torch.load(self.resume_from, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever a damaged archive makes torch raise
+            raise CheckpointError(
+                f"{self.resume_from} is damaged ({type(error).__name__}); start anew with another --output and "
+                f"--policy {self.output}/pretrained_model"
+            ) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         options = self.config_init
         every = options.save_every
         callbacks = [
             *(options.trainer.callbacks or []),
-            CheckpointExport(self.output, every_n_steps=every),
-            ModelCheckpoint(
-                self.output / STATE_FOLDER, "last", every_n_train_steps=every, enable_version_counter=False
-            ),
+            RunCheckpoint(self.output, every_n_steps=every),
         ]
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
@@ -94,8 +108,9 @@ class FitCLI(LightningCLI):
                 CSVLogger(self.output, name="logs", version="csv" if parts == 0 else f"csv-{parts + 1}"),
                 TensorBoardLogger(self.output, name="logs", version="tensorboard"),
             ]
-            callbacks.append(LearningRateMonitor())
-        return super().instantiate_trainer(callbacks=callbacks, default_root_dir=self.output, **kwargs)
+        # RunCheckpoint stands in for Lightning's own checkpoints.
+        kwargs |= {"enable_checkpointing": False, "default_root_dir": self.output}
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
 class SaveOptions(SaveConfigCallback):
@@ -144,8 +159,39 @@ def describe(cli: FitCLI) -> str:
 def fit(arguments: list[str]) -> None:
     """Train as the command line says."""
     quiet()
+    # Free for Lightning, which saves between two steps and then stops.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
-    cli = FitCLI(
+    try:
+        _run(arguments)
+    except MisconfigurationException as error:
+        # Lightning's word for options that do not go together.
+        raise GridsError(f"{error} (from Lightning)") from error
+    except SIGTERMException:
+        print("lerobot-grids: terminated; go on with --resume", file=sys.stderr)
+        sys.exit(143)
+
+
+def _run(arguments: list[str]) -> None:
+    cli = _parse(arguments)
+    print(describe(cli))
+    if cli.config.resume:
+        print("going on from the last checkpoint; the order of the frames is drawn anew")
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from if cli.config.resume else None)
+    except SIGTERMException:
+        raise
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit without a word.
+        raise KeyboardInterrupt from stop
+    metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    if "val/loss" in metrics:
+        print(f"validation loss {metrics['val/loss']:.4f}")
+    print(f"saved {cli.output}/pretrained_model\nnext: lerobot-grids eval --policy {cli.output}")
+
+
+def _parse(arguments: list[str]) -> FitCLI:
+    return FitCLI(
         GridsModule,
         LeRobotDataModule,
         args=arguments,
@@ -163,11 +209,3 @@ def fit(arguments: list[str]) -> None:
             "enable_model_summary": False,
         },
     )
-    print(describe(cli))
-    if cli.config.resume:
-        print("going on from the last checkpoint; the order of the frames is drawn anew")
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from if cli.config.resume else None)
-    metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
-    if "val/loss" in metrics:
-        print(f"validation loss {metrics['val/loss']:.4f}")
-    print(f"saved {cli.output}/pretrained_model\nnext: lerobot-grids eval --policy {cli.output}")

@@ -18,10 +18,10 @@ class FitOptions:
     """Folder of a LeRobotDataset, or its id on the Hub (user/name)."""
     policy: str = "tiny"
     """What to start from: a family (tiny, smolvla, pi0, pi05, pi0_fast), a checkpoint folder, or a Hub id."""
-    tokens: int | str = 16
-    """Visual tokens per camera, or 'dense' to train the policy as it is."""
-    reducer: str = "grids"
-    """How tokens are reduced: grids, or blind for no visual tokens at all (the floor to compare with)."""
+    tokens: int | str | None = None
+    """Visual tokens per camera, or 'dense' to train the policy as it is. Defaults to 16, or to a checkpoint's own."""
+    reducer: str | None = None
+    """How tokens are reduced: grids (the default), or blind for no visual tokens at all, the floor to compare with."""
     output: str | None = None
     """Folder for checkpoint and logs. Defaults to outputs/<policy>-<tokens>; must not exist unless --resume."""
     steps: int | None = None

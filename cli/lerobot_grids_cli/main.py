@@ -3,6 +3,7 @@
 Nothing heavy is imported before a subcommand needs it, so that `--help` answers at once.
 """
 
+import signal
 import sys
 from importlib import import_module
 
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return fail(f"'{name}' is no command; choose one of {', '.join(COMMANDS)}", 2)
     module = import_module(f".{COMMANDS[name][0]}", __package__)
+    # As after Ctrl-C, what was begun is cleared up; Lightning puts its own handler in place.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         module.main(rest)
     except KeyboardInterrupt:

@@ -47,7 +47,10 @@ def make_env_config(
         raise SimulationError(
             f"environment '{name}' has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
         )
-    config: EnvConfig = choices[kind](**values)
+    try:
+        config: EnvConfig = choices[kind](**values)
+    except (TypeError, ValueError) as error:
+        raise SimulationError(f"environment '{name}' cannot be configured with {values}: {error}") from error
     return config
 
 

@@ -50,7 +50,7 @@ def expand_tasks(tasks: str) -> list[str]:
         raise SimulationError(
             f"MetaWorld has no task {', '.join(unknown) or '(none given)'}; choose from {', '.join(sorted(known))}"
         )
-    return names
+    return list(dict.fromkeys(names))
 
 
 def look_at(position: tuple[float, ...], target: tuple[float, ...]) -> np.ndarray:
@@ -168,6 +168,10 @@ class MetaworldConfig(lerobot_configs.MetaworldEnv):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("size", "max_steps", "render_interval"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise SimulationError(f"{name}={value!r}; give a whole number of at least 1")
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:

@@ -6,6 +6,7 @@ line in the log. Here a checkpoint fits exactly or is refused, and a folder appe
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -38,6 +40,24 @@ def resolve_checkpoint(path: Path) -> Path:
             return folder
     seen = "is not a folder" if not path.is_dir() else f"holds no {CONFIG_FILE}"
     raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
+
+
+def find_checkpoint(source: str) -> Path:
+    """The checkpoint folder that a user names: a folder, or an id on the Hub, `user/name` or `user/name@revision`.
+
+    Raises:
+        CheckpointError: If it is neither, or the Hub does not give it.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
+        return resolve_checkpoint(Path(source))
+    repository, _, revision = source.partition("@")
+    patterns = ["*.json", "*.safetensors"]
+    try:
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+    except Exception as error:  # the Hub client's errors share no base class
+        cause = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{source} is no folder here and cannot be fetched from the Hub: {cause}") from error
+    return resolve_checkpoint(Path(folder))
 
 
 def policy_type(folder: Path) -> str:
@@ -154,13 +174,12 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError: If `target` exists and `replace` is false.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target)
     if target.exists() and not replace:
         raise OutputExistsError(f"{target} already exists; choose another folder or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
@@ -172,7 +191,21 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         partial.rename(target)
         _sync(target.parent)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sweep(target: Path) -> None:
+    """Clear up after processes that were killed while they wrote `target`; put an old version back that they moved."""
+    for leftover in target.parent.glob(f".{target.name}.*-*"):
+        kind, _, process = leftover.name.rpartition("-")
+        if not process.isdigit() or (int(process) != os.getpid() and Path(f"/proc/{process}").exists()):
+            continue
+        if kind.endswith(".old") and not target.exists():
+            leftover.rename(target)
+        elif kind.endswith((".old", ".partial")):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

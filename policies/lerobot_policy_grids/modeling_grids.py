@@ -11,7 +11,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from .adapters import get_adapter
-from .checkpoint import WEIGHTS_FILE, load_weights, policy_type, resolve_checkpoint
+from .checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, policy_type, resolve_checkpoint
 from .configuration_grids import GridsConfig
 from .errors import CheckpointError
 from .reducers import make_reducer
@@ -71,7 +71,7 @@ class GridsPolicy(PreTrainedPolicy):
             # Starting from the vision-language model's own weights is a wish that only the base's class can fulfil.
             base = get_policy_class(base_config.type)(base_config, **kwargs)
             if base_config.pretrained_path is not None:
-                load_base(base, resolve_checkpoint(Path(base_config.pretrained_path)))
+                load_base(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base
         self.reducer: Any = make_reducer(config, self.adapter.layout(base))
         # Looked up at each call: PEFT puts a trainable copy in its place.
@@ -86,7 +86,7 @@ class GridsPolicy(PreTrainedPolicy):
     @num_tokens.setter
     def num_tokens(self, value: int) -> None:
         self.reducer.num_tokens = value
-        self.config.num_tokens = value
+        self.config.num_tokens = self.reducer.num_tokens
 
     def detach(self) -> PreTrainedPolicy:
         """Take the reducer out and return the base policy, bit-identical to what it was before wrapping."""

@@ -20,6 +20,7 @@ Differs from the published reference:
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -152,6 +153,7 @@ class GridSampler(nn.Module):
                 f"num_tokens={self.num_tokens_max} per camera, but the policy's token grid is {height} x {columns} "
                 f"= {height * columns}; choose 1 .. {height * columns}"
             )
+        self._num_tokens: int
         self.num_tokens = num_tokens
         self.num_cameras = num_cameras
         self.condition_on = tuple(name for name in CONTEXTS if name in condition_on)
@@ -177,6 +179,8 @@ class GridSampler(nn.Module):
 
     @num_tokens.setter
     def num_tokens(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise BudgetError(f"num_tokens={value!r} is no whole number; give one from 1 .. {self.num_tokens_max}")
         if not 1 <= value <= self.num_tokens_max:
             raise BudgetError(
                 f"num_tokens={value}, but this sampler serves 1 .. {self.num_tokens_max} tokens per camera; "

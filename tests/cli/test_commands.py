@@ -114,7 +114,9 @@ def fit(dataset, tmp_path, capsys):
         (["--tokens=999"], "12 x 12 = 144"),
         (["--tokens=abc"], "--tokens abc is no token budget"),
         (["--policy=pi9"], "'pi9' is unknown"),
-        (["--policy=./no/such/folder"], "is unknown; give a family"),
+        (["--policy=./no/such/folder"], "is not a folder"),
+        (["--data.max_val_frames=0"], "max_val_frames=0"),
+        (["--trainer.val_check_interval=0.5"], "(from Lightning)"),
         (["--reducer=magic"], "'magic' is unknown"),
         (["--steps=0"], "--steps 0"),
         (["--batch_size=0"], "--batch_size 0"),
@@ -151,6 +153,8 @@ def damage(folder, how):
     weights = folder / "model.safetensors"
     if how == "no weights":
         weights.unlink()
+    elif how == "broken processor":
+        (folder / "policy_preprocessor.json").write_text("{")
     elif how == "no processors":
         (folder / "policy_preprocessor.json").unlink()
     elif how == "no config":
@@ -184,6 +188,7 @@ def damage(folder, how):
     ("how", "message"),
     [
         ("no weights", "lacks model.safetensors"),
+        ("broken processor", "the processors in"),
         ("no processors", "lacks policy_preprocessor.json"),
         ("no config", "holds no config.json"),
         ("config is no JSON", "cannot be read as a policy configuration"),
@@ -217,6 +222,10 @@ def test_eval_refuses_damaged_checkpoints(grids_checkpoint, tmp_path, capsys, ho
         (["--tokens=37"], "1 .. 36"),
         (["--tokens=0"], "1 .. 36"),
         (["--episodes=0"], "--episodes 0"),
+        (["--device=foo"], "device 'foo' is not available"),
+        (["--env_args={max_steps: 0}"], "max_steps=0"),
+        (["--env_args={max_steps: a}"], "max_steps='a'"),
+        (["--json=/"], "is a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

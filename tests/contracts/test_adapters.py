@@ -331,6 +331,9 @@ def test_blind_hands_over_no_visual_token(family):
     blind_loss, blind_chunk, _ = run(wrapped, family, batch)
     assert torch.equal(blind_loss, loss)
     assert torch.equal(blind_chunk, chunk)
+    assert wrapped.num_tokens == 0
+    with pytest.raises(BudgetError, match="blind"):
+        wrapped.num_tokens = 5
 
 
 def test_saved_weights_are_loaded_exactly(family, tmp_path):

@@ -163,4 +163,5 @@ def test_unknown_tasks_and_environments():
 
 def test_difficulty_groups_are_expanded():
     assert "reach-v3" in expand_tasks("easy")
+    assert expand_tasks("push-v3, push-v3") == ["push-v3"]
     assert task_names(make_env_config("metaworld", "push-v3,reach-v3")) == ["push-v3", "reach-v3"]

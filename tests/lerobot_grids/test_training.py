@@ -1,23 +1,58 @@
 """Training: it learns, it repeats, and what it writes can be loaded."""
 
 import csv
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import lightning
+import numpy as np
 import pytest
 import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.adapters import ADAPTERS
-from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.errors import (
+    BudgetError,
+    CheckpointError,
+    DatasetError,
+    GridsError,
+    OutputExistsError,
+    UnsupportedPolicyError,
+)
 
-from lerobot_grids.callbacks import CheckpointExport
+from lerobot_grids.callbacks import RunCheckpoint
 from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.evaluation import load_policy
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import build_policy, parse_tokens
 from lerobot_grids.recipes import RECIPES, choose_trainable, training_bytes
+
+
+def dataset_of(root, image=(96, 96, 3), state=4, note=False):
+    """One short episode with features of these shapes."""
+    features = {
+        "observation.image": {"dtype": "image", "shape": image, "names": ["height", "width", "channels"]},
+        "observation.state": {"dtype": "float32", "shape": (state,), "names": None},
+        "action": {"dtype": "float32", "shape": (4,), "names": None},
+    }
+    if note:
+        features["note"] = {"dtype": "string", "shape": (1,), "names": None}
+    data = LeRobotDataset.create("local/x", fps=10, features=features, root=root, use_videos=False)
+    for _ in range(6):
+        frame = {
+            "observation.image": np.zeros(image, np.uint8),
+            "observation.state": np.zeros(state, np.float32),
+            "action": np.zeros(4, np.float32),
+            "task": "push",
+        }
+        data.add_frame(frame | ({"note": "fine"} if note else {}))
+    data.save_episode()
+    data.finalize()
+    return root
 
 
 def train(dataset, output, steps, seed=0, **options):
@@ -42,7 +77,7 @@ def train(dataset, output, steps, seed=0, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=1,
-        callbacks=[Keep(), CheckpointExport(output, every_n_steps=10**6)],
+        callbacks=[Keep(), RunCheckpoint(output, every_n_steps=10**6)],
     )
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
@@ -181,6 +216,56 @@ def test_a_grids_checkpoint_can_be_trained_on(dataset, grids_checkpoint):
         build_policy(str(grids_checkpoint), "dense", load_metadata(str(dataset)))
 
 
+def test_what_a_grids_checkpoint_was_built_with_is_kept(dataset, grids_checkpoint):
+    meta = load_metadata(str(dataset))
+    assert build_policy(str(grids_checkpoint), None, meta).policy.num_tokens == 16
+    for options in ({"reducer": "blind"}, {"condition_on": ["image"]}, {"num_tokens_max": 40}):
+        with pytest.raises(GridsError, match="was built with"):
+            build_policy(str(grids_checkpoint), 16, meta, **options)
+
+
+def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path):
+    """Anchors avoid the letterbox of this camera, not of the one the checkpoint was trained with."""
+    meta = load_metadata(str(dataset_of(tmp_path / "wide", image=(48, 96, 3))))
+    policy = build_policy(str(dense_checkpoint), 16, meta).policy
+    assert policy.config.input_features["observation.image"].shape == (3, 48, 96)
+    assert policy.adapter.layout(policy.base).region == (0.0, 0.5, 1.0, 1.0)
+    assert (policy.reducer.anchor_cells[:, 1] >= 6).all()
+
+
+def test_a_state_too_large_for_the_policy(tmp_path):
+    meta = load_metadata(str(dataset_of(tmp_path / "big", state=40)))
+    with pytest.raises(DatasetError, match=r"state has 40 dimensions, and tiny takes at most 32 \(max_state_dim\)"):
+        build_policy("tiny", 16, meta)
+
+
+def test_text_features_pass_through_the_cache(tmp_path):
+    data = LeRobotDataModule(str(dataset_of(tmp_path / "noted", note=True)))
+    module = GridsModule(data.meta, tokens=4)
+    data.load(module.policy.config)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["note"][0] == "fine"
+    loss, _ = module.policy.forward(module._prepare(batch, augment=False))
+    assert loss > 0
+
+
+@pytest.mark.parametrize(
+    ("rename_map", "message"),
+    [
+        ({"observation.imagee": "x"}, "rename_map names observation.imagee"),
+        ({"observation.images.wrist": "observation.images.top"}, "to two features"),
+    ],
+)
+def test_rename_maps_that_would_lose_a_feature(two_camera_dataset, rename_map, message):
+    with pytest.raises(DatasetError, match=message):
+        build_policy("tiny", 16, load_metadata(str(two_camera_dataset)), rename_map=rename_map)
+
+
+def test_nothing_left_to_train(dataset, tmp_path):
+    with pytest.raises(GridsError, match="nothing is left to train"):
+        train(dataset, tmp_path, 1, reducer="blind", train="reducer")
+
+
 def test_other_camera_names_are_an_error_that_says_how_to_rename(two_camera_dataset, dense_checkpoint):
     meta = load_metadata(str(two_camera_dataset))
     with pytest.raises(DatasetError, match=r"observation\.images\.top.*rename_map"):
@@ -239,9 +324,52 @@ def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset):
     assert list((output / "logs" / "tensorboard").glob("events*"))
     assert [path.name for path in output.rglob("*.ckpt")] == ["last.ckpt"]
     assert load_policy(str(output)).policy.num_tokens == 4
-    # More steps with --resume start where the run stopped, and keep its log.
-    fit([*flags, "--steps=6", "--resume=true"])
-    assert torch.load(output / "training_state" / "last.ckpt", weights_only=True)["global_step"] == 6
+    # More steps with --resume start where the run stopped, keep its log, and decay over the new total.
+    fit([*flags, "--steps=9", "--resume=true"])
+    assert torch.load(output / "training_state" / "last.ckpt", weights_only=True)["global_step"] == 9
     more = list(csv.DictReader((output / "logs" / "csv-2" / "metrics.csv").open()))
-    assert {int(row["step"]) for row in more if row["train/loss"]} == {4, 5}
+    assert {int(row["step"]) for row in more if row["train/loss"]} == {4, 5, 6, 7, 8}
     assert (output / "logs" / "csv" / "metrics.csv").is_file()
+    # The first step still has the rate that was saved with the optimiser.
+    _, *rates = (float(row["train/lr"]) for row in more if row["train/lr"])
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.2 * rates[0]
+    # What cannot go on says so before anything is touched.
+    with pytest.raises(CheckpointError, match=r"trained all of tiny_smolvla with 4 .* would train .* with 5"):
+        fit([*(flag for flag in flags if "tokens" not in flag), "--tokens=5", "--steps=9", "--resume=true"])
+    state = output / "training_state" / "last.ckpt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        fit([*flags, "--steps=9", "--resume=true"])
+    state.unlink()
+    with pytest.raises(OutputExistsError, match="remove it"):
+        fit([*flags, "--steps=9"])
+
+
+def test_distributed_training_and_accumulation(tmp_path, dataset):
+    """`--trainer.strategy ddp` on two processes, and validation counted in optimiser steps."""
+    output = tmp_path / "run"
+    command = [Path(sys.executable).with_name("lerobot-grids"), "fit", f"--dataset={dataset}", f"--output={output}"]
+    command += ["--tokens=4", "--steps=4", "--batch_size=4", "--save_every=2", "--trainer.accelerator=cpu"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accumulate_grad_batches=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, timeout=280, env=environment)
+    rows = list(csv.DictReader((output / "logs" / "csv" / "metrics.csv").open()))
+    assert len([row for row in rows if row["val/loss"]]) == 4  # save_every caps at a quarter of the steps
+    assert load_policy(str(output)).policy.num_tokens == 4
+
+
+def test_a_terminated_run_says_so_and_can_go_on(tmp_path, dataset):
+    output = tmp_path / "run"
+    command = [Path(sys.executable).with_name("lerobot-grids"), "fit", f"--dataset={dataset}", f"--output={output}"]
+    command += ["--tokens=4", "--steps=100000", "--batch_size=4", "--save_every=3", "--trainer.accelerator=cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not (output / "pretrained_model").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+        process.terminate()
+        _, error = process.communicate(timeout=100)
+    assert process.returncode == 143, error
+    assert "terminated; go on with --resume" in error
+    assert (output / "training_state" / "last.ckpt").is_file()
+    assert load_policy(str(output)).policy.num_tokens == 4

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,35 @@ def test_a_killed_writer_leaves_the_old_folder(tmp_path):
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def test_what_killed_writers_left_is_cleared_up_or_put_back(tmp_path):
+    dead = 2**22 + 1  # above any process number
+    (tmp_path / f".out.partial-{dead}").mkdir()
+    (tmp_path / f".out.old-{dead}").mkdir()
+    (tmp_path / f".out.old-{dead}" / "precious").touch()
+    (tmp_path / ".out.partial-1").mkdir()  # its writer lives
+    with pytest.raises(OutputExistsError, match="already exists"), atomic_folder(tmp_path / "out"):
+        pass
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial-1", "out"]
+
+
+def test_a_rename_that_fails_loses_nothing(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    original = Path.rename
+
+    def rename(self, target):
+        if "partial" in self.name:
+            raise OSError("no space left on device")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="no space"), atomic_folder(tmp_path / "out", replace=True) as folder:
+        (folder / "new").touch()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])

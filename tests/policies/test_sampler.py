@@ -217,6 +217,13 @@ def test_run_time_budget_above_the_maximum_is_refused():
     assert sampler.num_tokens == 16
 
 
+@pytest.mark.parametrize("value", [8.5, "8", None, True])
+def test_what_is_no_whole_number_is_refused(value):
+    sampler = GridSampler((12, 12), 4, 8)
+    with pytest.raises(BudgetError, match="no whole number"):
+        sampler.num_tokens = value
+
+
 def test_another_token_grid_is_refused():
     with pytest.raises(TokenGridError, match=r"\(4, 4\).*\(12, 12\)"):
         GridSampler((12, 12), 4, 8)(torch.zeros(1, 4, 4, 4))

@@ -4,15 +4,24 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ..errors import BudgetError
 from ..sampler import Sampled
 
 
 class BlindReducer(nn.Module):
     """Hand the trunk zero tokens. Adapters skip the vision tower when `num_tokens` is 0."""
 
-    num_tokens = 0
     num_tokens_max = 0
     condition_on: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Always 0."""
+        return 0
+
+    @num_tokens.setter
+    def num_tokens(self, value: int) -> None:
+        raise BudgetError(f"num_tokens={value}, but this policy is blind: it was trained without visual tokens")
 
     def forward(self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None) -> Sampled:
         """Drop the feature map [b, h, w, c].

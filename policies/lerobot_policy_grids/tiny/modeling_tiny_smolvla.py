@@ -66,7 +66,10 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
         vlm = self.model.vlm_with_expert.get_vlm_model()
         vlm.vision_model.embeddings.patch_embedding = ConvStem(vlm.vision_model.config.hidden_size)
         if not config.train_expert_only:
-            vlm.text_model.layers[-1].requires_grad_(True)
+            # Only what the expert reads of it: an unused trainable weight would stop distributed training.
+            last = vlm.text_model.layers[-1]
+            for module in (last.input_layernorm, last.self_attn.k_proj, last.self_attn.v_proj):
+                module.requires_grad_(True)
         self.to(config.device)
 
     @classmethod
