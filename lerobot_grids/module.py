@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .auxiliary import POSITIONS, PositionLoss
 from .lora import add_lora
 from .policies import build_policy, parse_tokens
-from .recipes import RECIPES, TrainableChoice, base_type, choose_trainable, device_memory
+from .recipes import TrainableChoice, base_type, choose_trainable, device_memory, recipe_for
 
 # Noise and time of the flow are drawn inside the policy; with this seed every validation draws the same.
 VALIDATION_SEED = 0
@@ -76,7 +76,7 @@ class GridsModule(lightning.LightningModule):
             rename_map=rename_map,
         )
         self.policy = self.built.policy
-        self.recipe = RECIPES[base_type(self.policy.config)]
+        self.recipe = recipe_for(base_type(self.policy.config))
         self.lr = self.recipe.lr if lr is None else lr
         self.reducer_lr = self.lr if reducer_lr is None else reducer_lr
         self.warmup_steps = warmup_steps

@@ -35,7 +35,8 @@ class Recipe:
 
 
 PI = Recipe(steps=30_000, batch=128, micro_batch=8, lr=5e-5, warmup=1 / 3)
-# LeRobot policy type -> recipe.
+# LeRobot policy type -> recipe; a family without one takes OTHER.
+OTHER = Recipe(steps=20_000, batch=64, micro_batch=8, lr=5e-5, warmup=0.05)
 RECIPES = {
     "pi0": PI,
     "pi05": PI,
@@ -44,6 +45,11 @@ RECIPES = {
     "smolvla": Recipe(steps=20_000, batch=64, micro_batch=64, lr=1e-4, warmup=0.05),
     "tiny_smolvla": Recipe(steps=2_000, batch=32, micro_batch=32, lr=8e-4, warmup=0.05),
 }
+
+
+def recipe_for(policy_type: str) -> Recipe:
+    """The recipe of a dense policy's LeRobot type."""
+    return RECIPES.get(policy_type, OTHER)
 
 
 def base_type(config: Any) -> str:

@@ -55,10 +55,10 @@ def evaluate(
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk)
     evaluation.check_fit(loaded, env_config)
-    # Before minutes of simulation whose result could not be kept.
-    for path in (folder / "result.json", *([Path(json)] if json else [])):
-        require_writable(path)
     total = episodes * len(task_names(env_config))
+    # Before minutes of simulation whose result could not be kept.
+    for path in (*([Path(json)] if json else []), folder / "result.json"):
+        require_writable(path)
     with counting_bar("evaluating", total, "episodes") as bar:
         done: dict[str, int] = {}
 

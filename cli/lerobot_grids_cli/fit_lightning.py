@@ -17,7 +17,7 @@ from lerobot_grids.callbacks import STATE_FILE, RunCheckpoint, TrainingProgress
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens, source_type
-from lerobot_grids.recipes import RECIPES
+from lerobot_grids.recipes import recipe_for
 
 from .fit_options import FitOptions
 from .parser import OneLineErrors
@@ -53,7 +53,7 @@ class FitCLI(LightningCLI):
         for name in ("steps", "batch_size", "save_every"):
             if options[name] is not None and options[name] < 1:
                 raise GridsError(f"--{name} {options[name]}; give at least 1")
-        recipe = RECIPES[source_type(options.policy)]
+        recipe = recipe_for(source_type(options.policy))
         label = options.reducer or tokens or "grids"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
         self.resume_from = self.output / STATE_FILE

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from lerobot_policy_grids.checkpoint import atomic_folder, load_weights, resolve_checkpoint
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from lerobot_policy_grids import checkpoint
+from lerobot_policy_grids.checkpoint import atomic_folder, find_checkpoint, load_weights, resolve_checkpoint
 from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
 from safetensors.torch import save_file
 from torch import nn
@@ -134,6 +137,28 @@ def test_weights_that_do_not_fit(tensors, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
     assert str(tmp_path / "w.safetensors") in str(caught.value)
+
+
+def test_a_hub_id_is_fetched_at_its_revision(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    calls = []
+    fetch = lambda repository, **options: calls.append((repository, options["revision"])) or str(tmp_path)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    assert find_checkpoint("me/policy") == tmp_path
+    assert find_checkpoint("me/policy@0123abc") == tmp_path
+    assert calls == [("me/policy", None), ("me/policy", "0123abc")]
+
+
+@pytest.mark.parametrize("error", [RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError])
+def test_what_the_hub_refuses_is_named(error, monkeypatch):
+    def fetch(*args, **options):
+        raise error(
+            "404 the server's own words", response=httpx.Response(404, request=httpx.Request("GET", "http://x"))
+        )
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    with pytest.raises(CheckpointError, match=r"me/policy@main is no folder.*server's own words"):
+        find_checkpoint("me/policy@main")
 
 
 def test_a_run_folder_means_its_checkpoint(tmp_path):
