@@ -93,50 +93,59 @@ def compare_costs(
     """
     architecture = policy in FAMILIES
     length = language_tokens or (FAMILIES[policy][2] if architecture else 48)
-    counting = device or ("meta" if policy in COUNTED_ON_META else "cpu")
 
-    def make(size: int | None = None) -> Any:
+    def make(place: str | None, size: int | None = None) -> Any:
         if architecture:
-            return instantiate(make_config(policy, cameras, size, dtype), counting)
-        return base_of(load_policy(policy, device=device).policy)
-
-    dense = make()
-    if not architecture:
+            return instantiate(make_config(policy, cameras, size, dtype), place or "cpu")
+        dense = base_of(load_policy(policy, device=place).policy)
         get_adapter(dense.config.type).detach(dense)
+        return dense
+
+    def make_pair(size: int | None = None) -> tuple[Any, Any]:
+        """The dense policy to count, and the one to time, if time is measured; one and the same where values matter."""
+        if policy in COUNTED_ON_META:
+            return make("meta", size), make(device, size) if device else None
+        both = make(device, size)
+        return both, both if device else None
+
+    counted, timed = make_pair()
     result = Comparison(
         policy,
-        cameras=len(dense.config.image_features),
+        cameras=len(counted.config.image_features),
         language_tokens=length,
-        parameters=sum(parameter.numel() for parameter in dense.parameters()),
-        dtype=getattr(dense.config, "dtype", "float32"),
+        parameters=sum(parameter.numel() for parameter in counted.parameters()),
+        dtype=getattr(counted.config, "dtype", "float32"),
         device=None if device is None else device_name(device),
         threads=torch.get_num_threads(),
     )
 
-    def add(name: str, measured: Any) -> None:
+    def add(name: str, counted: Any, timed: Any) -> None:
         if on_progress is not None:
             on_progress(name)
-        place = str(next(measured.parameters()).device)
-        batch = make_batch(base_of(measured), length, place)
-        if place.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        layout = get_adapter(base_of(measured).config.type).layout(base_of(measured))
-        used = measured.num_tokens if isinstance(measured, GridsPolicy) else layout.num_dense_tokens
-        cost = Cost(name, used, prefix_length(measured, batch), count_flops(measured, batch))
-        if device is not None:
-            cost.latency_ms, cost.latency_p95_ms = measure_latency(measured, batch, warmup, repeats)
-            cost.peak_memory_mib = peak_memory_mib(measured)
+        base = base_of(counted)
+        batch = make_batch(base, length, str(next(counted.parameters()).device))
+        dense_tokens = get_adapter(base.config.type).layout(base).num_dense_tokens
+        used = counted.num_tokens if isinstance(counted, GridsPolicy) else dense_tokens
+        cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch))
+        if timed is not None:
+            place = next(timed.parameters()).device
+            if place.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            batch = make_batch(base_of(timed), length, str(place))
+            cost.latency_ms, cost.latency_p95_ms = measure_latency(timed, batch, warmup, repeats)
+            cost.peak_memory_mib = peak_memory_mib(timed)
         result.costs.append(cost)
 
     # Before anything is measured, so that a wrong budget costs no minutes.
     for budget in tokens:
-        wrap(dense, budget).detach()
-    add("dense", dense)
+        wrap(counted, budget).detach()
+    add("dense", counted, timed)
     for budget in tokens:
-        wrapped = wrap(dense, budget)
-        add(f"K={budget}", wrapped)
-        wrapped.detach()
-    del dense
+        wrapped = [wrap(dense, budget) if dense is not None else None for dense in dict.fromkeys((counted, timed))]
+        add(f"K={budget}", wrapped[0], wrapped[-1] if timed is not None else None)
+        for one in filter(None, wrapped):
+            one.detach()
+    del counted, timed
     for size in resolutions or []:
-        add(f"dense at {size} px", make(size))
+        add(f"dense at {size} px", *make_pair(size))
     return result
