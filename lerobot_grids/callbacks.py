@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, atomic_folder
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, atomic_folder
 
 # Inside a run's output folder.
 STATE_FILE = "training_state/last.ckpt"

@@ -10,8 +10,9 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION
-from lerobot_policy_grids.errors import DatasetError
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from lerobot_policy_grids.errors import DatasetError
 
 from .frame_cache import FrameCache, fits_in_memory
 

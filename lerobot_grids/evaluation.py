@@ -19,6 +19,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy, rollout
 from lerobot.utils.constants import ACTION
 from lerobot.utils.io_utils import write_video
+
 from lerobot_policy_grids.adapters import ADAPTERS, get_adapter
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, WEIGHTS_FILE, load_weights, read_config, require_complete
 from lerobot_policy_grids.errors import CheckpointError, GridsError, SimulationError

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from lerobot_policy_grids.errors import GridsError
 from torch import Tensor, nn
+
+from lerobot_policy_grids.errors import GridsError
 
 ADAPTER = "default"
 

@@ -1,16 +1,18 @@
 """GridsModule: trains a policy, dense or with K visual tokens, on demonstrations."""
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning
 import torch
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import OBS_STATE
+from torch import Tensor, nn
+
 from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
-from torch import Tensor, nn
 
 from .auxiliary import POSITIONS, PositionLoss
 from .lora import add_lora
@@ -101,6 +103,9 @@ class GridsModule(lightning.LightningModule):
         else:
             choice = TrainableChoice(train, f"training {train}")  # type: ignore[arg-type]
         if choice.train == "reducer+lora":
+            # Frozen weights lose nothing by it, and memory is why they are frozen.
+            if self.policy.adapter.to_bfloat16(self.policy.base):
+                choice = replace(choice, reason=f"{choice.reason}; frozen weights in bfloat16")
             add_lora(self.policy.base, lora_rank)
         elif choice.train == "reducer":
             self.policy.base.requires_grad_(False)

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import lerobot_policy_grids
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, RenameObservationsProcessorStep
 from lerobot.utils.feature_utils import dataset_to_policy_features
+
+import lerobot_policy_grids
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, read_config
+from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, provenance, read_config
 from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
@@ -168,6 +169,8 @@ def build_policy(
         options = {"condition_on": condition_on, "num_tokens": tokens, "num_tokens_max": num_tokens_max}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         given["reducer"] = reducer or "grids"
+        if folder is not None and (source_and_commit := provenance(folder)) is not None:
+            given["base_repo_id"], given["base_revision"] = source_and_commit
         wrapper = GridsConfig(base=config, device="cpu", **given)
         policy = GridsPolicy(wrapper, base=policy)
     preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=meta.stats)

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
 from lerobot_policy_grids.checkpoint import atomic_folder
 from lerobot_policy_grids.errors import SimulationError
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lerobot_policy_grids.modeling_grids import GridsPolicy
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 POINT_COLOUR, RING_COLOUR = (255, 230, 0), (0, 0, 0)
 # Small camera images are enlarged to at least this many pixels, so that points can be told apart.

@@ -40,12 +40,12 @@ def bench(
     """
     from pathlib import Path
 
-    from lerobot_policy_grids.errors import BudgetError, GridsError
     from rich.console import Console
 
     from lerobot_grids.profiling.compare import compare_costs
     from lerobot_grids.profiling.report import draw_comparison, print_comparison
     from lerobot_grids.progress import write_json
+    from lerobot_policy_grids.errors import BudgetError, GridsError
 
     def numbers(option: str, text: str | None) -> list[int]:
         parts = [part.strip() for part in (text or "").split(",") if part.strip()]

@@ -41,11 +41,10 @@ def evaluate(
     """
     from pathlib import Path
 
-    from lerobot_policy_grids.errors import GridsError
-
     from lerobot_grids import evaluation
     from lerobot_grids.progress import counting_bar, print_evaluation, require_writable
     from lerobot_grids.simulation.environments import make_env_config, task_names
+    from lerobot_policy_grids.errors import GridsError
 
     for name, value, least in (("episodes", episodes, 1), ("batch_size", batch_size, 1), ("videos", videos, 0)):
         if value < least:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -18,6 +17,7 @@ from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens, source_type
 from lerobot_grids.recipes import recipe_for
+from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
 
 from .fit_options import FitOptions
 from .parser import OneLineErrors
@@ -108,6 +108,9 @@ class FitCLI(LightningCLI):
                 CSVLogger(self.output, name="logs", version="csv" if parts == 0 else f"csv-{parts + 1}"),
                 TensorBoardLogger(self.output, name="logs", version="tensorboard"),
             ]
+        if options.trainer.precision is None and getattr(self.model.policy.config, "dtype", None) == "bfloat16":
+            # As LeRobot trains such policies.
+            kwargs["precision"] = "bf16-mixed"
         # RunCheckpoint stands in for Lightning's own checkpoints.
         kwargs |= {"enable_checkpointing": False, "default_root_dir": self.output}
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -147,8 +150,10 @@ def describe(cli: FitCLI) -> str:
     accumulated = cli.config.trainer.accumulate_grad_batches
     tokens = getattr(module.policy, "num_tokens", "all")
     positions = " and the recorded positions" if module.position_loss is not None else ""
+    revision = getattr(module.policy.config, "base_revision", None)
+    base = f"{cli.config.policy} at {revision[:12]}" if revision else cli.config.policy
     return (
-        f"{module.trainable.reason}\n{trained / 1e6:.2f} of {total / 1e6:.2f} M parameters of {cli.config.policy} with "
+        f"{module.trainable.reason}\n{trained / 1e6:.2f} of {total / 1e6:.2f} M parameters of {base} with "
         f"{tokens} visual tokens per camera\non {len(train)} episodes{positions} ({len(val)} held out) of "
         f"{cli.config.dataset}\n{cli.config.trainer.max_steps} steps of {data.batch_size} frames"
         f"{f' x {accumulated} accumulated' if accumulated > 1 else ''}, peak learning rate {module.lr:g}, "

@@ -31,11 +31,10 @@ def record(
         workers: Processes that simulate.
         json: File for the counts and times.
     """
-    from lerobot_policy_grids.errors import GridsError
-
     from lerobot_grids.progress import counting_bar, write_json
     from lerobot_grids.recording import record as record_dataset
     from lerobot_grids.simulation.metaworld import expand_tasks
+    from lerobot_policy_grids.errors import GridsError
 
     for name, value, least in (
         ("episodes", episodes, 1),

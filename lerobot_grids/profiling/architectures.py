@@ -15,10 +15,11 @@ from unittest.mock import patch
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor, nn
+
 from lerobot_policy_grids.errors import UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import build
 from lerobot_policy_grids.tiny.tokenizer import VLM_FOLDER
-from torch import Tensor, nn
 
 # Family -> (LeRobot policy type, side of the square image in pixels, instruction tokens after padding).
 FAMILIES = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.modeling_grids import GridsPolicy

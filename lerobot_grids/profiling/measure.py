@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from lerobot_policy_grids.adapters import Stages, get_adapter
-from lerobot_policy_grids.modeling_grids import GridsPolicy
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from lerobot_policy_grids.adapters import Stages, get_adapter
+from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 STAGES = ("vision", "projector", "sampler", "prefill", "steps")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import lerobot.envs  # noqa: F401  (registers LeRobot's environments)
 from lerobot.envs.configs import EnvConfig
+
 from lerobot_policy_grids.errors import SimulationError
 
 # Our faster and corrected MetaWorld in place of LeRobot's.

@@ -27,6 +27,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import configs as lerobot_configs
 from lerobot.envs import metaworld as lerobot_metaworld
 from lerobot.envs.utils import freeze_after_episode_end
+
 from lerobot_policy_grids.errors import SimulationError
 
 # Tasks that a policy which knows the object's position solves and a blind policy does not.

@@ -60,6 +60,14 @@ def find_checkpoint(source: str) -> Path:
     return resolve_checkpoint(Path(folder))
 
 
+def provenance(folder: Path) -> tuple[str, str] | None:
+    """(Hub id, commit) of a folder in the Hub's cache, `models--user--name/snapshots/<commit>`; None for any other."""
+    repository = folder.parent.parent.name.removeprefix("models--")
+    if folder.parent.name != "snapshots" or not re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        return None
+    return repository.replace("--", "/", 1), folder.name
+
+
 def policy_type(folder: Path) -> str:
     """The LeRobot policy type that a checkpoint's config.json names.
 

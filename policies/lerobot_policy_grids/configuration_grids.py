@@ -41,6 +41,8 @@ class GridsConfig(PreTrainedConfig):
     )
     hidden_width: int = field(default=512, metadata={"help": "Hidden units of the coordinate head."})
     geometry_width: int = field(default=256, metadata={"help": "Hidden units of the geometry embedding."})
+    base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})
+    base_revision: str | None = field(default=None, metadata={"help": "Commit of base_repo_id that was used."})
     # Of this format; raised when a field changes its meaning.
     version: int = 1
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lerobot_grids_cli.main import COMMANDS, main
 from safetensors.torch import load_file, save_file
+
+from lerobot_grids_cli.main import COMMANDS, main
 
 
 def shell(*arguments, **environment):

@@ -6,13 +6,14 @@ from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
 
-import mutants
 import pytest
-import tiny_pi
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
+
+import mutants
+import tiny_pi
 
 BATCH = 3
 

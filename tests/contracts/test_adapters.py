@@ -7,11 +7,13 @@ import pickle
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
+from safetensors.torch import load_file, save_file
+
+from lerobot_grids.lora import add_lora, merged_state_dict
 from lerobot_policy_grids import GridsConfig, GridsPolicy
 from lerobot_policy_grids.checkpoint import load_weights
-from lerobot_policy_grids.errors import BudgetError, CheckpointError, UnsupportedPolicyError
+from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import load_base
-from safetensors.torch import load_file, save_file
 
 # One vision call for all cameras instead of one each: other batch sizes round differently in float32.
 ROUNDING = 1e-5
@@ -252,6 +254,29 @@ def test_a_bfloat16_policy_keeps_float32_coordinates(family):
     assert torch.isfinite(chunk).all()
     assert all(sampled.coordinates.dtype == torch.float32 for sampled in seen)
     assert wrapped.reducer.coordinate_head.out.weight.grad.abs().sum() > 0
+
+
+def test_low_rank_adapters_train_beside_the_reducer(family):
+    """The recipe for small GPUs: a frozen base, in bfloat16 where the family has that, under autocast."""
+    policy = family.policy()
+    wrapped = train_offsets(wrap(policy, 9))
+    names = list(policy.state_dict())
+    halved = wrapped.adapter.to_bfloat16(policy)
+    assert halved == (policy.config.type != "tiny_smolvla")
+    if policy._get_default_peft_targets() is None:
+        with pytest.raises(GridsError, match="no LoRA targets"):
+            add_lora(policy, rank=2)
+        return
+    add_lora(policy, rank=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = wrapped.forward(family.batch(policy))
+    loss.backward()
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
+    assert any(".lora_B." in name for name in trained)
+    assert "reducer.coordinate_head.out.weight" in trained
+    assert all(".lora_" in name or name.startswith("reducer.") for name in trained)
+    merged = merged_state_dict(policy)
+    assert list(merged) == names
 
 
 def test_looking_compiles_without_a_graph_break(family):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from mutants import MUTANTS
 
 SUITE = Path(__file__).with_name("test_adapters.py")

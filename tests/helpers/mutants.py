@@ -4,6 +4,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+
 from lerobot_policy_grids import modeling_grids
 from lerobot_policy_grids.adapters import get_adapter
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from lerobot_grids_cli.main import main
 
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
 from lerobot_grids.profiling.compare import compare_costs, wrap
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
+from lerobot_grids_cli.main import main
 
 
 def linear(tokens, *widths):

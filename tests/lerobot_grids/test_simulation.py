@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot_policy_grids.errors import OutputExistsError, SimulationError
 
 from lerobot_grids.evaluation import evaluate, film, load_policy
 from lerobot_grids.recording import demonstrate, record
 from lerobot_grids.simulation.environments import make_env_config, task_names
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
+from lerobot_policy_grids.errors import OutputExistsError, SimulationError
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,13 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
+
+from lerobot_grids.callbacks import RunCheckpoint
+from lerobot_grids.data import LeRobotDataModule, load_metadata
+from lerobot_grids.evaluation import load_policy
+from lerobot_grids.module import GridsModule
+from lerobot_grids.policies import build_policy, parse_tokens
+from lerobot_grids.recipes import RECIPES, choose_trainable, recipe_for, training_bytes
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.adapters import ADAPTERS
 from lerobot_policy_grids.errors import (
@@ -23,13 +31,6 @@ from lerobot_policy_grids.errors import (
     OutputExistsError,
     UnsupportedPolicyError,
 )
-
-from lerobot_grids.callbacks import RunCheckpoint
-from lerobot_grids.data import LeRobotDataModule, load_metadata
-from lerobot_grids.evaluation import load_policy
-from lerobot_grids.module import GridsModule
-from lerobot_grids.policies import build_policy, parse_tokens
-from lerobot_grids.recipes import RECIPES, choose_trainable, recipe_for, training_bytes
 
 
 def dataset_of(root, image=(96, 96, 3), state=4, note=False):
@@ -231,6 +232,20 @@ def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path)
     assert policy.config.input_features["observation.image"].shape == (3, 48, 96)
     assert policy.adapter.layout(policy.base).region == (0.0, 0.5, 1.0, 1.0)
     assert (policy.reducer.anchor_cells[:, 1] >= 6).all()
+
+
+def test_the_commit_of_the_base_is_kept(dataset, dense_checkpoint, tmp_path, monkeypatch):
+    from lerobot_policy_grids import checkpoint
+
+    snapshot = tmp_path / "models--me--base" / "snapshots" / ("ab" * 20)
+    shutil.copytree(dense_checkpoint, snapshot)
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *args, **options: str(snapshot))
+    built = build_policy("me/base@main", 16, load_metadata(str(dataset)))
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    built.save(folder)
+    saved = load_policy(str(folder)).policy.config
+    assert (saved.base_repo_id, saved.base_revision) == ("me/base", "ab" * 20)
 
 
 def test_a_state_too_large_for_the_policy(tmp_path):

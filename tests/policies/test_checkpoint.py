@@ -9,11 +9,12 @@ import httpx
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from lerobot_policy_grids import checkpoint
-from lerobot_policy_grids.checkpoint import atomic_folder, find_checkpoint, load_weights, resolve_checkpoint
-from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
 from safetensors.torch import save_file
 from torch import nn
+
+from lerobot_policy_grids import checkpoint
+from lerobot_policy_grids.checkpoint import atomic_folder, find_checkpoint, load_weights, provenance, resolve_checkpoint
+from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
 
 
 def test_a_finished_folder_appears_whole(tmp_path):
@@ -147,6 +148,12 @@ def test_a_hub_id_is_fetched_at_its_revision(tmp_path, monkeypatch):
     assert find_checkpoint("me/policy") == tmp_path
     assert find_checkpoint("me/policy@0123abc") == tmp_path
     assert calls == [("me/policy", None), ("me/policy", "0123abc")]
+
+
+def test_a_cached_snapshot_knows_where_it_came_from(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert provenance(tmp_path / "models--me--my--policy" / "snapshots" / commit) == ("me/my--policy", commit)
+    assert provenance(tmp_path / "outputs" / "run") is None
 
 
 @pytest.mark.parametrize("error", [RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError])

@@ -8,6 +8,7 @@ import pytest
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+
 from lerobot_policy_grids import GridsConfig, TinySmolVLAConfig
 from lerobot_policy_grids.base_choice import BasePolicyChoice
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError

@@ -6,10 +6,10 @@ import pytest
 import torch
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
-from lerobot_policy_grids import GridsConfig, GridsPolicy, TinySmolVLAConfig
-from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
 
 from lerobot_grids.data import load_metadata
+from lerobot_policy_grids import GridsConfig, GridsPolicy, TinySmolVLAConfig
+from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
 
 
 def test_lerobots_factories_build_it(dataset):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+
 from lerobot_policy_grids.errors import BudgetError, TokenGridError
 from lerobot_policy_grids.sampler import GridSampler, read_feature_map
 

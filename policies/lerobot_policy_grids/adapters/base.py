@@ -102,6 +102,10 @@ class Adapter(ABC):
             (left, top, right, bottom) in [0, 1] of that square.
         """
 
+    def to_bfloat16(self, policy: Any) -> bool:
+        """Bring the policy to its family's own bfloat16 form, where it has one, and say whether it did."""
+        return False
+
     def checkpoint_names(self, policy: Any, names: list[str]) -> dict[str, str]:
         """How the names in a dense checkpoint file, perhaps of an older release, map to the policy's parameters.
 

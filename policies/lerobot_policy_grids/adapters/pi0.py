@@ -69,6 +69,12 @@ class PI0Adapter(Adapter):
     def image_region(self, policy: Any, height: int, width: int) -> Region:
         return centred_region(height, width, *policy.config.image_resolution)
 
+    def to_bfloat16(self, policy: Any) -> bool:
+        policy.config.dtype = "bfloat16"
+        # LeRobot's own conversion: vision, projector and norms stay float32.
+        policy.model.paligemma_with_expert.to_bfloat16_for_selected_params("bfloat16")
+        return True
+
     def checkpoint_names(self, policy: Any, names: list[str]) -> dict[str, str]:
         # LeRobot renames keys while it loads. Its function moves values about; here they are the names' numbers.
         numbers = {name: torch.tensor(number) for number, name in enumerate(names)}
