@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .parser import run
+from .parser import require_at_least, run
 
 
 def bench(
@@ -45,7 +45,7 @@ def bench(
     from lerobot_grids.profiling.compare import compare_costs
     from lerobot_grids.profiling.report import draw_comparison, print_comparison
     from lerobot_grids.progress import write_json
-    from lerobot_policy_grids.errors import BudgetError, GridsError
+    from lerobot_policy_grids.errors import BudgetError
 
     def numbers(option: str, text: str | None) -> list[int]:
         parts = [part.strip() for part in (text or "").split(",") if part.strip()]
@@ -53,9 +53,8 @@ def bench(
             raise BudgetError(f"--{option} {text} is no list of positive numbers; give one or several, such as 4,16,64")
         return [int(part) for part in parts]
 
-    for name, value in (("cameras", cameras), ("repeats", repeats), ("language_tokens", language_tokens or 1)):
-        if value < 1:
-            raise GridsError(f"--{name} {value}; give at least 1")
+    require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens)
+    require_at_least(0, warmup=warmup)
     budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
     import torch
 

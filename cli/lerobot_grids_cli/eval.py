@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .parser import run
+from .parser import require_at_least, run
 
 
 def evaluate(
@@ -44,11 +44,9 @@ def evaluate(
     from lerobot_grids import evaluation
     from lerobot_grids.progress import counting_bar, print_evaluation, require_writable
     from lerobot_grids.simulation.environments import make_env_config, task_names
-    from lerobot_policy_grids.errors import GridsError
 
-    for name, value, least in (("episodes", episodes, 1), ("batch_size", batch_size, 1), ("videos", videos, 0)):
-        if value < least:
-            raise GridsError(f"--{name} {value}; give at least {least}")
+    require_at_least(1, episodes=episodes, batch_size=batch_size)
+    require_at_least(0, videos=videos)
     folder = Path(output or Path("outputs/eval") / evaluation.short_name(policy, tokens))
     loaded = evaluation.load_policy(policy, device=device, num_tokens=tokens, rename_map=rename_map)
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)

@@ -20,7 +20,7 @@ from lerobot_grids.recipes import recipe_for
 from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
 
 from .fit_options import FitOptions
-from .parser import OneLineErrors
+from .parser import OneLineErrors, require_at_least
 
 # What the main options set in the model and in the data.
 LINKS = {
@@ -50,9 +50,7 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self.config
         tokens = None if options.tokens is None else parse_tokens(options.tokens)
-        for name in ("steps", "batch_size", "save_every"):
-            if options[name] is not None and options[name] < 1:
-                raise GridsError(f"--{name} {options[name]}; give at least 1")
+        require_at_least(1, steps=options.steps, batch_size=options.batch_size, save_every=options.save_every)
         recipe = recipe_for(source_type(options.policy))
         label = options.reducer or tokens or "grids"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")

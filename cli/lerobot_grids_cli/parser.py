@@ -41,3 +41,16 @@ def run(function: Callable[..., Any], command: str, arguments: list[str]) -> Any
     options = parser.parse_args(arguments)
     options.pop("config", None)
     return function(**vars(options))
+
+
+def require_at_least(least: float, **values: float | None) -> None:
+    """Refuse options below their least sensible value; None means the option was left out.
+
+    Raises:
+        GridsError: Naming the first that is too small.
+    """
+    from lerobot_policy_grids.errors import GridsError
+
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise GridsError(f"--{name} {value}; give at least {least}")

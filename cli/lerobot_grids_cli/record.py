@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .parser import run
+from .parser import require_at_least, run
 
 
 def record(
@@ -34,16 +34,10 @@ def record(
     from lerobot_grids.progress import counting_bar, write_json
     from lerobot_grids.recording import record as record_dataset
     from lerobot_grids.simulation.metaworld import expand_tasks
-    from lerobot_policy_grids.errors import GridsError
 
-    for name, value, least in (
-        ("episodes", episodes, 1),
-        ("size", size, 16),
-        ("workers", workers, 1),
-        ("noise", noise, 0),
-    ):
-        if value < least:
-            raise GridsError(f"--{name} {value}; give at least {least}")
+    require_at_least(1, episodes=episodes, workers=workers)
+    require_at_least(16, size=size)
+    require_at_least(0, noise=noise)
     with counting_bar("recording", len(expand_tasks(tasks)) * episodes, "episodes") as bar:
         count = record_dataset(
             output,

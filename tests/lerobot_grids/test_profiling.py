@@ -108,7 +108,8 @@ def test_latency_is_split_into_stages_that_add_up():
     latency, p95 = measure_latency(wrap(policy, 16), batch, warmup=1, repeats=3)
     stages = ("vision", "projector", "sampler", "prefill", "steps")
     assert sum(latency[name] for name in stages) == pytest.approx(latency["total"])
-    assert all(latency[name] > 0 for name in ("vision", "sampler", "steps"))
+    # Measured around their modules; steps and prefill are differences, which a busy machine may turn negative.
+    assert all(latency[name] > 0 for name in ("vision", "projector", "sampler"))
     assert p95 >= latency["total"]
 
 
