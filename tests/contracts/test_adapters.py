@@ -345,6 +345,28 @@ def test_names_of_older_checkpoints_are_understood(family, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 96), (90, 60), (64, 64)])
+def test_image_region_is_where_the_policy_puts_the_image(family, height, width):
+    policy = family.policy()
+    wrapped = wrap(policy, 9)
+    batch = family.batch(policy)
+    key = next(iter(policy.config.image_features))
+    batch[key] = torch.ones(len(batch[key]), 3, height, width)
+    pixels = []
+
+    def keep(module, args, kwargs):
+        pixels.append((args[0] if args else kwargs["pixel_values"])[0, 0])
+
+    wrapped.adapter.stages(policy).vision.register_forward_pre_hook(keep, with_kwargs=True)
+    act(wrapped, family, batch)
+    # White is 1 after normalisation; padding is not.
+    white = (pixels[0] > 0.99).nonzero()
+    (top, left), (bottom, right) = white.amin(0).tolist(), (white.amax(0) + 1).tolist()
+    size = pixels[0].shape[0]
+    expected = (left / size, top / size, right / size, bottom / size)
+    assert wrapped.adapter.image_region(policy, height, width) == pytest.approx(expected)
+
+
 def test_attaching_twice_is_refused(family):
     wrapped = wrap(family.policy(), 9)
     with pytest.raises(UnsupportedPolicyError, match="detach it first"):
