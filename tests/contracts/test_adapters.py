@@ -295,6 +295,18 @@ def test_looking_compiles_without_a_graph_break(family):
     torch.testing.assert_close(got.coordinates, expected.coordinates)
 
 
+def test_the_seam_breaks_no_graph(family):
+    """Where torch.compile gives up, it is in LeRobot's or transformers' code, as in the dense policy."""
+    wrapped = train_offsets(wrap(family.policy(cameras=2), 9))
+    seam = "prepare_images" if hasattr(wrapped.base, "prepare_images") else "_preprocess_images"
+    torch._dynamo.reset()
+    report = torch._dynamo.explain(getattr(wrapped.base, seam))(dict(family.batch(wrapped.base)))
+    places = [reason.user_stack[-1].filename for reason in report.break_reasons]
+    assert not [place for place in places if "lerobot_policy_grids" in place]
+    if wrapped.base.config.type.startswith("pi0"):
+        assert places == []
+
+
 def test_a_dense_checkpoint_is_loaded_exactly_or_refused(family, tmp_path):
     policy, other = family.policy(), family.policy()
     for parameter in other.parameters():
