@@ -20,10 +20,10 @@ from lerobot.scripts.lerobot_eval import eval_policy, rollout
 from lerobot.utils.constants import ACTION
 from lerobot.utils.io_utils import write_video
 
-from lerobot_policy_grids.adapters import ADAPTERS, get_adapter
-from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, WEIGHTS_FILE, load_weights, read_config, require_complete
+from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, read_config, require_complete
 from lerobot_policy_grids.errors import CheckpointError, GridsError, SimulationError
-from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
+from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpoint
 
 from .policies import find_source
 from .statistics import wilson_interval
@@ -113,10 +113,7 @@ def load_policy(
     if num_tokens is not None and kind != "grids":
         raise CheckpointError(f"{source} is a dense '{kind}' policy, which has no token budget to set; drop --tokens")
     policy = build(config)
-    if kind in ADAPTERS:
-        load_base(policy, folder)
-    else:
-        load_weights(policy, folder / WEIGHTS_FILE)
+    load_checkpoint(policy, folder)
     if num_tokens is not None:
         policy.num_tokens = num_tokens
     policy.to(config.device)

@@ -14,10 +14,10 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 import lerobot_policy_grids
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, provenance, read_config
+from lerobot_policy_grids.checkpoint import find_checkpoint, provenance, read_config
 from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
-from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_base
+from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpoint
 
 from .lora import merged_state_dict
 from .recipes import base_type
@@ -153,10 +153,8 @@ def build_policy(
     _check_sizes(source, config)
 
     policy: Any = build(config)
-    if folder is not None and isinstance(policy, GridsPolicy):
-        load_weights(policy, folder / WEIGHTS_FILE)
-    elif folder is not None:
-        load_base(policy, folder)
+    if folder is not None:
+        load_checkpoint(policy, folder)
     if isinstance(policy, GridsPolicy):
         asked = {"reducer": reducer, "condition_on": condition_on, "num_tokens_max": num_tokens_max}
         _check_continued(source, policy.config, tokens, asked)

@@ -142,6 +142,7 @@ def compare_costs(
         wrap(counted, budget).detach()
     add("dense", counted, timed)
     for budget in tokens:
+        # One policy to wrap where the same is counted and timed, else two, or one and none.
         wrapped = [wrap(dense, budget) if dense is not None else None for dense in dict.fromkeys((counted, timed))]
         add(f"K={budget}", wrapped[0], wrapped[-1] if timed is not None else None)
         for one in filter(None, wrapped):

@@ -10,7 +10,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
-from .adapters import get_adapter
+from .adapters import ADAPTERS, get_adapter
 from .checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, policy_type, resolve_checkpoint
 from .configuration_grids import GridsConfig
 from .errors import CheckpointError
@@ -30,17 +30,17 @@ def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
     return get_policy_class(config.type)(config, **kwargs)
 
 
-def load_base(policy: Any, folder: Path) -> None:
-    """Load a dense checkpoint folder into a base policy: exactly, or not at all.
+def load_checkpoint(policy: Any, folder: Path) -> None:
+    """Load a checkpoint folder's weights into a policy, dense or grids: exactly, or not at all.
 
     LeRobot's own `from_pretrained` of the π policies prints failures and returns random weights.
 
     Raises:
         CheckpointError: If the weights do not fit.
-        UnsupportedPolicyError: If no adapter knows the policy.
     """
-    names = partial(get_adapter(policy.config.type).checkpoint_names, policy)
-    load_weights(policy, folder / WEIGHTS_FILE, names)
+    kind = policy.config.type
+    rename = partial(get_adapter(kind).checkpoint_names, policy) if kind in ADAPTERS else None
+    load_weights(policy, folder / WEIGHTS_FILE, rename)
 
 
 class GridsPolicy(PreTrainedPolicy):
@@ -71,7 +71,7 @@ class GridsPolicy(PreTrainedPolicy):
             # Starting from the vision-language model's own weights is a wish that only the base's class can fulfil.
             base = get_policy_class(base_config.type)(base_config, **kwargs)
             if base_config.pretrained_path is not None:
-                load_base(base, find_checkpoint(str(base_config.pretrained_path)))
+                load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base
         self.reducer: Any = make_reducer(config, self.adapter.layout(base))
         # Looked up at each call: PEFT puts a trainable copy in its place.

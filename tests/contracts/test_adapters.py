@@ -13,7 +13,7 @@ from lerobot_grids.lora import add_lora, merged_state_dict
 from lerobot_policy_grids import GridsConfig, GridsPolicy
 from lerobot_policy_grids.checkpoint import load_weights
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
-from lerobot_policy_grids.modeling_grids import load_base
+from lerobot_policy_grids.modeling_grids import load_checkpoint
 
 # One vision call for all cameras instead of one each: other batch sizes round differently in float32.
 ROUNDING = 1e-5
@@ -313,7 +313,7 @@ def test_a_dense_checkpoint_is_loaded_exactly_or_refused(family, tmp_path):
         torch.nn.init.normal_(parameter, std=0.1)
     policy.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
-    load_base(other, tmp_path)
+    load_checkpoint(other, tmp_path)
     assert all(torch.equal(value, policy.state_dict()[name]) for name, value in other.state_dict().items())
     tensors = load_file(weights)
     name = next(name for name in sorted(tensors) if "action_out_proj" in name or "lm_head" in name)
@@ -325,13 +325,13 @@ def test_a_dense_checkpoint_is_loaded_exactly_or_refused(family, tmp_path):
     ):
         save_file(broken, weights)
         with pytest.raises(CheckpointError, match=message):
-            load_base(other, tmp_path)
+            load_checkpoint(other, tmp_path)
     weights.write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_base(other, tmp_path)
+        load_checkpoint(other, tmp_path)
     weights.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_base(other, tmp_path)
+        load_checkpoint(other, tmp_path)
 
 
 def test_names_of_older_checkpoints_are_understood(family, tmp_path):
@@ -353,7 +353,7 @@ def test_names_of_older_checkpoints_are_understood(family, tmp_path):
     expected = policy.state_dict()
     expected[f"model.{embedding}"] = expected["model.paligemma_with_expert.paligemma.lm_head.weight"]
     save_file(old, tmp_path / "model.safetensors")
-    load_base(other, tmp_path)
+    load_checkpoint(other, tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
 
 
