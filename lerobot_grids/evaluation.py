@@ -118,18 +118,25 @@ def load_policy(
         policy.num_tokens = num_tokens
     policy.to(config.device)
     policy.eval()
+    return LoadedPolicy(policy, *load_processors(folder, config, rename_map))
+
+
+def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None = None) -> tuple[Any, Any]:
+    """The (pre-processor, post-processor) that were saved beside a checkpoint.
+
+    Raises:
+        CheckpointError: If they cannot be built.
+    """
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
     try:
-        preprocessor, postprocessor = make_pre_post_processors(
-            config, pretrained_path=str(folder), preprocessor_overrides=overrides
-        )
+        pre, post = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
     except Exception as error:  # LeRobot raises whatever its steps meet
         raise CheckpointError(
             f"the processors in {folder} cannot be built: {error}; copy the checkpoint again"
         ) from error
-    return LoadedPolicy(policy, preprocessor, postprocessor)
+    return pre, post
 
 
 def checked_device(device: str) -> str:

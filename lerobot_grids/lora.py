@@ -1,5 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, through peft) inside a base policy, and checkpoints without them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +35,19 @@ def add_lora(base: Any, rank: int) -> None:
     inject_adapter_in_model(config, base, adapter_name=ADAPTER)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(".lora_" in name)
+
+
+@contextmanager
+def without_lora(base: nn.Module) -> Iterator[None]:
+    """In this block the adapters add nothing: the policy is what it was before `add_lora`."""
+    layers: list[Any] = [module for module in base.modules() if hasattr(module, "get_delta_weight")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:

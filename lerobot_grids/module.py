@@ -15,9 +15,12 @@ from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 from .auxiliary import POSITIONS, PositionLoss
+from .budget import TokenBudgetScheduler
+from .distillation import Distillation
 from .lora import add_lora
 from .policies import build_policy, parse_tokens
 from .recipes import TrainableChoice, base_type, choose_trainable, device_memory, recipe_for
+from .teachers import choose_teacher
 
 # Noise and time of the flow are drawn inside the policy; with this seed every validation draws the same.
 VALIDATION_SEED = 0
@@ -31,12 +34,25 @@ class GridsModule(lightning.LightningModule):
         policy: What to start from: a family ("tiny", "smolvla"), a checkpoint folder, or a Hub id.
         tokens: Visual tokens per camera, or "dense" to train the policy as it is. Defaults to 16, or to what a
             grids checkpoint has.
-        num_tokens_max: Largest budget the checkpoint can serve later. Defaults to `tokens`.
+        num_tokens_max: Largest budget the checkpoint can serve later. Defaults to `tokens`, or to every token if the
+            budget varies.
+        budget: K over the training steps: constant; linear, cosine or exponential (from num_tokens_max down to
+            `tokens`); steps:0=144,500=64,1000=16; elastic (drawn anew at each step, for a checkpoint that serves any
+            budget), elastic:4,8,16 (one of a set) or elastic:4-64 (a range).
+        camera_tokens: Cameras that get fewer tokens than K, and how many at most.
         reducer: How tokens are reduced: "grids" (the default), or "blind" for no visual tokens at all, a floor to
             compare with.
         condition_on: What the coordinates depend on, any of image, language, state, camera. Defaults to all.
         train: "all" parameters that the policy leaves trainable, the "reducer" and low-rank adapters
             ("reducer+lora"), or the "reducer" alone. "auto" takes all if that fits the memory, else LoRA.
+        distill: Share of the loss that is the distance to the dense teacher's prediction, from 0 to 1. Defaults to
+            0, no teacher.
+        distill_end: The same share at the end of the run; it changes evenly. Defaults to `distill`.
+        teacher: Dense policy to imitate, a checkpoint folder or Hub id. Defaults to the policy to start from: where
+            that stays frozen it is its own teacher, otherwise a frozen copy of it is.
+        distill_temperature: Softens the teacher's logits (π0-FAST).
+        distill_features: Weight of the distance between the trunks' last hidden states.
+        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
         accelerator: Lightning's accelerator, whose memory "auto" looks at (linked from the trainer).
         lora_rank: Rank of the low-rank adapters.
         lr: Peak learning rate. Defaults to the family's recipe.
@@ -56,7 +72,15 @@ class GridsModule(lightning.LightningModule):
         num_tokens_max: int | None = None,
         reducer: str | None = None,
         condition_on: list[str] | None = None,
+        budget: str = "constant",
+        camera_tokens: dict[str, int] | None = None,
         train: Literal["auto", "all", "reducer+lora", "reducer"] = "auto",
+        distill: float = 0.0,
+        distill_end: float | None = None,
+        teacher: str | None = None,
+        distill_temperature: float = 1.0,
+        distill_features: float = 0.0,
+        gradient_checkpointing: bool = False,
         accelerator: str = "auto",
         lora_rank: int = 16,
         lr: float | None = None,
@@ -75,6 +99,9 @@ class GridsModule(lightning.LightningModule):
             reducer=reducer,
             condition_on=condition_on,
             num_tokens_max=num_tokens_max,
+            token_budget=budget,
+            camera_tokens=camera_tokens,
+            gradient_checkpointing=gradient_checkpointing,
             rename_map=rename_map,
         )
         self.policy = self.built.policy
@@ -86,11 +113,20 @@ class GridsModule(lightning.LightningModule):
         self.jitter = jitter
         self.state_noise = state_noise
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
-        budget = self.policy.num_tokens if isinstance(self.policy, GridsPolicy) else "all"
-        self.what_is_trained = f"{self.trainable.train} of {base_type(self.policy.config)} with {budget} visual tokens"
+        tokens = self.policy.num_tokens if isinstance(self.policy, GridsPolicy) else "all"
+        self.what_is_trained = f"{self.trainable.train} of {base_type(self.policy.config)} with {tokens} visual tokens"
+        self.distill = (distill, distill if distill_end is None else distill_end)
+        self.distillation: Distillation | None = None
+        if max(self.distill) > 0 or teacher is not None:
+            self.distillation = Distillation(
+                self.policy,
+                choose_teacher(teacher, policy, self.built, self.trainable.train),
+                distill_temperature,
+                distill_features,
+            )
         self.position_loss: PositionLoss | None = None
         self._visual_tokens: list[Tensor] = []
-        if POSITIONS in meta.features and auxiliary_weight > 0 and budget != 0:
+        if POSITIONS in meta.features and auxiliary_weight > 0 and tokens != 0:
             self._add_position_loss(meta)
 
     def _choose_trainable(self, train: str, accelerator: str, lora_rank: int) -> TrainableChoice:
@@ -130,21 +166,38 @@ class GridsModule(lightning.LightningModule):
     def _keep_visual_tokens(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._visual_tokens.append(output if isinstance(output, Tensor) else output.tokens)
 
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        return [TokenBudgetScheduler()] if isinstance(self.policy, GridsPolicy) else []
+
     def on_fit_start(self) -> None:
         self.built.to(str(self.device))
+        if self.distillation is not None:
+            self.distillation.teacher.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self._visual_tokens.clear()
         prepared = self._prepare(batch, augment=True)
-        loss, _ = self.policy.forward(prepared)
         size = len(batch["task_index"])
+        total: Tensor
+        if self.distillation is None:
+            loss, _ = self.policy.forward(prepared)
+            total = loss
+        else:
+            loss, distance = self.distillation.losses(prepared)
+            share = self._distill_share()
+            self.log("train/distillation", distance.detach(), batch_size=size)
+            self.log("train/distill_share", share, batch_size=size)
+            total = (1 - share) * loss + share * distance
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        total: Tensor = loss
         if self.position_loss is not None:
             position_loss = self._position_loss(batch)
             self.log("train/position_loss", position_loss.detach(), prog_bar=True, batch_size=size)
-            total = loss + self.auxiliary_weight * position_loss
+            total = total + self.auxiliary_weight * position_loss
         return total
+
+    def _distill_share(self) -> float:
+        start, end = self.distill
+        return start + (end - start) * min(1.0, self.global_step / int(self.trainer.estimated_stepping_batches))
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         self._visual_tokens.clear()
@@ -152,7 +205,12 @@ class GridsModule(lightning.LightningModule):
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(VALIDATION_SEED + batch_index)
-            loss, _ = self.policy.forward(self._prepare(batch, augment=False))
+            prepared = self._prepare(batch, augment=False)
+            if self.distillation is None:
+                loss, _ = self.policy.forward(prepared)
+            else:
+                loss, distance = self.distillation.losses(prepared)
+                self.log("val/distillation", distance, batch_size=size, sync_dist=True)
         self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         if self.position_loss is not None:
             self.log("val/position_loss", self._position_loss(batch), batch_size=size, sync_dist=True)

@@ -114,6 +114,9 @@ def build_policy(
     reducer: str | None = None,
     condition_on: list[str] | None = None,
     num_tokens_max: int | None = None,
+    token_budget: str = "constant",
+    camera_tokens: dict[str, int] | None = None,
+    gradient_checkpointing: bool = False,
     rename_map: dict[str, str] | None = None,
 ) -> TrainablePolicy:
     """Build the policy to train, on the CPU, with processors that normalise by the dataset's statistics.
@@ -125,7 +128,10 @@ def build_policy(
         meta: The dataset's metadata: features and statistics.
         reducer: How tokens are reduced; None takes the default, or what a grids checkpoint has.
         condition_on: What the coordinates depend on; None takes the configuration's default.
-        num_tokens_max: Largest budget of the checkpoint; None takes `tokens`.
+        num_tokens_max: Largest budget of the checkpoint; None takes `tokens`, or every token if the budget varies.
+        token_budget: K over the training steps.
+        camera_tokens: Cameras that get fewer tokens than K, and how many at most.
+        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
         rename_map: Dataset feature names to the policy's, where they differ.
 
     Raises:
@@ -151,21 +157,43 @@ def build_policy(
     # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
     config.pretrained_path = None
     _check_sizes(source, config)
+    if gradient_checkpointing:
+        if not hasattr(config, "gradient_checkpointing"):
+            raise GridsError(f"LeRobot's '{base_type(config)}' has no gradient checkpointing; drop that option")
+        config.gradient_checkpointing = True
 
     policy: Any = build(config)
     if folder is not None:
         load_checkpoint(policy, folder)
     if isinstance(policy, GridsPolicy):
-        asked = {"reducer": reducer, "condition_on": condition_on, "num_tokens_max": num_tokens_max}
+        asked = {
+            "reducer": reducer,
+            "condition_on": condition_on,
+            "num_tokens_max": num_tokens_max,
+            "camera_tokens": camera_tokens,
+        }
         _check_continued(source, policy.config, tokens, asked)
         if isinstance(tokens, int) and policy.num_tokens > 0:
             policy.num_tokens = tokens
+        policy.config.token_budget, policy.config.token_budget_step = token_budget, 0
     elif tokens == "dense":
         if reducer not in (None, "grids"):
             raise GridsError(f"--tokens dense keeps every token, so --reducer {reducer} has nothing to do; drop one")
+        if token_budget != "constant":
+            raise GridsError(
+                f"--tokens dense keeps every token, so --budget {token_budget} has nothing to do; drop one"
+            )
     else:
-        options = {"condition_on": condition_on, "num_tokens": tokens, "num_tokens_max": num_tokens_max}
+        if token_budget != "constant" and num_tokens_max is None:
+            num_tokens_max = get_adapter(config.type).layout(policy).num_dense_tokens
+        options = {
+            "condition_on": condition_on,
+            "num_tokens": tokens,
+            "num_tokens_max": num_tokens_max,
+            "camera_tokens": camera_tokens,
+        }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        given["token_budget"] = token_budget
         given["reducer"] = reducer or "grids"
         if folder is not None and (source_and_commit := provenance(folder)) is not None:
             given["base_repo_id"], given["base_revision"] = source_and_commit

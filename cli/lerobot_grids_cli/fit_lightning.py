@@ -27,6 +27,9 @@ LINKS = {
     "policy": "model.policy",
     "tokens": "model.tokens",
     "reducer": "model.reducer",
+    "budget": "model.budget",
+    "distill": "model.distill",
+    "teacher": "model.teacher",
     "rename_map": "model.rename_map",
     "dataset": "data.dataset",
 }

@@ -22,6 +22,13 @@ class FitOptions:
     """Visual tokens per camera, or 'dense' to train the policy as it is. Defaults to 16, or to a checkpoint's own."""
     reducer: str | None = None
     """How tokens are reduced: grids (the default), or blind for no visual tokens at all, the floor to compare with."""
+    budget: str = "constant"
+    """K over the steps: constant; linear, cosine or exponential, from every token down to --tokens; or elastic, drawn
+    anew at each step, for a checkpoint that serves any budget."""
+    distill: float = 0.0
+    """Share of the loss, 0 to 1, that is the distance to the dense teacher's prediction from the same noise and time."""
+    teacher: str | None = None
+    """Dense policy to imitate. Defaults to what --policy names; where that stays frozen no second copy is kept."""
     output: str | None = None
     """Folder for checkpoint and logs. Defaults to outputs/<policy>-<tokens>; must not exist unless --resume."""
     steps: int | None = None

@@ -9,6 +9,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 
 from .base_choice import GRIDS_TYPE, BasePolicyChoice
+from .budget import GRAMMAR, TokenBudget
 from .errors import BudgetError, CheckpointError, GridsError
 from .sampler import CONTEXTS
 
@@ -34,6 +35,16 @@ class GridsConfig(PreTrainedConfig):
         default=None,
         metadata={"help": "Largest K this checkpoint can serve at run time. Defaults to num_tokens at training."},
     )
+    camera_tokens: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Cameras that get fewer tokens than K, and how many at most."}
+    )
+    token_budget: str = field(default="constant", metadata={"help": f"K over the training steps: {GRAMMAR}."})
+    token_budget_steps: int = field(
+        default=0,
+        metadata={"help": "Training steps over which a linear, cosine or exponential token budget goes down."},
+    )
+    # Steps of the token budget that are done, so that lerobot-train goes on where it stopped.
+    token_budget_step: int = 0
     reducer: str = field(default="grids", metadata={"help": f"How tokens are reduced: one of {REDUCER_NAMES}."})
     condition_on: list[str] = field(
         default_factory=lambda: ["image", "language", "state", "camera"],
@@ -66,7 +77,13 @@ class GridsConfig(PreTrainedConfig):
                 f"num_tokens={self.num_tokens} with num_tokens_max={self.max_tokens}; "
                 f"choose num_tokens from 1 .. {self.max_tokens}"
             )
+        _ = self.budget  # refuses what cannot be read
         self.share_with_base()
+
+    @property
+    def budget(self) -> TokenBudget:
+        """K over the training steps."""
+        return TokenBudget(self.token_budget, self.max_tokens, self.num_tokens, self.token_budget_steps)
 
     @property
     def max_tokens(self) -> int:

@@ -1,5 +1,7 @@
 """GridsPolicy: a base policy and the reducer between its vision tower and its trunk."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +12,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, get_adapter
+from .adapters import ADAPTERS, Seam, get_adapter
 from .checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, policy_type, resolve_checkpoint
 from .configuration_grids import GridsConfig
 from .errors import CheckpointError
@@ -73,9 +75,11 @@ class GridsPolicy(PreTrainedPolicy):
             if base_config.pretrained_path is not None:
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base
-        self.reducer: Any = make_reducer(config, self.adapter.layout(base))
-        # Looked up at each call: PEFT puts a trainable copy in its place.
-        self.adapter.attach(base, partial(getattr, self, "reducer"))
+        layout = self.adapter.layout(base)
+        self.reducer: Any = make_reducer(config, layout)
+        self._looks_everywhere = False
+        self.seam = Seam(partial(_current_reducer, self), layout)
+        self.adapter.attach(base, self.seam)
         self.to(config.device)
 
     @property
@@ -87,6 +91,32 @@ class GridsPolicy(PreTrainedPolicy):
     def num_tokens(self, value: int) -> None:
         self.reducer.num_tokens = value
         self.config.num_tokens = self.reducer.num_tokens
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. In training the token budget is that of the step, otherwise `num_tokens`."""
+        super().train(mode)
+        self.follow_budget(self.config.token_budget_step)
+        return self
+
+    def follow_budget(self, step: int) -> int:
+        """Set the budget of a training step, counted from 0, and return it."""
+        self.config.token_budget_step = step
+        if self.num_tokens > 0:
+            self.reducer.num_tokens = self.config.budget.at(step) if self.training else self.config.num_tokens
+        return self.num_tokens
+
+    def update(self) -> None:
+        """A training step is done; lerobot-train says so after each."""
+        self.follow_budget(self.config.token_budget_step + 1)
+
+    @contextmanager
+    def looking_everywhere(self) -> Iterator[None]:
+        """In this block the base policy gets every visual token, as if it were not wrapped."""
+        self._looks_everywhere = True
+        try:
+            yield
+        finally:
+            self._looks_everywhere = False
 
     def detach(self) -> PreTrainedPolicy:
         """Take the reducer out and return the base policy, bit-identical to what it was before wrapping."""
@@ -181,3 +211,8 @@ class GridsPolicy(PreTrainedPolicy):
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
         load_weights(model, Path(model_file))
         return model
+
+
+def _current_reducer(policy: GridsPolicy) -> nn.Module | None:
+    reducer: nn.Module = policy.reducer
+    return None if policy._looks_everywhere else reducer

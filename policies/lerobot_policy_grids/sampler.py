@@ -114,7 +114,8 @@ class GridSampler(nn.Module):
             of them the coordinates are learned but the same for every image.
         language_width: Channels of the pooled instruction, if "language" is among them.
         state_width: Dimensions of the robot state, if "state" is among them.
-        num_cameras: Number of cameras that share this sampler, if "camera" is among them.
+        num_cameras: Number of cameras that share this sampler.
+        camera_limits: Of some cameras, by number, the most tokens they get, however large the budget.
         region: Where the camera image lies in what the vision tower sees; the rest is letterbox padding, where
             no token starts unless all do.
         hidden_width: Hidden units of the coordinate head (paper: 512).
@@ -136,6 +137,7 @@ class GridSampler(nn.Module):
         language_width: int = 0,
         state_width: int = 0,
         num_cameras: int = 1,
+        camera_limits: Mapping[int, int] | None = None,
         region: Region = WHOLE,
         hidden_width: int = 512,
         geometry_width: int = 256,
@@ -156,6 +158,7 @@ class GridSampler(nn.Module):
         self._num_tokens: int
         self.num_tokens = num_tokens
         self.num_cameras = num_cameras
+        self.camera_limits = dict(camera_limits or {})
         self.condition_on = tuple(name for name in CONTEXTS if name in condition_on)
 
         widths = {"image": width, "language": language_width, "state": state_width, "camera": num_cameras}
@@ -188,6 +191,10 @@ class GridSampler(nn.Module):
             )
         self._num_tokens = int(value)
 
+    def tokens_of(self, camera: int) -> int:
+        """Tokens that a camera gets under the present budget."""
+        return min(self.num_tokens, self.camera_limits.get(camera, self.num_tokens))
+
     def extra_repr(self) -> str:
         """Say how the policy was changed, where it is printed."""
         height, width = self.token_grid
@@ -196,13 +203,16 @@ class GridSampler(nn.Module):
             f"condition_on={list(self.condition_on)}"
         )
 
-    def forward(self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None) -> Sampled:
+    def forward(
+        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
+    ) -> Sampled:
         """Sample k tokens of each feature map.
 
         Args:
             feature_map: [b, h, w, c], the dense visual tokens of an image as a map.
             context: What `condition_on` names besides the image: "language" [b, language_width], "state"
                 [b, state_width], "camera" int64 [b], the index of the camera.
+            num_tokens: k of this call. Defaults to the budget.
 
         Returns:
             `Sampled(tokens [b, k, c], coordinates float32 [b, k, 2])`.
@@ -218,14 +228,13 @@ class GridSampler(nn.Module):
         # The meta device, on which costs are counted, knows no autocast.
         device = feature_map.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            pixels, coordinates = self._predict(feature_map, context or {})
+            pixels, coordinates = self._predict(feature_map, context or {}, num_tokens or self.num_tokens)
             tokens = read_feature_map(feature_map, pixels)
             tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
         return Sampled(tokens, coordinates)
 
-    def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
         """Predict where to look: float32 pixels and coordinates, each [b, k, 2]."""
-        k = self.num_tokens
         offsets = self.coordinate_head(self._context(feature_map, context))
         offsets = offsets.unflatten(-1, (self.num_tokens_max, 2))[:, :k]
         # Raster order: the trunk meets the tokens in the order in which it met the dense grid.

@@ -382,7 +382,7 @@ def test_image_region_is_where_the_policy_puts_the_image(family, height, width):
 def test_attaching_twice_is_refused(family):
     wrapped = wrap(family.policy(), 9)
     with pytest.raises(UnsupportedPolicyError, match="detach it first"):
-        wrapped.adapter.attach(wrapped.base, lambda: wrapped.reducer)
+        wrapped.adapter.attach(wrapped.base, wrapped.seam)
 
 
 def test_more_tokens_than_the_dense_policy_has_are_refused(family):

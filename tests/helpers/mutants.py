@@ -29,8 +29,8 @@ class Transposed(torch.nn.Module):
     def __getattr__(self, name):
         return super().__getattr__(name) if name == "reducer" else getattr(self.reducer, name)
 
-    def forward(self, feature_map, context):
-        return self.reducer(feature_map.transpose(1, 2), context)
+    def forward(self, feature_map, context, num_tokens):
+        return self.reducer(feature_map.transpose(1, 2), context, num_tokens)
 
 
 def _run(original, change, batch):
@@ -42,11 +42,13 @@ def _broken(name):
         adapter = get_adapter(policy_type)
         attach = adapter.attach
 
-        def broken_attach(policy, get_reducer):
+        def broken_attach(policy, seam):
             if name == "transposed_grid":
-                attach(policy, lambda: Transposed(get_reducer()))
+                get_reducer = seam._get_reducer
+                seam._get_reducer = lambda: Transposed(get_reducer())
+            attach(policy, seam)
+            if name == "transposed_grid":
                 return
-            attach(policy, get_reducer)
             seam = "prepare_images" if hasattr(policy, "prepare_images") else "_preprocess_images"
             setattr(policy, seam, partial(_run, getattr(policy, seam), globals()[name]))
 

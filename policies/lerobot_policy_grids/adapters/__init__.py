@@ -3,7 +3,9 @@
 from importlib import import_module
 
 from ..errors import UnsupportedPolicyError
-from .base import Adapter, Stages, TokenLayout
+from .base import Adapter, Prediction, Stages
+from .layout import TokenLayout
+from .seam import Seam
 
 # LeRobot policy type -> "module:class" of its adapter; imported on use.
 ADAPTERS = {
@@ -31,4 +33,4 @@ def get_adapter(policy_type: str) -> Adapter:
     return adapter
 
 
-__all__ = ["ADAPTERS", "Adapter", "Stages", "TokenLayout", "get_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "Prediction", "Seam", "Stages", "TokenLayout", "get_adapter"]

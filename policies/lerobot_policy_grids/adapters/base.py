@@ -1,40 +1,15 @@
 """What every adapter answers about its VLA family, and how it puts a reducer between vision and trunk."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ..anchors import Region
 from ..errors import UnsupportedPolicyError
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """The visual tokens a base policy hands to its trunk.
-
-    Attributes:
-        token_grid: (H, W) of one camera's feature map.
-        width: C, channels of a visual token.
-        cameras: Feature keys of the cameras, in the order in which the policy numbers them.
-        language_width: Channels of an embedded language token.
-        state_width: Dimensions of the (padded) robot state.
-        region: The part of the vision tower's input that holds any camera's image and not only padding.
-    """
-
-    token_grid: tuple[int, int]
-    width: int
-    cameras: tuple[str, ...]
-    language_width: int
-    state_width: int
-    region: Region
-
-    @property
-    def num_dense_tokens(self) -> int:
-        """N = H * W, visual tokens per camera of the dense policy."""
-        return self.token_grid[0] * self.token_grid[1]
+from .layout import TokenLayout
+from .seam import Seam
 
 
 @dataclass(frozen=True)
@@ -56,6 +31,20 @@ class Stages:
     decodes: bool = False
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a policy is trained to predict, and where a teacher's and a student's can be read.
+
+    Attributes:
+        module: Its output is the prediction, its input the trunk's last hidden state.
+        kind: "velocity" [b, steps, max_action_dim] of the flow, or "logits" [b, tokens, vocabulary] whose entry i
+            predicts action token i + 1.
+    """
+
+    module: nn.Module
+    kind: Literal["velocity", "logits"]
+
+
 class Adapter(ABC):
     """One VLA family's seam. Stateless: everything it changes lives on the policy and is undone by `detach`."""
 
@@ -68,8 +57,8 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def attach(self, policy: Any, get_reducer: Callable[[], nn.Module]) -> None:
-        """From now on `policy` passes its dense feature maps through `get_reducer()`.
+    def attach(self, policy: Any, seam: Seam) -> None:
+        """From now on the images of `policy` become visual tokens by `seam.tokens`.
 
         Raises:
             UnsupportedPolicyError: If a reducer is attached already.
@@ -86,6 +75,10 @@ class Adapter(ABC):
     @abstractmethod
     def feature_source(self, policy: Any) -> nn.Module:
         """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
+
+    @abstractmethod
+    def prediction(self, policy: Any) -> Prediction:
+        """What `policy` predicts in a training step, for distillation."""
 
     def common_region(self, policy: Any) -> Region:
         """The smallest region that holds the image of every camera, whatever its shape."""

@@ -10,7 +10,6 @@ Modifications, from outside, of `lerobot/policies/{pi0,pi05,pi0_fast}` 0.6, whic
 Everything after that follows from the number of tokens: masks, positions, key-value cache, FAST decoding.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..anchors import Region
-from .base import Adapter, Stages, TokenLayout, centred_region, refuse_second_attach
-from .context import gather_context, present_cameras
+from .base import Adapter, Prediction, Stages, centred_region, refuse_second_attach
+from .layout import TokenLayout
+from .seam import Seam
 
 
 class PI0Adapter(Adapter):
@@ -40,11 +40,11 @@ class PI0Adapter(Adapter):
             region=self.common_region(policy),
         )
 
-    def attach(self, policy: Any, get_reducer: Callable[[], nn.Module]) -> None:
+    def attach(self, policy: Any, seam: Seam) -> None:
         refuse_second_attach("_preprocess_images" in vars(policy))
         paligemma = _paligemma(policy)
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
-        policy._preprocess_images = partial(_preprocess_images, policy, get_reducer, self.layout(policy))
+        policy._preprocess_images = partial(_preprocess_images, policy, seam)
         paligemma.get_image_features = partial(_get_image_features, paligemma)
 
     def detach(self, policy: Any) -> None:
@@ -65,6 +65,11 @@ class PI0Adapter(Adapter):
         tower: Any = _paligemma(policy).vision_tower
         source: nn.Module = getattr(tower, "vision_model", tower).post_layernorm
         return source
+
+    def prediction(self, policy: Any) -> Prediction:
+        if hasattr(policy.config, "max_decoding_steps"):
+            return Prediction(policy.model.paligemma_with_expert.paligemma.lm_head, "logits")
+        return Prediction(policy.model.action_out_proj, "velocity")
 
     def image_region(self, policy: Any, height: int, width: int) -> Region:
         return centred_region(height, width, *policy.config.image_resolution)
@@ -89,27 +94,13 @@ def _paligemma(policy: Any) -> Any:
     return policy.model.paligemma_with_expert.paligemma.model
 
 
-def _preprocess_images(
-    policy: Any, get_reducer: Callable[[], Any], layout: TokenLayout, batch: dict[str, Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _preprocess_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     images, masks = type(policy)._preprocess_images(policy, batch)
-    cameras = present_cameras(layout.cameras, batch)
-    images, masks = images[: len(cameras)], masks[: len(cameras)]
-    reducer = get_reducer()
-    if reducer.num_tokens == 0:
-        return [image.new_zeros(len(image), 0, layout.width) for image in images], masks
     model = policy.model
     # As in the dense policy, the tower's activations are recomputed in backward if checkpointing is on.
-    dense = model._apply_checkpoint(partial(_run_tower, _paligemma(policy).vision_tower), torch.cat(images))
-    context = gather_context(
-        reducer.condition_on,
-        batch,
-        embed_language=model.paligemma_with_expert.embed_language_tokens,
-        state_width=layout.state_width,
-        cameras=cameras,
-    )
-    features = reducer(dense.unflatten(1, layout.token_grid), context).tokens
-    return list(features.chunk(len(cameras))), masks
+    encode = partial(model._apply_checkpoint, partial(_run_tower, _paligemma(policy).vision_tower))
+    tokens = seam.tokens(images, batch, encode, model.paligemma_with_expert.embed_language_tokens)
+    return tokens, masks[: len(tokens)]
 
 
 def _run_tower(tower: nn.Module, images: Tensor) -> Tensor:

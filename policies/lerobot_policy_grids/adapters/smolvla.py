@@ -9,17 +9,16 @@ Modifications, from outside, of `lerobot/policies/smolvla` 0.6:
 Everything after that follows from the number of tokens: masks, positions, key-value cache.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..anchors import Region
 from ..errors import UnsupportedPolicyError
-from .base import Adapter, Stages, TokenLayout, refuse_second_attach
-from .context import gather_context, present_cameras
+from .base import Adapter, Prediction, Stages, refuse_second_attach
+from .layout import TokenLayout
+from .seam import Seam
 
 
 class SmolVLAAdapter(Adapter):
@@ -59,11 +58,11 @@ class SmolVLAAdapter(Adapter):
             region=self.common_region(policy),
         )
 
-    def attach(self, policy: Any, get_reducer: Callable[[], nn.Module]) -> None:
+    def attach(self, policy: Any, seam: Seam) -> None:
         refuse_second_attach("prepare_images" in vars(policy))
         vlm = policy.model.vlm_with_expert
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
-        policy.prepare_images = partial(_prepare_images, policy, get_reducer, self.layout(policy))
+        policy.prepare_images = partial(_prepare_images, policy, seam)
         vlm.embed_image = partial(_embed_image, vlm)
 
     def detach(self, policy: Any) -> None:
@@ -78,6 +77,9 @@ class SmolVLAAdapter(Adapter):
         connector: nn.Module = policy.model.vlm_with_expert.get_vlm_model().connector
         return connector
 
+    def prediction(self, policy: Any) -> Prediction:
+        return Prediction(policy.model.action_out_proj, "velocity")
+
     def image_region(self, policy: Any, height: int, width: int) -> Region:
         if policy.config.resize_imgs_with_padding is None:
             return 0.0, 0.0, 1.0, 1.0
@@ -89,27 +91,11 @@ class SmolVLAAdapter(Adapter):
         return left, top, 1.0, 1.0
 
 
-def _prepare_images(
-    policy: Any, get_reducer: Callable[[], Any], layout: TokenLayout, batch: dict[str, Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _prepare_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     images, masks = type(policy).prepare_images(policy, batch)
-    reducer = get_reducer()
-    if reducer.num_tokens == 0:
-        return [image.new_zeros(len(image), 0, layout.width) for image in images], masks
-    # Masked images of missing cameras come last; nothing attends to them, so they cost no vision and no tokens.
-    cameras = present_cameras(layout.cameras, batch)
-    images, masks = images[: len(cameras)], masks[: len(cameras)]
     vlm = policy.model.vlm_with_expert
-    dense = type(vlm).embed_image(vlm, torch.cat(images))
-    context = gather_context(
-        reducer.condition_on,
-        batch,
-        embed_language=vlm.embed_language_tokens,
-        state_width=layout.state_width,
-        cameras=cameras,
-    )
-    tokens = reducer(dense.unflatten(1, layout.token_grid), context).tokens
-    return list(tokens.chunk(len(images))), masks
+    tokens = seam.tokens(images, batch, partial(type(vlm).embed_image, vlm), vlm.embed_language_tokens)
+    return tokens, masks[: len(tokens)]
 
 
 def _embed_image(vlm: Any, image: Tensor) -> Tensor:

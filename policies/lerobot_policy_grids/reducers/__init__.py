@@ -1,7 +1,7 @@
 """Reducers: ways of handing the trunk fewer visual tokens, all behind one interface.
 
-A reducer is an `nn.Module` with `num_tokens` (per camera, settable), `num_tokens_max`, `condition_on` (what
-its context holds) and `forward(feature_map [b, h, w, c], context) -> Sampled`.
+A reducer is an `nn.Module` with `num_tokens` (per camera, settable), `num_tokens_max`, `tokens_of(camera)`,
+`condition_on` (what its context holds) and `forward(feature_map [b, h, w, c], context, num_tokens) -> Sampled`.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,20 @@ def _make_grids(config: "GridsConfig", layout: TokenLayout) -> nn.Module:
         language_width=layout.language_width,
         state_width=layout.state_width,
         num_cameras=len(layout.cameras),
+        camera_limits=_camera_limits(config.camera_tokens, layout.cameras),
         region=layout.region,
         hidden_width=config.hidden_width,
         geometry_width=config.geometry_width,
     )
+
+
+def _camera_limits(camera_tokens: dict[str, int], cameras: tuple[str, ...]) -> dict[int, int]:
+    for name, limit in camera_tokens.items():
+        if name not in cameras:
+            raise BudgetError(f"camera_tokens names '{name}'; the policy's cameras are {', '.join(cameras)}")
+        if limit < 1:
+            raise BudgetError(f"camera_tokens gives {limit} tokens to '{name}'; give at least 1")
+    return {number: camera_tokens[name] for number, name in enumerate(cameras) if name in camera_tokens}
 
 
 def _make_blind(config: "GridsConfig", layout: TokenLayout) -> nn.Module:

@@ -23,7 +23,13 @@ class BlindReducer(nn.Module):
     def num_tokens(self, value: int) -> None:
         raise BudgetError(f"num_tokens={value}, but this policy is blind: it was trained without visual tokens")
 
-    def forward(self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None) -> Sampled:
+    def tokens_of(self, camera: int) -> int:
+        """Always 0."""
+        return 0
+
+    def forward(
+        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
+    ) -> Sampled:
         """Drop the feature map [b, h, w, c].
 
         Returns:

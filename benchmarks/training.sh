@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Study of training with few tokens: {task loss, + distillation} x {constant, cosine, elastic} at 4 and 16 tokens,
+# with the dense policy trained on for as long as a control. What is done is not done again.
+#   bash benchmarks/training.sh DATASET BASE [FOLDER]
+# DATASET: a folder made by `lerobot-grids record`; BASE: a dense policy trained on it.
+set -euo pipefail
+
+export DATASET=$1 BASE=$2 OUT=${3:-outputs/training}
+export STEPS=${STEPS:-600} EPISODES=${EPISODES:-30} SEEDS=${SEEDS:-0 1 2}
+export RESULTS=${RESULTS:-$(dirname "$0")/results/training}
+WORKERS=${WORKERS:-2} # one-thread jobs side by side use a small machine better than one job with more threads
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
+mkdir -p "$OUT" "$RESULTS"
+
+# name | tokens | further options of fit | budgets to evaluate
+variants() {
+    for distill in 0 0.5; do
+        local suffix=$([ "$distill" = 0 ] && echo task || echo distilled)
+        for tokens in 4 16; do
+            echo "constant$tokens-$suffix|$tokens|--distill $distill|$tokens"
+            echo "cosine$tokens-$suffix|$tokens|--distill $distill --budget cosine|$tokens"
+        done
+        echo "elastic-$suffix|16|--distill $distill --budget elastic|4 16"
+    done
+    echo "dense|dense||dense"
+}
+
+study() {
+    IFS='|' read -r name tokens options budgets <<<"$1"
+    local run="$OUT/$name" seed=${name##*-s}
+    if [ ! -e "$run/done" ]; then
+        rm -rf "$run"
+        # shellcheck disable=SC2086
+        lerobot-grids fit --policy "$BASE" --dataset "$DATASET" --tokens "$tokens" $options --steps "$STEPS" \
+            --model.lr 5e-4 --seed "$seed" --trainer.enable_progress_bar false --output "$run" >"$run.log" 2>&1
+        touch "$run/done"
+    fi
+    for budget in $budgets; do
+        local result="$RESULTS/$name-k$budget" at=()
+        [ "$budget" = dense ] || at=(--tokens "$budget")
+        [ -e "$result.eval.json" ] || lerobot-grids eval --policy "$run" "${at[@]}" --episodes "$EPISODES" --videos 0 \
+            --output "$OUT/eval/$name-k$budget" --json "$result.eval.json" >"$run.eval.log" 2>&1
+    done
+    echo "$(date +%T) $name"
+}
+export -f study
+
+for seed in $SEEDS; do
+    variants | sed "s/|/-s$seed|/"
+done | tr '\n' '\0' | xargs -0 -P "$WORKERS" -I{} bash -c 'study "$1"' study {}
