@@ -11,15 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, atomic_folder
 
-# Inside a run's output folder.
-STATE_FILE = "training_state/last.ckpt"
+from .averaging import averaged
+from .checkpoint_io import STATE_FILES, AtomicCheckpointIO
 
 
 class RunCheckpoint(Callback):
     """Keep a run: the policy as LeRobot loads it, and the state that training goes on from.
 
     `<output>/pretrained_model` appears whole or not at all; `<output>/training_state/last.ckpt` is replaced in
-    one step. Both are written every `every_n_steps`, at the end, and when the run is told to terminate.
+    one step, and its predecessor kept. Both are written every `every_n_steps`, at the end, and when the run is told
+    to terminate. Where weights are averaged, the policy has the averages.
 
     Args:
         output: The run's output folder.
@@ -28,9 +29,12 @@ class RunCheckpoint(Callback):
 
     def __init__(self, output: Path, every_n_steps: int = 500) -> None:
         self.folder = Path(output) / CHECKPOINT_FOLDER
-        self.state = Path(output) / STATE_FILE
+        self.state = Path(output) / STATE_FILES[0]
         self.every_n_steps = every_n_steps
         self._saved_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         # Micro-batches of one accumulated step share its number.
@@ -49,15 +53,14 @@ class RunCheckpoint(Callback):
         if trainer.global_step == self._saved_at:
             return
         self._saved_at = trainer.global_step
-        partial = self.state.with_suffix(".partial")
-        if trainer.is_global_zero:
-            partial.parent.mkdir(parents=True, exist_ok=True)
         # Every process takes part: a sharded strategy gathers its state here.
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            partial.replace(self.state)
-            with atomic_folder(self.folder, replace=True) as folder:
-                pl_module.built.save(folder)
+        trainer.save_checkpoint(self.state)
+        with averaged(trainer, pl_module):
+            state = trainer.strategy.lightning_module_state_dict()
+            if trainer.is_global_zero:
+                policy = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+                with atomic_folder(self.folder, replace=True) as folder:
+                    pl_module.built.save(folder, policy)
 
 
 class TrainingProgress(ProgressBar):

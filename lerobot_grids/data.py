@@ -1,6 +1,7 @@
 """LeRobotDataModule: a LeRobotDataset, split by episodes into training and validation."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from lerobot_policy_grids.errors import DatasetError
+from lerobot_policy_grids.errors import DatasetError, GridsError
 
 from .frame_cache import FrameCache, fits_in_memory
+from .order import FrameOrder
 
 
 def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMetadata:
@@ -58,6 +60,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
         num_workers: Processes that load frames. -1 takes none when frames are cached, else one per core up to 4.
         cache: Whether frames stored as images are decoded once into memory: "auto" (if they take less than
             a quarter of it) or "never".
+        seed: Of the order of the frames.
 
     Raises:
         DatasetError: If the dataset is missing, unreadable, or has no camera or no action.
@@ -72,6 +75,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
         max_val_frames: int = 512,
         num_workers: int = -1,
         cache: str = "auto",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if cache not in ("auto", "never"):
@@ -87,6 +91,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
         self.max_val_frames = max_val_frames
         self.num_workers = num_workers
         self.cache = cache
+        self.seed = seed
         self.train_dataset: Dataset[Any] | None = None
         self.val_dataset: Dataset[Any] | None = None
 
@@ -130,23 +135,45 @@ class LeRobotDataModule(lightning.LightningDataModule):
         return [frame for episode in episodes for frame in ranges[episode]]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.train_dataset, shuffle=True)
+        """Batches without end; the trainer's `max_steps` ends the run."""
+        if self.trainer is None:
+            return self._loader(self.train_dataset, batch_sampler=self._order(0, 1, int))
+        if self.trainer.max_steps < 1:
+            raise GridsError("training is counted in steps, and its data has no end; give the trainer max_steps")
+        return self._loader(
+            self.train_dataset,
+            batch_sampler=self._order(self.trainer.global_rank, self.trainer.world_size, self._batches_done),
+        )
+
+    def _order(self, rank: int, world_size: int, first_batch: Callable[[], int]) -> FrameOrder:
+        frames = len(self.train_dataset)  # type: ignore[arg-type]
+        if frames < world_size:
+            raise DatasetError(f"{frames} frames to train on cannot be shared by {world_size} processes")
+        return FrameOrder(frames, min(self.batch_size, frames // world_size), self.seed, rank, world_size, first_batch)
+
+    def _batches_done(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.val_dataset:
             return []
-        return self._loader(self.val_dataset, shuffle=False)
+        shared: DistributedSampler[Any] | None = None
+        if self.trainer is not None and self.trainer.world_size > 1:
+            shared = DistributedSampler(
+                self.val_dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False
+            )
+        size = min(self.batch_size, len(self.val_dataset))  # type: ignore[arg-type]
+        return self._loader(self.val_dataset, batch_size=size, sampler=shared)
 
-    def _loader(self, subset: Any, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, subset: Any, **batches: Any) -> DataLoader[Any]:
         cached = isinstance(subset.dataset, FrameCache)
         workers = self.num_workers
         if workers < 0:
             workers = 0 if cached else min(4, os.cpu_count() or 1)
         return DataLoader(
             subset,
-            batch_size=min(self.batch_size, len(subset)),
-            shuffle=shuffle,
-            drop_last=shuffle,
+            **batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             # A cache hands out whole batches.

@@ -77,7 +77,7 @@ class Teacher(ABC):
     @contextmanager
     def _aside(self, batch: Mapping[str, Any]) -> Iterator[Any]:
         """The dense policy without gradients, whose random draws count for nothing afterwards."""
-        devices = {value.device for value in batch.values() if isinstance(value, Tensor) and value.is_cuda}
+        devices = list({value.device for value in batch.values() if isinstance(value, Tensor) and value.is_cuda})
         with torch.random.fork_rng(devices), torch.no_grad(), self.dense() as policy:
             yield policy
 

@@ -50,21 +50,27 @@ def without_lora(base: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(policy: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state of a policy with its adapters added to the weights, under the names it has without adapters.
 
     The policy itself is not touched: merging in place and back would round its frozen weights.
+
+    Args:
+        policy: Says which layers have adapters, and their scale.
+        state: Its state where the policy does not hold it whole, being sharded over processes.
     """
+    state = policy.state_dict() if state is None else state
     layers = {name: module for name, module in policy.named_modules() if hasattr(module, "get_delta_weight")}
     if not layers:
-        return policy.state_dict()
+        return state
     merged: dict[str, Tensor] = {}
-    for name, tensor in policy.state_dict().items():
+    for name, tensor in state.items():
         owner, _, leaf = name.rpartition(".base_layer.")
         if ".lora_" in name:
             continue
         if owner and leaf == "weight":
             layer: Any = layers[owner]
-            tensor = tensor + layer.get_delta_weight(ADAPTER).to(tensor.dtype)
+            down, up = (state[f"{owner}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
+            tensor = tensor + (layer.scaling[ADAPTER] * (up @ down)).to(tensor.dtype)
         merged[f"{owner}.{leaf}" if owner else name] = tensor
     return merged

@@ -16,8 +16,10 @@ from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 from .auxiliary import POSITIONS, PositionLoss
 from .budget import TokenBudgetScheduler
+from .coordinates import CoordinateMonitor
 from .distillation import Distillation
 from .lora import add_lora
+from .order import seed_of
 from .policies import build_policy, parse_tokens
 from .recipes import TrainableChoice, base_type, choose_trainable, device_memory, recipe_for
 from .teachers import choose_teacher
@@ -62,6 +64,8 @@ class GridsModule(lightning.LightningModule):
         jitter: Strength of random brightness and contrast, 0 for none.
         state_noise: Standard deviation of the noise on the normalised robot state, 0 for none.
         rename_map: Dataset feature names to the policy's, where they differ.
+        seed: Of the augmentation, and of the noise and the time of the flow. Each step draws anew from the seed, its
+            number and the process, so a run that goes on continues exactly.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class GridsModule(lightning.LightningModule):
         jitter: float = 0.15,
         state_noise: float = 0.02,
         rename_map: dict[str, str] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.built = build_policy(
@@ -112,6 +117,7 @@ class GridsModule(lightning.LightningModule):
         self.auxiliary_weight = auxiliary_weight
         self.jitter = jitter
         self.state_noise = state_noise
+        self.seed = seed
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
         tokens = self.policy.num_tokens if isinstance(self.policy, GridsPolicy) else "all"
         self.what_is_trained = f"{self.trainable.train} of {base_type(self.policy.config)} with {tokens} visual tokens"
@@ -167,7 +173,7 @@ class GridsModule(lightning.LightningModule):
         self._visual_tokens.append(output if isinstance(output, Tensor) else output.tokens)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        return [TokenBudgetScheduler()] if isinstance(self.policy, GridsPolicy) else []
+        return [TokenBudgetScheduler(), CoordinateMonitor()] if isinstance(self.policy, GridsPolicy) else []
 
     def on_fit_start(self) -> None:
         self.built.to(str(self.device))
@@ -176,6 +182,7 @@ class GridsModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self._visual_tokens.clear()
+        torch.manual_seed(seed_of(self.seed, batch_index, self.global_rank))
         prepared = self._prepare(batch, augment=True)
         size = len(batch["task_index"])
         total: Tensor

@@ -11,6 +11,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, RenameObservationsProcessorStep
 from lerobot.utils.feature_utils import dataset_to_policy_features
+from torch import Tensor
 
 import lerobot_policy_grids
 from lerobot_policy_grids.adapters import get_adapter
@@ -51,9 +52,14 @@ class TrainablePolicy:
                 step.device = device
                 step.__post_init__()
 
-    def save(self, folder: Path) -> None:
-        """Write configuration, weights and both processors, as LeRobot lays a checkpoint out."""
-        self.policy.save_pretrained(folder, state_dict=merged_state_dict(self.policy))
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write configuration, weights and both processors, as LeRobot lays a checkpoint out.
+
+        Args:
+            folder: Where to.
+            state: The policy's state where it is sharded over processes and has been gathered.
+        """
+        self.policy.save_pretrained(folder, state_dict=merged_state_dict(self.policy, state))
         self.preprocessor.save_pretrained(folder)
         self.postprocessor.save_pretrained(folder)
 

@@ -7,32 +7,36 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lerobot_grids.callbacks import STATE_FILE, RunCheckpoint, TrainingProgress
+from lerobot_grids.averaging import TrainedWeightsAverage
+from lerobot_grids.callbacks import RunCheckpoint, TrainingProgress
+from lerobot_grids.checkpoint_io import STATE_FILES, find_state
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens, source_type
 from lerobot_grids.recipes import recipe_for
-from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
+from lerobot_policy_grids.errors import GridsError, OutputExistsError
 
 from .fit_options import FitOptions
 from .parser import OneLineErrors, require_at_least
 
 # What the main options set in the model and in the data.
-LINKS = {
-    "policy": "model.policy",
-    "tokens": "model.tokens",
-    "reducer": "model.reducer",
-    "budget": "model.budget",
-    "distill": "model.distill",
-    "teacher": "model.teacher",
-    "rename_map": "model.rename_map",
-    "dataset": "data.dataset",
-}
+LINKS = (
+    ("policy", "model.policy"),
+    ("tokens", "model.tokens"),
+    ("reducer", "model.reducer"),
+    ("budget", "model.budget"),
+    ("distill", "model.distill"),
+    ("teacher", "model.teacher"),
+    ("rename_map", "model.rename_map"),
+    ("seed", "model.seed"),
+    ("dataset", "data.dataset"),
+    ("seed", "data.seed"),
+    ("seed", "seed_everything"),
+)
 
 
 class FitParser(OneLineErrors, LightningArgumentParser):
@@ -44,9 +48,8 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(FitOptions)
-        for source, target in LINKS.items():
+        for source, target in LINKS:
             parser.link_arguments(source, target)
-        parser.link_arguments("seed", "seed_everything")
         parser.link_arguments("trainer.accelerator", "model.accelerator", str)
         parser.link_arguments("data.meta", "model.meta", apply_on="instantiate")
 
@@ -57,12 +60,20 @@ class FitCLI(LightningCLI):
         recipe = recipe_for(source_type(options.policy))
         label = options.reducer or tokens or "grids"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
-        self.resume_from = self.output / STATE_FILE
-        advice = "go on with --resume" if self.resume_from.is_file() else "remove it"
         if not options.resume and self.output.exists():
+            advice = "go on with --resume" if (self.output / STATE_FILES[0]).is_file() else "remove it"
             raise OutputExistsError(f"{self.output} already exists; {advice}, or choose another --output")
+        self.resume_from: Path | None = None
         if options.resume:
-            self._check_state()
+            self.resume_from, damaged = find_state(self.output)
+            for path in damaged:
+                print(f"{path} is damaged; going on from {self.resume_from.name}, the one before", file=sys.stderr)
+        if options.trainer.max_epochs not in (None, -1):
+            raise GridsError(
+                f"--trainer.max_epochs {options.trainer.max_epochs}: a run is counted in steps; give --steps"
+            )
+        # Processes share each batch by FrameOrder.
+        options.trainer.use_distributed_sampler = False
         if options.trainer.strategy == "ddp":
             # As LeRobot has it: policies leave weights unused that depend on the batch and the family.
             options.trainer.strategy = "ddp_find_unused_parameters_true"
@@ -80,26 +91,14 @@ class FitCLI(LightningCLI):
             interval = min(options.save_every, max(1, options.trainer.max_steps // 4))
             options.trainer.val_check_interval = interval * options.trainer.accumulate_grad_batches
 
-    def _check_state(self) -> None:
-        if not self.resume_from.is_file():
-            raise CheckpointError(
-                f"nothing to resume: {self.resume_from} does not exist; remove {self.output} and start anew"
-            )
-        try:
-            torch.load(self.resume_from, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever a damaged archive makes torch raise
-            raise CheckpointError(
-                f"{self.resume_from} is damaged ({type(error).__name__}); start anew with another --output and "
-                f"--policy {self.output}/pretrained_model"
-            ) from error
-
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         options = self.config_init
         every = options.save_every
-        callbacks = [
-            *(options.trainer.callbacks or []),
-            RunCheckpoint(self.output, every_n_steps=every),
-        ]
+        callbacks = list(options.trainer.callbacks or [])
+        if options.ema is not None:
+            callbacks.append(TrainedWeightsAverage(options.ema))
+        # After the average, whose state of the same step it saves.
+        callbacks.append(RunCheckpoint(self.output, every_n_steps=every))
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
         if options.trainer.logger is None:
@@ -181,10 +180,8 @@ def fit(arguments: list[str]) -> None:
 def _run(arguments: list[str]) -> None:
     cli = _parse(arguments)
     print(describe(cli))
-    if cli.config.resume:
-        print("going on from the last checkpoint; the order of the frames is drawn anew")
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from if cli.config.resume else None)
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from)
     except SIGTERMException:
         raise
     except SystemExit as stop:

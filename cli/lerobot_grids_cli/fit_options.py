@@ -26,7 +26,7 @@ class FitOptions:
     """K over the steps: constant; linear, cosine or exponential, from every token down to --tokens; or elastic, drawn
     anew at each step, for a checkpoint that serves any budget."""
     distill: float = 0.0
-    """Share of the loss, 0 to 1, that is the distance to the dense teacher's prediction from the same noise and time."""
+    """Share of the loss, 0 to 1, that is the distance to the dense teacher's prediction, same noise, same time."""
     teacher: str | None = None
     """Dense policy to imitate. Defaults to what --policy names; where that stays frozen no second copy is kept."""
     output: str | None = None
@@ -36,7 +36,9 @@ class FitOptions:
     batch_size: int | None = None
     """Frames per step and device. By default the recipe's batch, in micro-batches that are accumulated."""
     seed: int = 0
-    """Seed of everything random; the same seed on the same machine gives the same policy."""
+    """Seed of everything random; the same seed on the same machine gives the same policy, killed and resumed or not."""
+    ema: float | None = None
+    """Keep an exponential moving average of the trained weights with this decay, such as 0.999; the policy gets it."""
     save_every: int = 500
     """Steps between two checkpoints, so that a killed run can go on."""
     rename_map: dict[str, str] | None = None

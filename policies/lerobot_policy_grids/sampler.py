@@ -238,14 +238,21 @@ class GridSampler(nn.Module):
         offsets = self.coordinate_head(self._context(feature_map, context))
         offsets = offsets.unflatten(-1, (self.num_tokens_max, 2))[:, :k]
         # Raster order: the trunk meets the tokens in the order in which it met the dense grid.
-        cells = self.anchor_cells[:k]
-        order = (cells[:, 1] * self.token_grid[1] + cells[:, 0]).argsort()
-        cells, offsets = cells[order], offsets[:, order]
+        order = self._raster_order(k)
+        cells, offsets = self.anchor_cells[order], offsets[:, order]
         anchors = (cells + 0.5) / self.grid_size
         # sigmoid(logit(a) + d) - a in closed form: exactly 0 at d = 0, which the logit and back is not.
         growth = torch.expm1(offsets.clamp(-MAX_OFFSET, MAX_OFFSET))
         shift = anchors * (1 - anchors) * growth / (1 + anchors * growth)
         return cells + shift * self.grid_size, (anchors + shift).clamp(0.0, 1.0)
+
+    def _raster_order(self, k: int) -> Tensor:
+        cells = self.anchor_cells[:k]
+        return (cells[:, 1] * self.token_grid[1] + cells[:, 0]).argsort()
+
+    def anchors(self, k: int) -> Tensor:
+        """Coordinates [k, 2] that the first k tokens start from, row by row with what `forward` returns."""
+        return (self.anchor_cells[self._raster_order(k)] + 0.5) / self.grid_size
 
     def _context(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         parts = []

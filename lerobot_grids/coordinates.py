@@ -1,0 +1,113 @@
+"""Where a sampler looks, in numbers, and a warning when it stops looking around."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from torch import Tensor
+from torchmetrics import Metric
+
+from lerobot_policy_grids.sampler import GridSampler, Sampled
+
+# From these shares on a sampler is said to have saturated or collapsed.
+TOO_MANY = 0.5
+
+
+class CoordinateStatistics(Metric):
+    """Statistics of sampled coordinates over a data set.
+
+    `compute` gives, as plain numbers:
+    - "spread": root of the mean squared distance from the centre of the image's points, in image sides. A full
+      lattice has 0.41.
+    - "border": share of the points outside the outermost cell centres, where moving changes nothing and no gradient
+      comes back.
+    - "duplicates": share of the points with another one of the same image within half a cell.
+    - "drift": mean distance from the anchors, in cells.
+
+    Args:
+        token_grid: (H, W) of the feature map.
+    """
+
+    def __init__(self, token_grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.cells: Tensor
+        self.register_buffer("cells", torch.tensor([token_grid[1], token_grid[0]], dtype=torch.float32))
+        self.sums: Tensor
+        self.add_state("sums", torch.zeros(4), dist_reduce_fx="sum")
+        self.images: Tensor
+        self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, coordinates: Tensor, anchors: Tensor) -> None:
+        """Count the points of some images.
+
+        Args:
+            coordinates: [b, k, 2] in [0, 1].
+            anchors: [k, 2], those that they started from.
+        """
+        spread = (coordinates - coordinates.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()
+        cells = coordinates * self.cells
+        # A point exactly on the outermost centre can still move inwards.
+        slack = 1e-4
+        outside = (cells < 0.5 - slack) | (cells > self.cells - 0.5 + slack)
+        apart = torch.cdist(cells, cells) + torch.eye(cells.shape[1], device=cells.device) * self.cells.sum()
+        drift = (cells - anchors * self.cells).norm(dim=-1)
+        each = torch.stack(
+            [
+                spread,
+                outside.any(-1).float().mean(1),
+                (apart.min(-1).values < 0.5).float().mean(1),
+                drift.mean(1),
+            ]
+        )
+        self.sums += each.sum(1)
+        self.images += len(coordinates)
+
+    def compute(self) -> dict[str, float]:
+        """The means."""
+        means = (self.sums / self.images.clamp_min(1)).tolist()
+        return dict(zip(("spread", "border", "duplicates", "drift"), means, strict=True))
+
+
+class CoordinateMonitor(Callback):
+    """Log `CoordinateStatistics` at each validation, and warn once when the sampler saturates or collapses."""
+
+    def __init__(self) -> None:
+        self._statistics: CoordinateStatistics | None = None
+        self._hook: Any = None
+        self._warned: set[str] = set()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        reducer = pl_module.policy.reducer
+        if isinstance(reducer, GridSampler):
+            self._statistics = CoordinateStatistics(reducer.token_grid).to(pl_module.device)
+            self._hook = reducer.register_forward_hook(self._count)
+
+    def _count(self, reducer: GridSampler, inputs: Any, sampled: Sampled) -> None:
+        assert self._statistics is not None
+        self._statistics.update(sampled.coordinates.detach(), reducer.anchors(sampled.coordinates.shape[1]))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._statistics is None:
+            return
+        self._hook.remove()
+        values = self._statistics.compute()
+        self._statistics = None
+        for name, value in values.items():
+            pl_module.log(f"coordinates/{name}", value)
+        if trainer.is_global_zero:
+            self._warn(values)
+
+    def _warn(self, values: dict[str, float]) -> None:
+        advice = {
+            "border": "lie outside the outermost tokens and get no gradient: the sampler has saturated",
+            "duplicates": "lie on another one: the sampler has collapsed",
+        }
+        for name, meaning in advice.items():
+            if values[name] > TOO_MANY and name not in self._warned:
+                self._warned.add(name)
+                Console(stderr=True).print(
+                    f"warning: {100 * values[name]:.0f} % of the points {meaning}; "
+                    "try a smaller --model.reducer_lr, or a longer warm-up",
+                    soft_wrap=True,
+                )

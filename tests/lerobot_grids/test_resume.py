@@ -1,0 +1,137 @@
+"""A run that dies goes on as if nothing had happened, and its states are whole or absent."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lerobot_grids.checkpoint_io import STATE_FILES, AtomicCheckpointIO, find_state, is_whole
+from lerobot_grids.order import FrameOrder
+from lerobot_policy_grids.errors import CheckpointError
+
+STEPS = 9
+
+
+def command(dataset, policy, output, *options):
+    """A run with everything that has a state: budget, teacher, average, accumulation, validation."""
+    return [
+        *(Path(sys.executable).with_name("lerobot-grids"), "fit", f"--dataset={dataset}", f"--policy={policy}"),
+        *(f"--output={output}", f"--steps={STEPS}", "--batch_size=4", "--tokens=4", "--budget=elastic:2,4,9"),
+        *("--distill=0.5", "--ema=0.9", "--save_every=2", "--trainer.accumulate_grad_batches=2"),
+        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *options),
+    ]
+
+
+def run(*arguments):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, dataset, dense_checkpoint):
+    run(dataset, dense_checkpoint, tmp_path / "whole")
+    output = tmp_path / "killed"
+    with subprocess.Popen(
+        command(dataset, dense_checkpoint, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (output / STATE_FILES[0]).exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 2))
+        os.kill(process.pid, signal.SIGKILL)
+    before = torch.load(find_state(output)[0], weights_only=True)["global_step"]
+    if before == STEPS:
+        pytest.skip("the run was over before it was killed")
+    run(dataset, dense_checkpoint, output, "--resume")
+
+    one, two = (torch.load(tmp_path / name / STATE_FILES[0], weights_only=True) for name in ("whole", "killed"))
+    for part in ("current_model_state", "state_dict"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            assert torch.equal(value, two[part][name]), (part, name)
+    policies = [load_file(tmp_path / name / "pretrained_model" / "model.safetensors") for name in ("whole", "killed")]
+    for name, value in policies[0].items():
+        assert torch.equal(value, policies[1][name]), name
+    # The policy has the average, the state goes on from the weights.
+    name = "reducer.coordinate_head.out.weight"
+    assert torch.equal(policies[0][name], one["state_dict"][f"policy.{name}"])
+    assert not torch.equal(policies[0][name], one["current_model_state"][f"policy.{name}"])
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, capsys):
+    writer = AtomicCheckpointIO()
+    newest, previous = (tmp_path / name for name in STATE_FILES)
+    for step in range(3):
+        writer.save_checkpoint({"step": step, "weights": torch.full((5000,), float(step))}, newest)
+    assert [writer.load_checkpoint(path)["step"] for path in (newest, previous)] == [2, 1]
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
+    assert find_state(tmp_path) == (newest, [])
+    flip(newest)
+    assert find_state(tmp_path) == (previous, [newest])
+    previous.write_bytes(previous.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"last.ckpt and .*previous.ckpt damaged"):
+        find_state(tmp_path)
+    newest.unlink(), previous.unlink()
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        find_state(tmp_path)
+
+
+def flip(path):
+    """Change one bit in the middle of the weights."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_writer_that_dies_leaves_the_old_state(tmp_path, monkeypatch):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": 1}, path)
+
+    def full_disk(checkpoint, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        writer.save_checkpoint({"step": 2}, path)
+    assert is_whole(path)
+    assert writer.load_checkpoint(path) == {"step": 1}
+
+
+def test_a_state_that_would_run_code_is_refused(tmp_path):
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"state": Evil()}, tmp_path / "last.ckpt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+    assert not marker.exists()
+
+
+def test_processes_share_each_global_batch_and_every_pass_holds_every_frame_once():
+    alone = FrameOrder(23, 6, seed=1)
+    pair = [FrameOrder(23, 3, seed=1, rank=rank, world_size=2) for rank in range(2)]
+    for number in range(12):
+        assert alone.batch(number) == pair[0].batch(number) + pair[1].batch(number)
+    for first in range(0, 9, 3):
+        frames = [frame for number in range(first, first + 3) for frame in alone.batch(number)]
+        assert len(set(frames)) == 18
+        assert set(frames) <= set(range(23))
+    assert alone.batch(0) != alone.batch(3)
+    assert alone.batch(0) != FrameOrder(23, 6, seed=2).batch(0)
+
+
+def test_an_order_goes_on_where_it_is_told():
+    begun, resumed = iter(FrameOrder(50, 4)), iter(FrameOrder(50, 4, first_batch=lambda: 30))
+    batches = [next(begun) for _ in range(40)]
+    assert [next(resumed) for _ in range(10)] == batches[30:]
