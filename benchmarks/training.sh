@@ -40,6 +40,8 @@ study() {
         [ "$budget" = dense ] || at=(--tokens "$budget")
         [ -e "$result.eval.json" ] || lerobot-grids eval --policy "$run" "${at[@]}" --episodes "$EPISODES" --videos 0 \
             --output "$OUT/eval/$name-k$budget" --json "$result.eval.json" >"$run.eval.log" 2>&1
+        [ -e "$result.validate.json" ] || lerobot-grids validate --policy "$run" --teacher "$BASE" --dataset "$DATASET" \
+            "${at[@]}" --frames 256 --json "$result.validate.json" >"$run.validate.log" 2>&1
     done
     echo "$(date +%T) $name"
 }

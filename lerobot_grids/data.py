@@ -6,17 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from lerobot_policy_grids.errors import DatasetError, GridsError
 
 from .frame_cache import FrameCache, fits_in_memory
 from .order import FrameOrder
+
+
+def unit_images(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its images [b, ..., c, h, w] in [0, 1] instead of 0 .. 255."""
+
+    def is_image(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim >= 4 and value.dtype == torch.uint8
+
+    return {key: value.float() / 255 if is_image(value) else value for key, value in batch.items()}
 
 
 def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMetadata:

@@ -166,6 +166,12 @@ class Distillation:
             loss = loss + self.feature_weight * feature_loss(student.hidden, teacher.hidden)
         return task_loss, loss
 
+    def chunk_distance(self, batch: dict[str, Any]) -> Tensor:
+        """Root mean squared distance of the normalised action chunks, from the same noise."""
+        teacher = self.teacher.predict_action_chunk(batch)
+        student = self.policy.predict_action_chunk(copied(batch))
+        return (student.float() - teacher.float()).square().mean().sqrt()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 

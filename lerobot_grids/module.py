@@ -17,6 +17,7 @@ from lerobot_policy_grids.modeling_grids import GridsPolicy
 from .auxiliary import POSITIONS, PositionLoss
 from .budget import TokenBudgetScheduler
 from .coordinates import CoordinateMonitor
+from .data import unit_images
 from .distillation import Distillation
 from .lora import add_lora
 from .order import seed_of
@@ -26,6 +27,8 @@ from .teachers import choose_teacher
 
 # Noise and time of the flow are drawn inside the policy; with this seed every validation draws the same.
 VALIDATION_SEED = 0
+# Action chunks take all denoising steps, so only the first batches of a validation compare them.
+CHUNK_BATCHES = 2
 
 
 class GridsModule(lightning.LightningModule):
@@ -218,6 +221,9 @@ class GridsModule(lightning.LightningModule):
             else:
                 loss, distance = self.distillation.losses(prepared)
                 self.log("val/distillation", distance, batch_size=size, sync_dist=True)
+                if batch_index < CHUNK_BATCHES:
+                    distance = self.distillation.chunk_distance(prepared)
+                    self.log("val/chunk_distance", distance, batch_size=size, sync_dist=True)
         self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         if self.position_loss is not None:
             self.log("val/position_loss", self._position_loss(batch), batch_size=size, sync_dist=True)
@@ -232,16 +238,14 @@ class GridsModule(lightning.LightningModule):
 
     def _prepare(self, batch: dict[str, Any], augment: bool) -> dict[str, Any]:
         """Images to [0, 1], augmentation, then the policy's own pre-processor."""
-        batch = dict(batch)
+        batch = unit_images(batch)
         images = {key: batch[key] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 4}
         for key, image in images.items():
-            image = image.float() / 255 if image.dtype == torch.uint8 else image
             if augment and self.jitter > 0:
                 shape = (len(image),) + (1,) * (image.ndim - 1)
                 contrast = 1 + self.jitter * (2 * torch.rand(shape, device=image.device) - 1)
                 brightness = self.jitter * (torch.rand(shape, device=image.device) - 0.5)
-                image = ((image - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
-            batch[key] = image
+                batch[key] = ((image - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
         prepared: dict[str, Any] = self.built.preprocessor(batch)
         if augment and self.state_noise > 0 and OBS_STATE in prepared:
             state = prepared[OBS_STATE]

@@ -87,3 +87,30 @@ def print_evaluation(result: Any) -> None:
             f"{row.seconds:.0f}",
         )
     wide_console().print(table)
+
+
+def print_validation(result: Any) -> None:
+    """Show a `Validation` as a table."""
+    from rich.table import Table
+
+    table = Table(title=f"{result.policy} ({result.policy_type}) on {result.frames} held-out frames")
+    names = ["tokens", "loss", "error, by action"]
+    if result.teacher is not None:
+        names += ["distance to teacher", "by action"]
+    if result.budgets[0].coordinates:
+        names += result.budgets[0].coordinates
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in result.budgets:
+        cells = ["all" if row.num_tokens is None else str(row.num_tokens), f"{row.loss:.4f}", _numbers(row.error)]
+        if result.teacher is not None:
+            cells += [f"{row.teacher_distance:.3f}", _numbers(row.teacher_distance_by_action)]
+        table.add_row(*cells, *(f"{value:.2f}" for value in row.coordinates.values()))
+    console = wide_console()
+    console.print(table)
+    console.print("error and distance: root mean squared; distance in standard deviations, by action in its own units")
+
+
+def _numbers(values: list[float]) -> str:
+    shown = " ".join(f"{value:.3g}" for value in values[:8])
+    return shown + (" ..." if len(values) > 8 else "")

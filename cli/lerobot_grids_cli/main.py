@@ -11,6 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "record": ("record", "record demonstrations of a scripted expert as a LeRobotDataset"),
     "fit": ("fit", "train a policy on a dataset, dense or with K visual tokens per camera"),
+    "validate": ("validate", "measure loss and actions on held-out demonstrations at several token budgets"),
     "bench": ("bench", "count FLOPs and measure milliseconds per stage, dense beside K visual tokens"),
     "eval": ("eval", "measure closed-loop success in simulation, with intervals and films"),
 }

@@ -124,6 +124,23 @@ def test_prefix_is_shorter_and_masks_and_positions_follow(family, cameras, k):
         assert torch.equal(positions[0, :visual], torch.arange(visual))
 
 
+def test_a_camera_may_get_fewer_tokens_than_the_others(family):
+    policy = family.policy(2)
+    batch = family.batch(policy)
+    lengths, chunks = [], []
+    names = list(policy.config.image_features)
+    for limits in ({}, {names[1]: 2}, {names[1]: 9}):
+        policy = family.policy(2)
+        seen = family.spy(policy)
+        wrapped = train_offsets(wrap(policy, 5, camera_tokens=limits))
+        chunks.append(act(wrapped, family, batch))
+        lengths.append(seen[0][0])
+    assert lengths[0] - lengths[1] == 3
+    assert lengths[2] == lengths[0]
+    assert torch.equal(chunks[2], chunks[0])
+    assert not torch.equal(chunks[1], chunks[0])
+
+
 def test_gradients_reach_the_sampler_and_not_a_frozen_base(family):
     wrapped = train_offsets(wrap(family.policy(), 9))
     wrapped.base.requires_grad_(False)

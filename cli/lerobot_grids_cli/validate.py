@@ -1,0 +1,77 @@
+"""lerobot-grids validate."""
+
+from .parser import require_at_least, run
+
+
+def validate(
+    policy: str,
+    dataset: str,
+    tokens: str | None = None,
+    teacher: str | None = None,
+    frames: int = 512,
+    val_fraction: float = 0.1,
+    batch_size: int = 32,
+    device: str | None = None,
+    picture: str | None = None,
+    json: str | None = None,
+    rename_map: dict[str, str] | None = None,
+) -> None:
+    """Measure loss and actions on held-out demonstrations at several token budgets, beside the dense teacher.
+
+    Seconds instead of minutes, but only `eval` tells how often a policy succeeds: the lower loss may succeed less.
+
+    Args:
+        policy: Checkpoint folder, output folder of a training run, or Hub id; dense or grids.
+        dataset: Folder of a LeRobotDataset, or its id on the Hub.
+        tokens: Budgets, comma-separated, such as 4,8,16. Defaults to the usual ones that the checkpoint can serve.
+        teacher: Dense policy whose action chunks, from the same noise, are compared with.
+        frames: Validate on at most this many of the held-out frames, spread evenly.
+        val_fraction: Share of the episodes that `fit` held out.
+        batch_size: Frames at once.
+        device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
+        picture: PNG file for the curve over budgets.
+        json: File for the result.
+        rename_map: Dataset feature names to the policy's; defaults to what the checkpoint was trained with.
+    """
+    from pathlib import Path
+
+    from lerobot_grids.data import LeRobotDataModule
+    from lerobot_grids.evaluation import load_policy
+    from lerobot_grids.policies import parse_tokens
+    from lerobot_grids.progress import counting_bar, print_validation, require_writable
+    from lerobot_grids.validation import Validation, budgets_of, draw_validation
+    from lerobot_grids.validation import validate as run_validation
+    from lerobot_policy_grids.errors import BudgetError
+
+    require_at_least(1, frames=frames, batch_size=batch_size)
+    asked: list[int] | None = None
+    if tokens is not None:
+        asked = []
+        for part in str(tokens).split(","):
+            count = parse_tokens(part)
+            if count == "dense":
+                raise BudgetError(f"--tokens {tokens}: a budget is a number; validate the dense policy by its own name")
+            asked.append(count)
+    for path in (json, picture):
+        if path is not None:
+            require_writable(Path(path))
+    loaded = load_policy(policy, device=device, rename_map=rename_map)
+    budgets = budgets_of(loaded.policy, asked)
+    dense = None if teacher is None else load_policy(teacher, device=device, rename_map=rename_map)
+    data = LeRobotDataModule(dataset, batch_size=batch_size, val_fraction=val_fraction, max_val_frames=frames)
+    data.load(loaded.policy.config)
+    used = len(data.val_dataset or [])  # type: ignore[arg-type]
+    with counting_bar("validating", -(-used // batch_size) * len(budgets), "batches") as bar:
+        rows = run_validation(loaded, data, budgets, dense, bar.advance)
+    result = Validation(policy, loaded.policy.config.type, dataset, teacher, used, rows)
+    print_validation(result)
+    if json is not None:
+        result.save(Path(json))
+    if picture is not None:
+        draw_validation(result, Path(picture))
+        print(f"picture: {picture}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    run(validate, "validate", arguments)

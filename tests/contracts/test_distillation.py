@@ -1,0 +1,122 @@
+"""Every family can be its own teacher: the dense policy's prediction, from the same noise, without a second copy."""
+
+import pytest
+import torch
+
+from lerobot_grids.distillation import DenseTeacher, Distillation, SelfTeacher, copied, watch
+from lerobot_grids.lora import add_lora
+from lerobot_policy_grids import GridsConfig, GridsPolicy
+from lerobot_policy_grids.adapters import get_adapter
+
+
+def wrap(policy, num_tokens, **options):
+    return GridsPolicy(GridsConfig(base=policy.config, num_tokens=num_tokens, device="cpu", **options), base=policy)
+
+
+def student_of(family, num_tokens, lora=False, cameras=1):
+    policy = wrap(family.policy(cameras), num_tokens)
+    policy.base.requires_grad_(False)
+    # LeRobot names no targets for π0-FAST.
+    if lora and policy.base._get_default_peft_targets():
+        add_lora(policy.base, 4)
+        for name, parameter in policy.base.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    return policy.train()
+
+
+def dense_prediction(family, batch, seed, cameras=1):
+    """What the policy predicts that was never wrapped."""
+    policy = family.policy(cameras)
+    prediction = get_adapter(policy.config.type).prediction(policy)
+    torch.manual_seed(seed)
+    with torch.no_grad(), watch(prediction) as seen:
+        policy.forward(copied(batch))
+    return seen[0]
+
+
+def test_the_self_teacher_predicts_what_the_dense_policy_does(family):
+    policy = student_of(family, 4, lora=True)
+    batch = family.batch(policy.base)
+    expected = dense_prediction(family, batch, seed=7)
+    torch.manual_seed(7)
+    taught = SelfTeacher(policy).predict(batch)
+    assert torch.equal(taught.output, expected.output)
+    assert torch.equal(taught.hidden, expected.hidden)
+    assert not taught.output.requires_grad
+
+
+def test_an_external_teacher_predicts_the_same(family):
+    batch = family.batch(family.policy())
+    teacher = DenseTeacher(family.policy())
+    torch.manual_seed(7)
+    assert torch.equal(teacher.predict(batch).output, dense_prediction(family, batch, seed=7).output)
+    assert not any(parameter.requires_grad for parameter in teacher.policy.parameters())
+
+
+def test_student_and_teacher_draw_the_same_noise_and_time(family):
+    """With every token and nothing trained they are the same policy, so any distance is a difference in draws."""
+    policy = student_of(family, family.tokens_per_camera)
+    batch = family.batch(policy.base)
+    _, distance = Distillation(policy, SelfTeacher(policy), feature_weight=1.0).losses(batch)
+    assert distance.item() == 0.0
+    _, distance = Distillation(policy, DenseTeacher(family.policy())).losses(batch)
+    assert distance.item() == 0.0
+
+
+def test_the_distance_teaches_reducer_and_adapters_and_nothing_else(family):
+    policy = student_of(family, 4, lora=True)
+    torch.nn.init.normal_(policy.reducer.coordinate_head.out.weight, std=0.1)
+    batch = family.batch(policy.base)
+    trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    task, distance = Distillation(policy, SelfTeacher(policy), feature_weight=0.1).losses(batch)
+    assert distance.item() > 0
+    torch.manual_seed(0)
+    distance.backward()
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
+    reached = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    assert reached <= trainable
+    assert "reducer.coordinate_head.out.weight" in reached
+    assert {name for name in trainable if "lora_A" in name} <= reached
+    assert policy.base.training
+    assert task.requires_grad
+
+
+def test_vision_runs_once_for_both(family):
+    policy = student_of(family, 4, lora=True, cameras=2)
+    calls = []
+    vision = policy.adapter.stages(policy.base).vision
+    vision.register_forward_hook(lambda *args: calls.append(len(args[1][0]) if args[1] else 0))
+    batch = family.batch(policy.base)
+    Distillation(policy, SelfTeacher(policy)).losses(batch)
+    assert len(calls) == 1
+    policy.forward(copied(batch))
+    assert len(calls) == 2, "what was shared must not outlive the step"
+
+
+def storages(*modules):
+    """Bytes of all distinct storages of some modules' parameters and buffers."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+def test_a_self_teacher_keeps_no_second_copy(family):
+    policy = student_of(family, 4, lora=True)
+    alone = storages(policy)
+    teacher = SelfTeacher(policy)
+    Distillation(policy, teacher).losses(family.batch(policy.base))
+    assert storages(policy, teacher.policy) == alone
+    # The measure itself can tell: a teacher of its own is a second copy.
+    assert storages(policy, DenseTeacher(family.policy()).policy) > 1.5 * alone
+
+
+def test_after_looking_everywhere_the_policy_looks_at_k_places_again(family):
+    policy = wrap(family.policy(), 4).eval()
+    batch = family.batch(policy.base)
+    _, inference = family.fix_noise(policy.base)
+    before = policy.predict_action_chunk(copied(batch), **inference)
+    with pytest.raises(RuntimeError, match="stop"), policy.looking_everywhere():
+        raise RuntimeError("stop")
+    policy.reset()
+    assert torch.equal(policy.predict_action_chunk(copied(batch), **inference), before)
