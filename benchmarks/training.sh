@@ -28,7 +28,9 @@ variants() {
 study() {
     IFS='|' read -r name tokens options budgets <<<"$1"
     local run="$OUT/$name" seed=${name##*-s}
-    if [ ! -e "$run/done" ]; then
+    if [ "$name" = base ]; then
+        run=$BASE
+    elif [ ! -e "$run/done" ]; then
         rm -rf "$run"
         # shellcheck disable=SC2086
         lerobot-grids fit --policy "$BASE" --dataset "$DATASET" --tokens "$tokens" $options --steps "$STEPS" \
@@ -39,14 +41,17 @@ study() {
         local result="$RESULTS/$name-k$budget" at=()
         [ "$budget" = dense ] || at=(--tokens "$budget")
         [ -e "$result.eval.json" ] || lerobot-grids eval --policy "$run" "${at[@]}" --episodes "$EPISODES" --videos 0 \
-            --output "$OUT/eval/$name-k$budget" --json "$result.eval.json" >"$run.eval.log" 2>&1
+            --output "$OUT/eval/$name-k$budget" --json "$result.eval.json" >"$OUT/$name.eval.log" 2>&1
         [ -e "$result.validate.json" ] || lerobot-grids validate --policy "$run" --teacher "$BASE" --dataset "$DATASET" \
-            "${at[@]}" --frames 256 --json "$result.validate.json" >"$run.validate.log" 2>&1
+            "${at[@]}" --frames 256 --json "$result.validate.json" >"$OUT/$name.validate.log" 2>&1
     done
     echo "$(date +%T) $name"
 }
 export -f study
 
-for seed in $SEEDS; do
-    variants | sed "s/|/-s$seed|/"
-done | tr '\n' '\0' | xargs -0 -P "$WORKERS" -I{} bash -c 'study "$1"' study {}
+{
+    echo "base|||dense" # as it is, untrained any further
+    for seed in $SEEDS; do
+        variants | sed "s/|/-s$seed|/"
+    done
+} | tr '\n' '\0' | xargs -0 -P "$WORKERS" -I{} bash -c 'study "$1"' study {}
