@@ -305,4 +305,9 @@ class GridsModule(lightning.LightningModule):
     ) -> None:
         if gradient_clip_val is None:
             gradient_clip_val = self.policy.config.get_optimizer_preset().grad_clip_norm
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
+        sharded: Any = self.trainer.model
+        if hasattr(sharded, "clip_grad_norm_"):
+            # Only the wrapper of FSDP knows the norm over all shards; Lightning refuses to guess it.
+            sharded.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
