@@ -1,8 +1,11 @@
 """Callbacks of a training run: what it shows, and the files it leaves."""
 
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -61,6 +64,45 @@ class RunCheckpoint(Callback):
                 policy = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
                 with atomic_folder(self.folder, replace=True) as folder:
                     pl_module.built.save(folder, policy)
+
+
+class Speed(Callback):
+    """Log samples per second over all processes, validation left out, and the peak memory of this one.
+
+    Memory is the device's where there is one, else the process's resident set now.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._seconds = 0.0
+        self._samples = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self._since == 0.0:
+            self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += len(batch["task_index"]) * trainer.world_size
+        if (batch_idx + 1) % trainer.log_every_n_steps:
+            return
+        cuda = pl_module.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        self._pause()
+        memory = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
+        pl_module.log("train/samples_per_s", self._samples / self._seconds, batch_size=1)
+        pl_module.log("train/memory_mib", memory / 2**20, batch_size=1)
+        self._seconds, self._samples = 0.0, 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._since:
+            self._pause()
+
+    def _pause(self) -> None:
+        self._seconds += time.perf_counter() - self._since
+        self._since = 0.0
 
 
 class TrainingProgress(ProgressBar):

@@ -125,6 +125,8 @@ class GridsModule(lightning.LightningModule):
         tokens = self.policy.num_tokens if isinstance(self.policy, GridsPolicy) else "all"
         self.what_is_trained = f"{self.trainable.train} of {base_type(self.policy.config)} with {tokens} visual tokens"
         self.distill = (distill, distill if distill_end is None else distill_end)
+        if not all(0 <= share <= 1 for share in self.distill):
+            raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
         self.distillation: Distillation | None = None
         if max(self.distill) > 0 or teacher is not None:
             self.distillation = Distillation(

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lerobot_grids.averaging import TrainedWeightsAverage
-from lerobot_grids.callbacks import RunCheckpoint, TrainingProgress
+from lerobot_grids.callbacks import RunCheckpoint, Speed, TrainingProgress
 from lerobot_grids.checkpoint_io import STATE_FILES, find_state
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.module import GridsModule
@@ -94,7 +94,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         options = self.config_init
         every = options.save_every
-        callbacks = list(options.trainer.callbacks or [])
+        callbacks = [*(options.trainer.callbacks or []), Speed()]
         if options.ema is not None:
             callbacks.append(TrainedWeightsAverage(options.ema))
         # After the average, whose state of the same step it saves.

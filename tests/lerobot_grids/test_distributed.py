@@ -18,7 +18,6 @@ def train(dataset, policy, result, processes, strategy):
         capture_output=True,
         text=True,
         timeout=280,
-        env=os.environ | {"PL_GLOBAL_SEED": "0"},
     )
     assert done.returncode == 0, done.stderr
     return torch.load(result, weights_only=True)

@@ -1,0 +1,80 @@
+"""Losses against closed formulas, and who may be a teacher. tests/contracts/test_distillation.py has the families."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lerobot_grids.data import load_metadata
+from lerobot_grids.distillation import DenseTeacher, SelfTeacher, feature_loss, logit_loss, velocity_loss
+from lerobot_grids.module import GridsModule
+from lerobot_policy_grids.errors import GridsError
+
+
+def test_velocity_loss_leaves_out_padding_of_steps_and_of_dimensions():
+    student, teacher = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    pad = torch.zeros(2, 5, dtype=torch.bool)
+    pad[1, 3:] = True
+    batch = {"action": torch.zeros(2, 5, 3), "action_is_pad": pad}
+    expected = torch.nn.functional.mse_loss(student[~pad][:, :3], teacher[~pad][:, :3])
+    torch.testing.assert_close(velocity_loss(student, teacher, batch), expected)
+    del batch["action_is_pad"]
+    torch.testing.assert_close(velocity_loss(student, teacher, batch), (student - teacher)[..., :3].square().mean())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_logit_loss_is_the_mean_divergence_of_the_next_tokens(temperature):
+    student, teacher = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    p, q = ((logits / temperature).softmax(-1) for logits in (teacher, student))
+    divergence = (p * (p / q).log()).sum(-1)
+    real = [(0, 0), (0, 1), (0, 2), (1, 0)]  # entry i is used where token i + 1 is real
+    expected = sum(divergence[row, i] for row, i in real) / len(real) * temperature**2
+    torch.testing.assert_close(logit_loss(student, teacher, mask, temperature), expected)
+
+
+def test_feature_loss_does_not_depend_on_the_scale():
+    student, teacher = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    torch.testing.assert_close(feature_loss(5 * student, 5 * teacher), feature_loss(student, teacher))
+
+
+def module_of(dataset, **options):
+    return GridsModule(load_metadata(str(dataset)), **{"tokens": 4, "distill": 0.5} | options)
+
+
+def test_the_teacher_follows_from_what_is_trained(dataset, dense_checkpoint):
+    own = module_of(dataset, policy=str(dense_checkpoint), train="reducer+lora").distillation.teacher
+    assert isinstance(own, SelfTeacher)
+    other = module_of(dataset, policy=str(dense_checkpoint), train="all")
+    assert isinstance(other.distillation.teacher, DenseTeacher)
+    named = module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), train="reducer")
+    assert isinstance(named.distillation.teacher, DenseTeacher)
+    # A teacher of its own is no part of the module: not in its state, its parameters, its optimiser.
+    plain = module_of(dataset, policy=str(dense_checkpoint), train="all", distill=0.0)
+    assert other.state_dict().keys() == plain.state_dict().keys()
+    assert len(list(other.parameters())) == len(list(plain.parameters()))
+
+
+def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, tmp_path):
+    with pytest.raises(GridsError, match="random weights, which teach nothing"):
+        module_of(dataset, policy="tiny")
+    with pytest.raises(GridsError, match="is a grids policy, but a teacher sees every token"):
+        module_of(dataset, policy=str(grids_checkpoint), tokens=16)
+    with pytest.raises(GridsError, match="teaches a policy with few visual tokens"):
+        module_of(dataset, policy=str(dense_checkpoint), tokens="dense")
+    with pytest.raises(GridsError, match="shares of the loss"):
+        module_of(dataset, policy=str(dense_checkpoint), distill=1.5)
+    other = tmp_path / "other"
+    shutil.copytree(dense_checkpoint, other)
+    (statistics,) = other.glob("policy_preprocessor_*normalizer*.safetensors")
+    changed = load_file(statistics)
+    changed["action.mean"] = changed["action.mean"] + 1
+    save_file(changed, statistics)
+    with pytest.raises(GridsError, match="was not trained on this dataset: its mean of 'action' differs"):
+        module_of(dataset, policy=str(dense_checkpoint), teacher=str(other))
+
+
+def test_a_grids_checkpoint_learns_from_a_named_teacher(dataset, dense_checkpoint, grids_checkpoint):
+    module = module_of(dataset, policy=str(grids_checkpoint), tokens=16, teacher=str(dense_checkpoint))
+    assert isinstance(module.distillation.teacher, DenseTeacher)

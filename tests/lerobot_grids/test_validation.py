@@ -1,0 +1,70 @@
+"""The curve over budgets."""
+
+import json
+
+import pytest
+import torch
+
+from lerobot_grids.data import LeRobotDataModule
+from lerobot_grids.evaluation import load_policy
+from lerobot_grids.validation import budgets_of, validate
+from lerobot_grids_cli.main import main
+from lerobot_policy_grids.errors import BudgetError
+
+
+def data_of(dataset):
+    return LeRobotDataModule(str(dataset), batch_size=16, val_fraction=0.3, max_val_frames=16)
+
+
+def test_the_dense_policy_is_at_no_distance_from_itself(dataset, dense_checkpoint):
+    (row,) = validate(load_policy(str(dense_checkpoint)), data_of(dataset), [None], load_policy(str(dense_checkpoint)))
+    assert row.teacher_distance == 0
+    assert row.num_tokens is None
+    assert len(row.error) == 4
+
+
+def test_loss_and_distance_are_those_of_plain_calls(dataset, dense_checkpoint, grids_checkpoint):
+    loaded, teacher = load_policy(str(grids_checkpoint)), load_policy(str(dense_checkpoint))
+    data = data_of(dataset)
+    rows = validate(loaded, data, [4, 36], teacher)
+    (raw,) = data.val_dataloader()
+    batch = loaded.preprocessor(dict(raw) | {"observation.image": raw["observation.image"].float() / 255})
+    for row, k in zip(rows, (4, 36), strict=True):
+        loaded.policy.num_tokens = k
+        with torch.no_grad():
+            torch.manual_seed(0)
+            loss, _ = loaded.policy.forward(dict(batch))
+            torch.manual_seed(0)
+            ours = loaded.policy.predict_action_chunk(dict(batch))
+            torch.manual_seed(0)
+            theirs = teacher.policy.predict_action_chunk(dict(batch))
+        assert row.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert row.teacher_distance == pytest.approx((ours - theirs).square().mean().sqrt().item(), rel=1e-4)
+        inside = ~raw["action_is_pad"]
+        error = (loaded.postprocessor(ours) - raw["action"])[inside].square().mean(0).sqrt()
+        torch.testing.assert_close(torch.tensor(row.error), error, rtol=1e-4, atol=1e-6)
+
+
+def test_budgets(grids_checkpoint, dense_checkpoint):
+    policy = load_policy(str(grids_checkpoint)).policy
+    assert budgets_of(policy, None) == [1, 4, 8, 16, 24, 36]
+    assert budgets_of(policy, [2, 36]) == [2, 36]
+    with pytest.raises(BudgetError, match=r"1 \.\. 36"):
+        budgets_of(policy, [37])
+    dense = load_policy(str(dense_checkpoint)).policy
+    assert budgets_of(dense, None) == [None]
+    with pytest.raises(BudgetError, match="drop --tokens"):
+        budgets_of(dense, [4])
+
+
+def test_the_command_prints_draws_and_saves(dataset, dense_checkpoint, grids_checkpoint, tmp_path, capsys):
+    result, picture = tmp_path / "a" / "result.json", tmp_path / "curve.png"
+    arguments = ["validate", "--policy", str(grids_checkpoint), "--teacher", str(dense_checkpoint)]
+    arguments += ["--dataset", str(dataset), "--tokens", "4,16", "--frames", "8"]
+    assert main([*arguments, "--json", str(result), "--picture", str(picture)]) == 0
+    saved = json.loads(result.read_text())
+    assert [row["num_tokens"] for row in saved["budgets"]] == [4, 16]
+    assert "distance to teacher" in " ".join(capsys.readouterr().out.split())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments[:-4], "--tokens", "dense"]) == 1
+    assert "a budget is a number" in capsys.readouterr().err
