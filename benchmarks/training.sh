@@ -6,7 +6,7 @@
 set -euo pipefail
 
 export DATASET=$1 BASE=$2 OUT=${3:-outputs/training}
-export STEPS=${STEPS:-600} EPISODES=${EPISODES:-30} SEEDS=${SEEDS:-0 1 2}
+export STEPS=${STEPS:-150} EPISODES=${EPISODES:-30} SEEDS=${SEEDS:-0 1 2}
 export RESULTS=${RESULTS:-$(dirname "$0")/results/training}
 WORKERS=${WORKERS:-2} # one-thread jobs side by side use a small machine better than one job with more threads
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
@@ -26,6 +26,7 @@ variants() {
 }
 
 study() {
+    set -euo pipefail
     IFS='|' read -r name tokens options budgets <<<"$1"
     local run="$OUT/$name" seed=${name##*-s}
     if [ "$name" = base ]; then
@@ -34,7 +35,7 @@ study() {
         rm -rf "$run"
         # shellcheck disable=SC2086
         lerobot-grids fit --policy "$BASE" --dataset "$DATASET" --tokens "$tokens" $options --steps "$STEPS" \
-            --model.lr 5e-4 --seed "$seed" --trainer.enable_progress_bar false --output "$run" >"$run.log" 2>&1
+            --model.lr 5e-4 --seed "$seed" --data.max_val_frames 64 --trainer.enable_progress_bar false --output "$run" >"$run.log" 2>&1
         touch "$run/done"
     fi
     for budget in $budgets; do
@@ -43,7 +44,7 @@ study() {
         [ -e "$result.eval.json" ] || lerobot-grids eval --policy "$run" "${at[@]}" --episodes "$EPISODES" --videos 0 \
             --output "$OUT/eval/$name-k$budget" --json "$result.eval.json" >"$OUT/$name.eval.log" 2>&1
         [ -e "$result.validate.json" ] || lerobot-grids validate --policy "$run" --teacher "$BASE" --dataset "$DATASET" \
-            "${at[@]}" --frames 256 --json "$result.validate.json" >"$OUT/$name.validate.log" 2>&1
+            "${at[@]}" --frames 128 --json "$result.validate.json" >"$OUT/$name.validate.log" 2>&1
     done
     echo "$(date +%T) $name"
 }

@@ -51,6 +51,8 @@ def watch(prediction: Prediction) -> Iterator[list[Predicted]]:
 class Teacher(ABC):
     """A dense policy that is not trained. A plain object, so that no module counts it among its parts."""
 
+    # What it is, for the user.
+    description: str
     # Whether the student may take over the feature maps that the teacher has computed.
     shares_vision = False
 
@@ -97,6 +99,7 @@ class SelfTeacher(Teacher):
         policy: A grids policy whose base is frozen but for its low-rank adapters.
     """
 
+    description = "the same network with every token, its reducer and adapters switched off"
     shares_vision = True
 
     def __init__(self, policy: GridsPolicy) -> None:
@@ -122,6 +125,8 @@ class DenseTeacher(Teacher):
     Args:
         policy: It is frozen.
     """
+
+    description = "a dense teacher, a second network in memory"
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy.eval().requires_grad_(False)

@@ -22,7 +22,7 @@ from lerobot.utils.io_utils import write_video
 
 from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, read_config, require_complete
-from lerobot_policy_grids.errors import CheckpointError, GridsError, SimulationError
+from lerobot_policy_grids.errors import CheckpointError, GridsError, SimulationError, UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpoint
 
 from .policies import find_source
@@ -166,7 +166,7 @@ def token_counts(policy: Any) -> tuple[int | None, int | None]:
             return policy.num_tokens, policy.adapter.layout(policy.base).num_dense_tokens
         dense = get_adapter(policy.config.type).layout(policy).num_dense_tokens
         return dense, dense
-    except Exception:  # a policy without a token grid can still be evaluated
+    except UnsupportedPolicyError:  # a policy without a token grid can still be evaluated
         return None, None
 
 

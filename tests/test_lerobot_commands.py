@@ -35,6 +35,8 @@ def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
         "--policy.type=grids",
         "--policy.base.type=tiny_smolvla",
         "--policy.num_tokens=9",
+        "--policy.num_tokens_max=36",
+        "--policy.token_budget=steps:0=36,1=9",
         "--policy.device=cpu",
         "--policy.push_to_hub=false",
         "--dataset.repo_id=local/squares",
@@ -50,6 +52,7 @@ def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
     checkpoint = output / "checkpoints" / "last" / "pretrained_model"
     config = json.loads((checkpoint / "config.json").read_text())
     assert (config["type"], config["base"]["type"], config["num_tokens"]) == ("grids", "tiny_smolvla", 9)
+    assert config["token_budget_step"] == 2
     # More training from it, by path, with another budget within the maximum.
     lerobot(
         "lerobot-train",

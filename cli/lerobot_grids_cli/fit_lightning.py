@@ -19,6 +19,7 @@ from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens, source_type
 from lerobot_grids.recipes import recipe_for
 from lerobot_policy_grids.errors import GridsError, OutputExistsError
+from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 from .fit_options import FitOptions
 from .parser import OneLineErrors, require_at_least
@@ -148,17 +149,31 @@ def describe(cli: FitCLI) -> str:
     total = sum(p.numel() for p in module.policy.parameters())
     train, val = data.split()
     accumulated = cli.config.trainer.accumulate_grad_batches
-    tokens = getattr(module.policy, "num_tokens", "all")
     positions = " and the recorded positions" if module.position_loss is not None else ""
     revision = getattr(module.policy.config, "base_revision", None)
     base = f"{cli.config.policy} at {revision[:12]}" if revision else cli.config.policy
     return (
         f"{module.trainable.reason}\n{trained / 1e6:.2f} of {total / 1e6:.2f} M parameters of {base} with "
-        f"{tokens} visual tokens per camera\non {len(train)} episodes{positions} ({len(val)} held out) of "
+        f"{_describe_tokens(module)}\non {len(train)} episodes{positions} ({len(val)} held out) of "
         f"{cli.config.dataset}\n{cli.config.trainer.max_steps} steps of {data.batch_size} frames"
         f"{f' x {accumulated} accumulated' if accumulated > 1 else ''}, peak learning rate {module.lr:g}, "
         f"seed {cli.config.seed}"
     )
+
+
+def _describe_tokens(module: GridsModule) -> str:
+    """How many visual tokens, and who teaches to do with them."""
+    policy = module.policy
+    if not isinstance(policy, GridsPolicy):
+        return "all visual tokens per camera"
+    text = f"{policy.config.num_tokens} visual tokens per camera"
+    if policy.config.token_budget != "constant":
+        text += f" (budget in training: {policy.config.token_budget}, up to {policy.config.max_tokens})"
+    if module.distillation is not None:
+        start, end = module.distill
+        share = f"{100 * start:.0f} %" if start == end else f"{100 * start:.0f} to {100 * end:.0f} %"
+        text += f"\n{share} of the loss: the distance to {module.distillation.teacher.description}"
+    return text
 
 
 def fit(arguments: list[str]) -> None:
@@ -179,7 +194,8 @@ def fit(arguments: list[str]) -> None:
 
 def _run(arguments: list[str]) -> None:
     cli = _parse(arguments)
-    print(describe(cli))
+    if cli.trainer.is_global_zero:
+        print(describe(cli))
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from)
     except SIGTERMException:
@@ -187,6 +203,8 @@ def _run(arguments: list[str]) -> None:
     except SystemExit as stop:
         # Lightning turns Ctrl-C into an exit without a word.
         raise KeyboardInterrupt from stop
+    if not cli.trainer.is_global_zero:
+        return
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     if "val/loss" in metrics:
         print(f"validation loss {metrics['val/loss']:.4f}")

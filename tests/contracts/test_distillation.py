@@ -3,14 +3,10 @@
 import pytest
 import torch
 
+from driving import wrap
 from lerobot_grids.distillation import DenseTeacher, Distillation, SelfTeacher, copied, watch
 from lerobot_grids.lora import add_lora
-from lerobot_policy_grids import GridsConfig, GridsPolicy
 from lerobot_policy_grids.adapters import get_adapter
-
-
-def wrap(policy, num_tokens, **options):
-    return GridsPolicy(GridsConfig(base=policy.config, num_tokens=num_tokens, device="cpu", **options), base=policy)
 
 
 def student_of(family, num_tokens, lora=False, cameras=1):

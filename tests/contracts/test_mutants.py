@@ -9,7 +9,7 @@ import pytest
 
 from mutants import MUTANTS
 
-SUITE = Path(__file__).with_name("test_adapters.py")
+SUITE = Path(__file__).with_name("test_identity.py")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

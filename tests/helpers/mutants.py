@@ -33,6 +33,10 @@ class Transposed(torch.nn.Module):
         return self.reducer(feature_map.transpose(1, 2), context, num_tokens)
 
 
+def _transposed(get_reducer):
+    return Transposed(get_reducer())
+
+
 def _run(original, change, batch):
     return change(*original(batch))
 
@@ -43,14 +47,12 @@ def _broken(name):
         attach = adapter.attach
 
         def broken_attach(policy, seam):
-            if name == "transposed_grid":
-                get_reducer = seam._get_reducer
-                seam._get_reducer = lambda: Transposed(get_reducer())
             attach(policy, seam)
             if name == "transposed_grid":
+                seam._get_reducer = partial(_transposed, seam._get_reducer)
                 return
-            seam = "prepare_images" if hasattr(policy, "prepare_images") else "_preprocess_images"
-            setattr(policy, seam, partial(_run, getattr(policy, seam), globals()[name]))
+            method = "prepare_images" if hasattr(policy, "prepare_images") else "_preprocess_images"
+            setattr(policy, method, partial(_run, getattr(policy, method), globals()[name]))
 
         adapter.attach = broken_attach
         return adapter

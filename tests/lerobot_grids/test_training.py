@@ -325,7 +325,7 @@ def test_budgets():
     assert parse_tokens(" 16 ") == parse_tokens(16) == 16
 
 
-def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset):
+def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset, capsys):
     """The command's own logger, trainer and callbacks."""
     from lerobot_grids_cli.fit_lightning import fit
 
@@ -337,7 +337,7 @@ def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset):
     assert {int(row["step"]) for row in rows if row["train/loss"]} == {0, 1, 2, 3}
     assert (output / "fit.yaml").is_file()
     assert list((output / "logs" / "tensorboard").glob("events*"))
-    assert [path.name for path in output.rglob("*.ckpt")] == ["last.ckpt"]
+    assert sorted(path.name for path in output.rglob("*.ckpt")) == ["last.ckpt", "previous.ckpt"]
     assert load_policy(str(output)).policy.num_tokens == 4
     # More steps with --resume start where the run stopped, keep its log, and decay over the new total.
     fit([*flags, "--steps=9", "--resume=true"])
@@ -354,9 +354,12 @@ def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset):
         fit([*(flag for flag in flags if "tokens" not in flag), "--tokens=5", "--steps=9", "--resume=true"])
     state = output / "training_state" / "last.ckpt"
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="is damaged"):
+    fit([*flags, "--steps=9", "--resume=true"])
+    assert "going on from previous.ckpt, the one before" in capsys.readouterr().err
+    assert torch.load(state, weights_only=True)["global_step"] == 9
+    shutil.rmtree(state.parent)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
         fit([*flags, "--steps=9", "--resume=true"])
-    state.unlink()
     with pytest.raises(OutputExistsError, match="remove it"):
         fit([*flags, "--steps=9"])
 

@@ -1,0 +1,100 @@
+"""Time per training step: `lerobot-grids fit` beside `lerobot-train`, and with a teacher beside without.
+
+    python benchmarks/training_cost.py DATASET DENSE [--repeats 3] [--json FILE]
+
+DATASET: a folder made by `lerobot-grids record`; DENSE: a dense tiny policy trained on it. Each row is run for a
+few and for more steps, and the difference counted, so that start and first validation drop out. Repeats alternate
+between the rows.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+SHORT, LONG, BATCH = 10, 70, 32
+
+
+def rows(dataset: str, dense: str) -> dict[str, list[str]]:
+    """Name -> command without steps and output."""
+    fit = ["lerobot-grids", "fit", f"--dataset={dataset}", f"--policy={dense}", "--tokens=16", f"--batch_size={BATCH}"]
+    fit += ["--data.val_fraction=0", "--model.auxiliary_weight=0", "--trainer.enable_progress_bar=false"]
+    lora = [*fit, "--model.train=reducer+lora"]
+    train = ["lerobot-train", "--dataset.repo_id=local/data", f"--dataset.root={dataset}", f"--batch_size={BATCH}"]
+    train += ["--policy.type=grids", "--policy.num_tokens=16", "--policy.base.type=tiny_smolvla", "--policy.device=cpu"]
+    train += [f"--policy.base.pretrained_path={dense}/pretrained_model", "--policy.push_to_hub=false"]
+    train += [
+        "--save_checkpoint=false",
+        "--wandb.enable=false",
+        "--num_workers=2",
+        "--log_freq=1000",
+        "--env_eval_freq=0",
+    ]
+    return {
+        "lerobot-train": train,
+        "fit": fit,
+        "fit, a teacher of its own": [*fit, "--distill=0.5"],
+        "fit reducer+lora": lora,
+        "fit reducer+lora, self-teacher": [*lora, "--distill=0.5"],
+    }
+
+
+def run(command: list[str], steps: int) -> tuple[float, float]:
+    """(seconds, peak resident MiB) of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        flag = f"--output={folder}/run" if command[0] == "lerobot-grids" else f"--output_dir={folder}/run"
+        arguments = [str(Path(sys.executable).with_name(command[0])), *command[1:], f"--steps={steps}", flag]
+        start = time.perf_counter()
+        with (Path(folder) / "log").open("w") as log:
+            process = subprocess.Popen(arguments, stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status != 0:
+            sys.exit((Path(folder) / "log").read_text())
+    return seconds, usage.ru_maxrss / 1024
+
+
+def main(dataset: str, dense: str, repeats: int = 3, json_file: str | None = None) -> None:
+    """Measure, print and save."""
+    commands = rows(dataset, dense)
+    steps: dict[str, list[float]] = {name: [] for name in commands}
+    memory: dict[str, float] = dict.fromkeys(commands, 0.0)
+    for _ in range(repeats):
+        for name, command in commands.items():
+            (short, _), (long, peak) = run(command, SHORT), run(command, LONG)
+            steps[name].append((long - short) / (LONG - SHORT))
+            memory[name] = max(memory[name], peak)
+            print(f"{name}: {1000 * steps[name][-1]:.0f} ms per step", flush=True)
+    seconds = {name: statistics.median(values) for name, values in steps.items()}
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "batch": BATCH,
+        "repeats": repeats,
+        "seconds_per_step": seconds,
+        "all_seconds_per_step": steps,
+        "samples_per_s": {name: BATCH / value for name, value in seconds.items()},
+        "peak_resident_mib": memory,
+        "fit_over_lerobot_train": seconds["lerobot-train"] / seconds["fit"],
+        "own_teacher_ratio": seconds["fit, a teacher of its own"] / seconds["fit"],
+        "self_teacher_ratio": seconds["fit reducer+lora, self-teacher"] / seconds["fit reducer+lora"],
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if json_file is not None:
+        Path(json_file).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    if shutil.which("lerobot-grids") is None and not Path(sys.executable).with_name("lerobot-grids").exists():
+        sys.exit("lerobot-grids is not installed in this environment; run `make lint` once, then use .venv/bin/python")
+    auto_cli(main, as_positional=True)

@@ -1,0 +1,116 @@
+"""Training through the seam: gradients, precision, low-rank adapters, compilation."""
+
+import pytest
+import torch
+
+from driving import ROUNDING, train_offsets, wrap
+from lerobot_grids.lora import add_lora, merged_state_dict
+from lerobot_policy_grids.errors import GridsError
+
+
+def test_gradients_reach_the_sampler_and_not_a_frozen_base(family):
+    wrapped = train_offsets(wrap(family.policy(), 9))
+    wrapped.base.requires_grad_(False)
+    loss, _ = wrapped.forward(family.batch(wrapped.base))
+    loss.backward()
+    for name, parameter in wrapped.reducer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in wrapped.base.parameters())
+
+
+def test_an_untrained_sampler_gets_a_gradient_through_its_coordinates(family):
+    wrapped = wrap(family.policy(), 9)
+    loss, _ = wrapped.forward(family.batch(wrapped.base))
+    loss.backward()
+    assert wrapped.reducer.coordinate_head.out.weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_changes_no_gradient(family):
+    policy = family.policy(cameras=2)
+    if not hasattr(policy.model, "gradient_checkpointing_enable"):
+        return  # SmolVLA has none
+    wrapped = train_offsets(wrap(policy, 9)).train()
+    batch = family.batch(policy)
+    results = []
+    for switch in (policy.model.gradient_checkpointing_disable, policy.model.gradient_checkpointing_enable):
+        switch()
+        looks = []
+        handle = wrapped.reducer.register_forward_hook(lambda *args, looks=looks: looks.append(1))
+        torch.manual_seed(4)
+        options, _ = family.fix_noise(policy)
+        wrapped.zero_grad()
+        wrapped.forward(dict(batch), **options)[0].backward()
+        handle.remove()
+        assert len(looks) == 1  # recomputation must not sample again
+        results.append({name: p.grad.clone() for name, p in wrapped.named_parameters() if p.grad is not None})
+    plain, checkpointed = results
+    assert plain.keys() == checkpointed.keys()
+    assert "reducer.coordinate_head.out.weight" in plain
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=ROUNDING, rtol=1e-4, msg=name)
+
+
+def test_a_bfloat16_policy_keeps_float32_coordinates(family):
+    policy = family.policy(**family.bfloat16)
+    wrapped = train_offsets(wrap(policy, 9))
+    seen = []
+    wrapped.reducer.register_forward_hook(lambda m, i, output: seen.append(output))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = wrapped.forward(family.batch(policy))
+        loss.backward()
+        chunk = wrapped.predict_action_chunk(family.batch(policy))
+    assert torch.isfinite(chunk).all()
+    assert all(sampled.coordinates.dtype == torch.float32 for sampled in seen)
+    assert wrapped.reducer.coordinate_head.out.weight.grad.abs().sum() > 0
+
+
+def test_low_rank_adapters_train_beside_the_reducer(family):
+    """The recipe for small GPUs: a frozen base, in bfloat16 where the family has that, under autocast."""
+    policy = family.policy()
+    wrapped = train_offsets(wrap(policy, 9))
+    names = list(policy.state_dict())
+    halved = wrapped.adapter.to_bfloat16(policy)
+    assert halved == (policy.config.type != "tiny_smolvla")
+    if policy._get_default_peft_targets() is None:
+        with pytest.raises(GridsError, match="no LoRA targets"):
+            add_lora(policy, rank=2)
+        return
+    add_lora(policy, rank=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = wrapped.forward(family.batch(policy))
+    loss.backward()
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
+    assert any(".lora_B." in name for name in trained)
+    assert "reducer.coordinate_head.out.weight" in trained
+    assert all(".lora_" in name or name.startswith("reducer.") for name in trained)
+    merged = merged_state_dict(policy)
+    assert list(merged) == names
+
+
+def test_looking_compiles_without_a_graph_break(family):
+    wrapped = train_offsets(wrap(family.policy(cameras=2), 9))
+    batch = family.batch(wrapped.base)
+    feature_map = torch.randn(2 * len(batch["action"]), *wrapped.reducer.token_grid, wrapped.reducer.width)
+    context = {
+        "language": torch.randn(len(feature_map), wrapped.reducer.norms["language"].normalized_shape[0]),
+        "state": torch.randn(len(feature_map), wrapped.adapter.layout(wrapped.base).state_width),
+        "camera": torch.zeros(len(feature_map), dtype=torch.int64),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(wrapped.reducer, backend="eager", fullgraph=True)
+    expected, got = wrapped.reducer(feature_map, context), compiled(feature_map, context)
+    torch.testing.assert_close(got.tokens, expected.tokens)
+    torch.testing.assert_close(got.coordinates, expected.coordinates)
+
+
+def test_the_seam_breaks_no_graph(family):
+    """Where torch.compile gives up, it is in LeRobot's or transformers' code, as in the dense policy."""
+    wrapped = train_offsets(wrap(family.policy(cameras=2), 9))
+    seam = "prepare_images" if hasattr(wrapped.base, "prepare_images") else "_preprocess_images"
+    torch._dynamo.reset()
+    report = torch._dynamo.explain(getattr(wrapped.base, seam))(dict(family.batch(wrapped.base)))
+    places = [reason.user_stack[-1].filename for reason in report.break_reasons]
+    assert not [place for place in places if "lerobot_policy_grids" in place]
+    if wrapped.base.config.type.startswith("pi0"):
+        assert places == []
