@@ -18,6 +18,10 @@ from .averaging import averaged
 from .checkpoint_io import STATE_FILES, AtomicCheckpointIO
 
 
+# Metrics on the screen; the logs have all.
+SHOWN = ("train/loss", "train/distillation", "val/loss", "val/distillation", "val/chunk_distance")
+
+
 class RunCheckpoint(Callback):
     """Keep a run: the policy as LeRobot loads it, and the state that training goes on from.
 
@@ -147,8 +151,7 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._progress is not None:
             metrics = trainer.callback_metrics
-            shown = {name: float(metrics[name]) for name in metrics if name.startswith(("train/", "val/"))}
-            text = "  ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items()))
+            text = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in SHOWN if name in metrics)
             self._progress.console.print(f"step {trainer.global_step:>6}  {text}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -94,7 +94,7 @@ class CoordinateMonitor(Callback):
         values = self._statistics.compute()
         self._statistics = None
         for name, value in values.items():
-            pl_module.log(f"coordinates/{name}", value)
+            pl_module.log(f"coordinates/{name}", value, sync_dist=True)
         if trainer.is_global_zero:
             self._warn(values)
 
