@@ -17,7 +17,6 @@ from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, atomic_folder
 from .averaging import averaged
 from .checkpoint_io import STATE_FILES, AtomicCheckpointIO
 
-
 # Metrics on the screen; the logs have all.
 SHOWN = ("train/loss", "train/distillation", "val/loss", "val/distillation", "val/chunk_distance")
 
