@@ -62,26 +62,17 @@ class Teacher(ABC):
         """The dense policy, while the block runs: in evaluation mode, with all visual tokens."""
 
     def predict(self, batch: Mapping[str, Any]) -> Predicted:
-        """Run one training step's forward pass without gradients.
-
-        The random state is left as it was: who runs next draws the same noise and time.
-        """
-        with self._aside(batch) as policy, watch(get_adapter(policy.config.type).prediction(policy)) as seen:
-            policy.forward(copied(batch))
-        return seen[-1]
+        """Run one training step's forward pass without gradients."""
+        with torch.no_grad(), self.dense() as policy:
+            with watch(get_adapter(policy.config.type).prediction(policy)) as seen:
+                policy.forward(copied(batch))
+            return seen[-1]
 
     def predict_action_chunk(self, batch: Mapping[str, Any]) -> Tensor:
-        """Action chunk [b, chunk_size, action_dim]. The random state is left as it was."""
-        with self._aside(batch) as policy:
+        """Action chunk [b, chunk_size, action_dim]."""
+        with torch.no_grad(), self.dense() as policy:
             chunk: Tensor = policy.predict_action_chunk(copied(batch))
         return chunk
-
-    @contextmanager
-    def _aside(self, batch: Mapping[str, Any]) -> Iterator[Any]:
-        """The dense policy without gradients, whose random draws count for nothing afterwards."""
-        devices = list({value.device for value in batch.values() if isinstance(value, Tensor) and value.is_cuda})
-        with torch.random.fork_rng(devices), torch.no_grad(), self.dense() as policy:
-            yield policy
 
     @abstractmethod
     def to(self, device: str | torch.device) -> None:
@@ -158,8 +149,11 @@ class Distillation:
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(task loss of the student, its distance to the teacher), each a scalar."""
         prediction = self.policy.adapter.prediction(self.policy.base)
+        draws = _new_seed()
         with self.policy.seam.share_vision() if self.teacher.shares_vision else nullcontext():
+            torch.manual_seed(draws)
             teacher = self.teacher.predict(batch)
+            torch.manual_seed(draws)
             with watch(prediction) as seen:
                 task_loss, _ = self.policy.forward(copied(batch))
         student = seen[-1]
@@ -173,12 +167,20 @@ class Distillation:
 
     def chunk_distance(self, batch: dict[str, Any]) -> Tensor:
         """Root mean squared distance of the normalised action chunks, from the same noise."""
+        draws = _new_seed()
+        torch.manual_seed(draws)
         teacher = self.teacher.predict_action_chunk(batch)
+        torch.manual_seed(draws)
         student = self.policy.predict_action_chunk(copied(batch))
         return (student.float() - teacher.float()).square().mean().sqrt()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+
+def _new_seed() -> int:
+    """With it teacher and student draw the same noise and time, whatever the device."""
+    return int(torch.randint(2**62, ()))
 
 
 def velocity_loss(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -214,18 +214,17 @@ class GridsModule(lightning.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         self._visual_tokens.clear()
         size = len(batch["task_index"])
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(VALIDATION_SEED + batch_index)
-            prepared = self._prepare(batch, augment=False)
-            if self.distillation is None:
-                loss, _ = self.policy.forward(prepared)
-            else:
-                loss, distance = self.distillation.losses(prepared)
-                self.log("val/distillation", distance, batch_size=size, sync_dist=True)
-                if batch_index < CHUNK_BATCHES:
-                    distance = self.distillation.chunk_distance(prepared)
-                    self.log("val/chunk_distance", distance, batch_size=size, sync_dist=True)
+        # The training step after it draws from its own seed again.
+        torch.manual_seed(VALIDATION_SEED + batch_index)
+        prepared = self._prepare(batch, augment=False)
+        if self.distillation is None:
+            loss, _ = self.policy.forward(prepared)
+        else:
+            loss, distance = self.distillation.losses(prepared)
+            self.log("val/distillation", distance, batch_size=size, sync_dist=True)
+            if batch_index < CHUNK_BATCHES:
+                distance = self.distillation.chunk_distance(prepared)
+                self.log("val/chunk_distance", distance, batch_size=size, sync_dist=True)
         self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         if self.position_loss is not None:
             self.log("val/position_loss", self._position_loss(batch), batch_size=size, sync_dist=True)
