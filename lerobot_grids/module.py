@@ -36,7 +36,7 @@ class GridsModule(lightning.LightningModule):
 
     Args:
         meta: Metadata of the dataset (linked from the data module on the command line).
-        policy: What to start from: a family ("tiny", "smolvla"), a checkpoint folder, or a Hub id.
+        policy: What to start from: a family ("tiny", "smolvla"), "tiny_metaworld", a checkpoint folder, or a Hub id.
         tokens: Visual tokens per camera, or "dense" to train the policy as it is. Defaults to 16, or to what a
             grids checkpoint has.
         num_tokens_max: Largest budget the checkpoint can serve later. Defaults to `tokens`, or to every token if the

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lerobot_policy_grids
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.checkpoint import find_checkpoint, provenance, read_config
+from lerobot_policy_grids.checkpoint import find_checkpoint, provenance, read_config, resolve_checkpoint
 from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpoint
@@ -25,9 +25,11 @@ from .recipes import base_type
 
 Tokens = int | Literal["dense"]
 
-# Family name -> where its dense policy comes from: a Hub id, or a configuration to start from random weights.
-FAMILIES: dict[str, str | type[PreTrainedConfig]] = {
+# Name -> where its dense policy comes from: a Hub id, a folder in the package, or a configuration to start from random
+# weights.
+FAMILIES: dict[str, str | Path | type[PreTrainedConfig]] = {
     "tiny": lerobot_policy_grids.TinySmolVLAConfig,
+    "tiny_metaworld": Path(lerobot_policy_grids.__file__).parent / "tiny" / "metaworld",
     "smolvla": "lerobot/smolvla_base",
     "pi0": "lerobot/pi0_base",
     "pi05": "lerobot/pi05_base",
@@ -89,7 +91,7 @@ def find_source(source: str) -> type[PreTrainedConfig] | Path:
     """
     family = FAMILIES.get(source, source)
     if not isinstance(family, str):
-        return family
+        return resolve_checkpoint(family) if isinstance(family, Path) else family
     if family == source and not Path(source).exists() and "/" not in source:
         raise UnsupportedPolicyError(
             f"policy '{source}' is unknown; give a family ({', '.join(FAMILIES)}), a checkpoint folder, "
