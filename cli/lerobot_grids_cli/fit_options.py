@@ -17,8 +17,8 @@ class FitOptions:
     dataset: str
     """Folder of a LeRobotDataset, or its id on the Hub (user/name)."""
     policy: str = "tiny"
-    """What to start from: a family (tiny, smolvla, pi0, pi05, pi0_fast), tiny_metaworld (trained), a checkpoint folder, or a Hub
-    id."""
+    """What to start from: a family (tiny, smolvla, pi0, pi05, pi0_fast), tiny_metaworld (trained and in the package),
+    a checkpoint folder, or a Hub id."""
     tokens: int | str | None = None
     """Visual tokens per camera, or 'dense' to train the policy as it is. Defaults to 16, or to a checkpoint's own."""
     reducer: str | None = None
