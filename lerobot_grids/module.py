@@ -222,12 +222,12 @@ class GridsModule(lightning.LightningModule):
         else:
             loss, distance = self.distillation.losses(prepared)
             self.log("val/distillation", distance, batch_size=size, sync_dist=True)
-            if batch_index < CHUNK_BATCHES:
-                distance = self.distillation.chunk_distance(prepared)
-                self.log("val/chunk_distance", distance, batch_size=size, sync_dist=True)
         self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         if self.position_loss is not None:
             self.log("val/position_loss", self._position_loss(batch), batch_size=size, sync_dist=True)
+        if self.distillation is not None and batch_index < CHUNK_BATCHES:
+            chunk_distance = self.distillation.chunk_distance(prepared)
+            self.log("val/chunk_distance", chunk_distance, batch_size=size, sync_dist=True)
 
     def _position_loss(self, batch: dict[str, Any]) -> Tensor:
         assert self.position_loss is not None
