@@ -1,6 +1,7 @@
 """Callbacks of a training run: what it shows, and the files it leaves."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, atomic_folder
 
-from .averaging import averaged
+from .averaging import TrainedWeightsAverage
 from .checkpoint_io import STATE_FILES, AtomicCheckpointIO
 
 # Metrics on the screen; the logs have all.
@@ -42,6 +43,10 @@ class RunCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that goes on has this step's state already.
+        self._saved_at = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         # Micro-batches of one accumulated step share its number.
         if trainer.global_step % self.every_n_steps == 0 and trainer.global_step > 0:
@@ -51,8 +56,10 @@ class RunCheckpoint(Callback):
         self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning raises this one between two steps; any other may have come in the middle of one.
-        if isinstance(exception, SIGTERMException) and trainer.global_step > 0:
+        # Lightning raises this one between two micro-batches; any other may have come in the middle of one.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        whole_step = done % trainer.accumulate_grad_batches == 0
+        if isinstance(exception, SIGTERMException) and whole_step and trainer.global_step > 0:
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
@@ -61,7 +68,8 @@ class RunCheckpoint(Callback):
         self._saved_at = trainer.global_step
         # Every process takes part: a sharded strategy gathers its state here.
         trainer.save_checkpoint(self.state)
-        with averaged(trainer, pl_module):
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, TrainedWeightsAverage)]
+        with averages[0].in_place(pl_module) if averages else nullcontext():
             state = trainer.strategy.lightning_module_state_dict()
             if trainer.is_global_zero:
                 policy = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
@@ -88,7 +96,7 @@ class Speed(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += len(batch["task_index"]) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps:
+        if (batch_idx + 1) % max(1, trainer.log_every_n_steps):
             return
         cuda = pl_module.device.type == "cuda"
         if cuda:
@@ -97,7 +105,7 @@ class Speed(Callback):
         memory = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
         pl_module.log("train/samples_per_s", self._samples / self._seconds, batch_size=1)
         pl_module.log("train/memory_mib", memory / 2**20, batch_size=1)
-        self._seconds, self._samples = 0.0, 0
+        self._seconds, self._samples, self._since = 0.0, 0, time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._since:

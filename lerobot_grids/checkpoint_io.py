@@ -62,9 +62,7 @@ def find_state(output: Path) -> tuple[Path, list[Path]]:
     """
     present = [path for path in (output / name for name in STATE_FILES) if path.is_file()]
     if not present:
-        raise CheckpointError(
-            f"nothing to resume: {output / STATE_FILES[0]} does not exist; remove {output} and start anew"
-        )
+        raise CheckpointError(f"nothing to resume: {output / STATE_FILES[0]} does not exist; start anew")
     for number, path in enumerate(present):
         if is_whole(path):
             return path, present[:number]

@@ -15,6 +15,7 @@ from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 from .auxiliary import POSITIONS, PositionLoss
+from .averaging import TrainedWeightsAverage
 from .budget import TokenBudgetScheduler
 from .coordinates import CoordinateMonitor
 from .data import unit_images
@@ -104,13 +105,13 @@ class GridsModule(lightning.LightningModule):
             policy,
             None if tokens is None else parse_tokens(tokens),
             meta,
+            rename_map=rename_map,
+            gradient_checkpointing=gradient_checkpointing,
             reducer=reducer,
             condition_on=condition_on,
             num_tokens_max=num_tokens_max,
             token_budget=budget,
             camera_tokens=camera_tokens,
-            gradient_checkpointing=gradient_checkpointing,
-            rename_map=rename_map,
         )
         self.policy = self.built.policy
         self.recipe = recipe_for(base_type(self.policy.config))
@@ -121,14 +122,27 @@ class GridsModule(lightning.LightningModule):
         self.jitter = jitter
         self.state_noise = state_noise
         self.seed = seed
-        self.trainable = self._choose_trainable(train, accelerator, lora_rank)
-        tokens = self.policy.num_tokens if isinstance(self.policy, GridsPolicy) else "all"
-        self.what_is_trained = f"{self.trainable.train} of {base_type(self.policy.config)} with {tokens} visual tokens"
         self.distill = (distill, distill if distill_end is None else distill_end)
         if not all(0 <= share <= 1 for share in self.distill):
             raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
+        if teacher is not None and max(self.distill) == 0:
+            raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill 0.5, say")
+        self.trainable = self._choose_trainable(train, accelerator, lora_rank)
+        grids = isinstance(self.policy, GridsPolicy)
+        # What a run must have in common with the one it goes on from; the names are the options'.
+        self.identity: dict[str, Any] = {
+            "policy": base_type(self.policy.config),
+            "tokens": self.policy.config.num_tokens if grids else "dense",
+            "reducer": self.policy.config.reducer if grids else None,
+            "num_tokens_max": self.policy.config.max_tokens if grids else None,
+            "budget": budget,
+            "train": self.trainable.train,
+            "lora_rank": lora_rank,
+            "distill": list(self.distill),
+            "seed": seed,
+        }
         self.distillation: Distillation | None = None
-        if max(self.distill) > 0 or teacher is not None:
+        if max(self.distill) > 0:
             self.distillation = Distillation(
                 self.policy,
                 choose_teacher(teacher, policy, self.built, self.trainable.train),
@@ -137,7 +151,7 @@ class GridsModule(lightning.LightningModule):
             )
         self.position_loss: PositionLoss | None = None
         self._visual_tokens: list[Tensor] = []
-        if POSITIONS in meta.features and auxiliary_weight > 0 and tokens != 0:
+        if POSITIONS in meta.features and auxiliary_weight > 0 and getattr(self.policy, "num_tokens", 1) > 0:
             self._add_position_loss(meta)
 
     def _choose_trainable(self, train: str, accelerator: str, lora_rank: int) -> TrainableChoice:
@@ -146,7 +160,7 @@ class GridsModule(lightning.LightningModule):
                 raise GridsError(f"train={train}, but the dense policy has no reducer; give --tokens a number")
             return TrainableChoice("all", "training everything")
         if train == "auto":
-            choice = choose_trainable(self.policy, *device_memory(accelerator))
+            choice = choose_trainable(self.policy, *device_memory(accelerator), with_teacher=max(self.distill) > 0)
         else:
             choice = TrainableChoice(train, f"training {train}")  # type: ignore[arg-type]
         if choice.train == "reducer+lora":
@@ -187,7 +201,8 @@ class GridsModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self._visual_tokens.clear()
-        torch.manual_seed(seed_of(self.seed, batch_index, self.global_rank))
+        micro_batch = batch_index % self.trainer.accumulate_grad_batches
+        torch.manual_seed(seed_of(self.seed, self.global_step, micro_batch, self.global_rank))
         prepared = self._prepare(batch, augment=True)
         size = len(batch["task_index"])
         total: Tensor
@@ -288,15 +303,26 @@ class GridsModule(lightning.LightningModule):
         self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["what_is_trained"] = self.what_is_trained
+        checkpoint["identity"] = self._run_identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        before = checkpoint.get("what_is_trained")
-        if before != self.what_is_trained:
+        before, now = checkpoint.get("identity", {}), self._run_identity()
+        changed = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
+        if changed:
             raise CheckpointError(
-                f"the run to resume trained {before}, this one would train {self.what_is_trained}; "
-                "give --policy, --tokens and --reducer as before, or another --output"
+                f"the run to resume had {', '.join(changed)}; give the same options as before, or another --output"
             )
+
+    def _run_identity(self) -> dict[str, Any]:
+        averages = [c.decay for c in self.trainer.callbacks if isinstance(c, TrainedWeightsAverage)]
+        data: Any = self.trainer.datamodule
+        return self.identity | {
+            "ema": averages[0] if averages else None,
+            "batch_size": data.batch_size,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "devices": self.trainer.world_size,
+            "frames": data.meta.total_frames,
+        }
 
     def configure_gradient_clipping(
         self,

@@ -119,13 +119,9 @@ def build_policy(
     tokens: Tokens | None,
     meta: LeRobotDatasetMetadata,
     *,
-    reducer: str | None = None,
-    condition_on: list[str] | None = None,
-    num_tokens_max: int | None = None,
-    token_budget: str = "constant",
-    camera_tokens: dict[str, int] | None = None,
-    gradient_checkpointing: bool = False,
     rename_map: dict[str, str] | None = None,
+    gradient_checkpointing: bool = False,
+    **options: Any,
 ) -> TrainablePolicy:
     """Build the policy to train, on the CPU, with processors that normalise by the dataset's statistics.
 
@@ -134,17 +130,15 @@ def build_policy(
         tokens: Visual tokens per camera, or "dense" for the base policy as it is; None takes the default, or what a
             grids checkpoint has.
         meta: The dataset's metadata: features and statistics.
-        reducer: How tokens are reduced; None takes the default, or what a grids checkpoint has.
-        condition_on: What the coordinates depend on; None takes the configuration's default.
-        num_tokens_max: Largest budget of the checkpoint; None takes `tokens`, or every token if the budget varies.
-        token_budget: K over the training steps.
-        camera_tokens: Cameras that get fewer tokens than K, and how many at most.
-        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
         rename_map: Dataset feature names to the policy's, where they differ.
+        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
+        **options: Further fields of `GridsConfig`. None takes the default, or what a grids checkpoint has; a token
+            budget that varies may use every token unless `num_tokens_max` says otherwise.
 
     Raises:
         GridsError: If the policy, the budget and the dataset do not fit; the message says how.
     """
+    options = {name: value for name, value in options.items() if value is not None}
     rename_map = rename_map or {}
     features = _renamed(dataset_to_policy_features(meta.features), rename_map)
     inputs = {k: v for k, v in features.items() if v.type in (FeatureType.VISUAL, FeatureType.STATE)}
@@ -155,7 +149,7 @@ def build_policy(
     if isinstance(found, Path):
         config = read_config(found)
         get_adapter(base_type(config))
-        _check_cameras(source, config, inputs)
+        require_cameras(source, config, inputs)
         # The checkpoint's cameras at the size that they have in this dataset.
         config.input_features = {key: inputs.get(key, old) for key, old in config.input_features.items()}
     else:
@@ -174,39 +168,21 @@ def build_policy(
     if folder is not None:
         load_checkpoint(policy, folder)
     if isinstance(policy, GridsPolicy):
-        asked = {
-            "reducer": reducer,
-            "condition_on": condition_on,
-            "num_tokens_max": num_tokens_max,
-            "camera_tokens": camera_tokens,
-        }
-        _check_continued(source, policy.config, tokens, asked)
-        if isinstance(tokens, int) and policy.num_tokens > 0:
-            policy.num_tokens = tokens
-        policy.config.token_budget, policy.config.token_budget_step = token_budget, 0
+        _continue(source, policy, tokens, options)
     elif tokens == "dense":
-        if reducer not in (None, "grids"):
-            raise GridsError(f"--tokens dense keeps every token, so --reducer {reducer} has nothing to do; drop one")
-        if token_budget != "constant":
+        useless = [f"{name}={value}" for name, value in options.items() if value not in ("grids", "constant")]
+        if useless:
             raise GridsError(
-                f"--tokens dense keeps every token, so --budget {token_budget} has nothing to do; drop one"
+                f"--tokens dense keeps every token, so {', '.join(useless)} would have nothing to do; drop one"
             )
     else:
-        if token_budget != "constant" and num_tokens_max is None:
-            num_tokens_max = get_adapter(config.type).layout(policy).num_dense_tokens
-        options = {
-            "condition_on": condition_on,
-            "num_tokens": tokens,
-            "num_tokens_max": num_tokens_max,
-            "camera_tokens": camera_tokens,
-        }
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        given["token_budget"] = token_budget
-        given["reducer"] = reducer or "grids"
         if folder is not None and (source_and_commit := provenance(folder)) is not None:
-            given["base_repo_id"], given["base_revision"] = source_and_commit
-        wrapper = GridsConfig(base=config, device="cpu", **given)
-        policy = GridsPolicy(wrapper, base=policy)
+            options["base_repo_id"], options["base_revision"] = source_and_commit
+        if options.get("token_budget", "constant") != "constant":
+            options.setdefault("num_tokens_max", get_adapter(config.type).layout(policy).num_dense_tokens)
+        if tokens is not None:
+            options["num_tokens"] = tokens
+        policy = GridsPolicy(GridsConfig(base=config, device="cpu", **options), base=policy)
     preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
@@ -239,19 +215,25 @@ def _check_sizes(source: str, config: Any) -> None:
             )
 
 
-def _check_continued(source: str, config: GridsConfig, tokens: Tokens | None, asked: dict[str, Any]) -> None:
-    """What a grids checkpoint was built with cannot be asked for otherwise when it is trained on."""
+def _continue(source: str, policy: GridsPolicy, tokens: Tokens | None, options: dict[str, Any]) -> None:
+    """Train a grids checkpoint on: its budgets may change, but not what it was built with."""
+    config = policy.config
     if tokens == "dense":
         raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")
-    for name, value in asked.items():
+    for name, value in options.items():
         has = config.max_tokens if name == "num_tokens_max" else getattr(config, name)
-        if value is not None and value != has:
+        if name != "token_budget" and value != has:
             raise GridsError(
                 f"{source} was built with {name}={has}, not {value}; drop that option, or start from the dense policy"
             )
+    if tokens is not None and policy.num_tokens > 0:
+        policy.num_tokens = tokens
+    config.token_budget, config.token_budget_step = options.get("token_budget", "constant"), 0
+    policy.check_budget()
 
 
-def _check_cameras(source: str, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:
+def require_cameras(source: str, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:
+    """Raise `DatasetError` unless a dataset's features (by name) hold the cameras that a policy looks through."""
     wanted = [key for key in config.image_features if "empty_camera" not in key]
     have = [key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL]
     missing = [key for key in wanted if key not in have]

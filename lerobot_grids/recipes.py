@@ -78,16 +78,20 @@ def device_memory(accelerator: str) -> tuple[str, int]:
     return "this machine", psutil.virtual_memory().total
 
 
-def choose_trainable(policy: Any, device: str, memory: int) -> TrainableChoice:
+def choose_trainable(policy: Any, device: str, memory: int, with_teacher: bool = False) -> TrainableChoice:
     """Train everything if that fits, else the reducer and low-rank adapters.
 
     Args:
         policy: A grids policy.
         device: What to call the device.
         memory: Its memory in bytes.
+        with_teacher: Whether training everything needs a second, frozen base as a teacher.
     """
     needed = training_bytes(policy)
-    numbers = f"about {needed / 2**30:.0f} GiB for weights, gradients and Adam; {device} has {memory / 2**30:.0f} GiB"
+    if with_teacher:
+        needed += sum(p.numel() * p.element_size() for p in policy.base.parameters())
+    what = "weights, gradients, Adam and a teacher" if with_teacher else "weights, gradients and Adam"
+    numbers = f"about {needed / 2**30:.0f} GiB for {what}; {device} has {memory / 2**30:.0f} GiB"
     if needed < MEMORY_SHARE * memory:
         return TrainableChoice("all", f"training everything: {numbers}")
     return TrainableChoice(

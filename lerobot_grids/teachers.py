@@ -33,7 +33,8 @@ def choose_teacher(teacher: str | None, source: str, student: TrainablePolicy, t
     """
     policy: Any = student.policy
     if not isinstance(policy, GridsPolicy) or policy.num_tokens == 0:
-        raise GridsError("distillation teaches a policy with few visual tokens; give --tokens a number")
+        advice = "drop --reducer blind" if isinstance(policy, GridsPolicy) else "give --tokens a number"
+        raise GridsError(f"distillation teaches a policy with few visual tokens; {advice}, or drop --distill")
     name = source if teacher is None else teacher
     folder = find_source(name)
     if not isinstance(folder, Path):
@@ -42,12 +43,25 @@ def choose_teacher(teacher: str | None, source: str, student: TrainablePolicy, t
             "start from one with --policy"
         )
     config = read_config(folder)
-    _check_fit(name, config, policy.config.require_base())
     config.device = "cpu"
-    _check_statistics(name, load_processors(folder, config)[0], student.preprocessor)
+    require_alike(name, config, load_processors(folder, config)[0], policy.config, student.preprocessor)
     if teacher is None and train != "all":
         return SelfTeacher(policy)
     return DenseTeacher(load_policy(str(folder), device="cpu").policy)
+
+
+def require_alike(name: str, teacher: Any, teacher_pre: Any, student: Any, student_pre: Any) -> None:
+    """Raise `GridsError` unless a teacher's predictions mean what the student's do.
+
+    Args:
+        name: What to call the teacher.
+        teacher: Its configuration.
+        teacher_pre: Its pre-processor.
+        student: The configuration of the student, dense or grids.
+        student_pre: Its pre-processor.
+    """
+    _check_fit(name, teacher, student.base if student.type == GridsPolicy.name else student)
+    _check_statistics(name, teacher_pre, student_pre)
 
 
 def _check_fit(name: str, teacher: Any, student: Any) -> None:
@@ -73,7 +87,7 @@ def _check_statistics(name: str, teacher: Any, student: Any) -> None:
                 raise GridsError(
                     f"teacher {name} was not trained on this dataset: its {kind} of '{feature}' "
                     f"{'is missing' if other is None else 'differs'}; train it here first (--tokens dense), or do "
-                    "without --distill"
+                    "without a teacher"
                 )
 
 

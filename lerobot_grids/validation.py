@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 from torchmetrics import MeanMetric, MeanSquaredError
 
-from lerobot_policy_grids.errors import BudgetError, GridsError
+from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 from lerobot_policy_grids.sampler import GridSampler, Sampled
 
 from .coordinates import CoordinateStatistics
 from .data import LeRobotDataModule, unit_images
 from .evaluation import LoadedPolicy
+from .policies import require_cameras
 
 # Noise and time of the flow are the same for every budget and every policy.
 SEED = 0
+# What `fit` leaves beside a checkpoint: its options.
+OPTIONS_FILE = "fit.yaml"
 USUAL_BUDGETS = (1, 4, 8, 16, 24, 64)
 
 
@@ -60,6 +66,7 @@ class Validation:
     dataset: str
     teacher: str | None
     frames: int
+    num_dense_tokens: int | None
     budgets: list[BudgetResult] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
@@ -87,6 +94,28 @@ def budgets_of(policy: Any, asked: list[int] | None) -> list[int | None]:
         if not 1 <= k <= largest:
             raise BudgetError(f"--tokens {k}, but this checkpoint serves 1 .. {largest} visual tokens per camera")
     return list(asked)
+
+
+def held_out_share(policy: str) -> float:
+    """The share of the episodes that a policy's run held out, as its fit.yaml says; 0.1 if there is none."""
+    for folder in (Path(policy), Path(policy).parent):
+        if (folder / OPTIONS_FILE).is_file():
+            options = yaml.safe_load((folder / OPTIONS_FILE).read_text())
+            return float(options["data"]["val_fraction"])
+    return 0.1
+
+
+def require_fit(source: str, loaded: LoadedPolicy, meta: LeRobotDatasetMetadata) -> None:
+    """Raise `DatasetError` unless a dataset shows what the policy looks at and has the actions it takes."""
+    renames: dict[str, str] = {}
+    for step in loaded.preprocessor.steps:
+        renames |= getattr(step, "rename_map", {})
+    features = {renames.get(name, name): value for name, value in dataset_to_policy_features(meta.features).items()}
+    config = loaded.policy.config
+    require_cameras(source, config, features)
+    acts, has = (tuple(side[ACTION].shape) for side in (config.output_features, features))
+    if acts != has:
+        raise DatasetError(f"{source} takes actions of shape {acts}, the dataset has {has}; validate on its own data")
 
 
 class _Measures:
@@ -188,7 +217,7 @@ def draw_validation(result: Validation, path: Path) -> None:
     curves = [("held-out loss", [row.loss for row in result.budgets])]
     if result.teacher is not None:
         curves.append(("distance to the teacher's actions", [row.teacher_distance or 0.0 for row in result.budgets]))
-    tokens = [row.num_tokens or 0 for row in result.budgets]
+    tokens = [row.num_tokens or result.num_dense_tokens or 1 for row in result.budgets]
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.2), squeeze=False)
     for axis, (name, values) in zip(axes[0], curves, strict=True):
         axis.plot(tokens, values, "o-", color="#4477aa")

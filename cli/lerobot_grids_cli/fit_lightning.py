@@ -60,15 +60,14 @@ class FitCLI(LightningCLI):
         require_at_least(1, steps=options.steps, batch_size=options.batch_size, save_every=options.save_every)
         recipe = recipe_for(source_type(options.policy))
         label = options.reducer or tokens or "grids"
+        if options.budget != "constant":
+            label = f"{label}-{options.budget.partition(':')[0]}"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
         if not options.resume and self.output.exists():
-            advice = "go on with --resume" if (self.output / STATE_FILES[0]).is_file() else "remove it"
+            started = any((self.output / name).is_file() for name in STATE_FILES)
+            advice = "go on with --resume" if started else "remove it"
             raise OutputExistsError(f"{self.output} already exists; {advice}, or choose another --output")
-        self.resume_from: Path | None = None
-        if options.resume:
-            self.resume_from, damaged = find_state(self.output)
-            for path in damaged:
-                print(f"{path} is damaged; going on from {self.resume_from.name}, the one before", file=sys.stderr)
+        self.resume_from = find_resumable(self.output) if options.resume else None
         if options.trainer.max_epochs not in (None, -1):
             raise GridsError(
                 f"--trainer.max_epochs {options.trainer.max_epochs}: a run is counted in steps; give --steps"
@@ -115,6 +114,20 @@ class FitCLI(LightningCLI):
         # RunCheckpoint stands in for Lightning's own checkpoints.
         kwargs |= {"enable_checkpointing": False, "default_root_dir": self.output}
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+
+def find_resumable(output: Path) -> Path:
+    """The state to go on from; a damaged one that is newer is put aside.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    state, damaged = find_state(output)
+    for path in damaged:
+        print(f"{path} is damaged; going on from {state.name}, the one before", file=sys.stderr)
+        # Or the next save would keep it where the good one is.
+        path.replace(path.with_suffix(".damaged"))
+    return state
 
 
 class SaveOptions(SaveConfigCallback):
@@ -166,6 +179,8 @@ def _describe_tokens(module: GridsModule) -> str:
     policy = module.policy
     if not isinstance(policy, GridsPolicy):
         return "all visual tokens per camera"
+    if policy.num_tokens == 0:
+        return "no visual tokens"
     text = f"{policy.config.num_tokens} visual tokens per camera"
     if policy.config.token_budget != "constant":
         text += f" (budget in training: {policy.config.token_budget}, up to {policy.config.max_tokens})"

@@ -9,7 +9,7 @@ def validate(
     tokens: str | None = None,
     teacher: str | None = None,
     frames: int = 512,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     batch_size: int = 32,
     device: str | None = None,
     picture: str | None = None,
@@ -26,7 +26,7 @@ def validate(
         tokens: Budgets, comma-separated, such as 4,8,16. Defaults to the usual ones that the checkpoint can serve.
         teacher: Dense policy whose action chunks, from the same noise, are compared with.
         frames: Validate on at most this many of the held-out frames, spread evenly.
-        val_fraction: Share of the episodes that `fit` held out.
+        val_fraction: Share of the episodes that was held out. Defaults to what the run's fit.yaml says, else 0.1.
         batch_size: Frames at once.
         device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
         picture: PNG file for the curve over budgets.
@@ -36,10 +36,11 @@ def validate(
     from pathlib import Path
 
     from lerobot_grids.data import LeRobotDataModule
-    from lerobot_grids.evaluation import load_policy
+    from lerobot_grids.evaluation import load_policy, token_counts
     from lerobot_grids.policies import parse_tokens
     from lerobot_grids.progress import counting_bar, print_validation, require_writable
-    from lerobot_grids.validation import Validation, budgets_of, draw_validation
+    from lerobot_grids.teachers import require_alike
+    from lerobot_grids.validation import Validation, budgets_of, draw_validation, held_out_share, require_fit
     from lerobot_grids.validation import validate as run_validation
     from lerobot_policy_grids.errors import BudgetError
 
@@ -57,13 +58,22 @@ def validate(
             require_writable(Path(path))
     loaded = load_policy(policy, device=device, rename_map=rename_map)
     budgets = budgets_of(loaded.policy, asked)
-    dense = None if teacher is None else load_policy(teacher, device=device, rename_map=rename_map)
-    data = LeRobotDataModule(dataset, batch_size=batch_size, val_fraction=val_fraction, max_val_frames=frames)
+    data = LeRobotDataModule(
+        dataset,
+        batch_size=batch_size,
+        val_fraction=held_out_share(policy) if val_fraction is None else val_fraction,
+        max_val_frames=frames,
+    )
+    require_fit(policy, loaded, data.meta)
+    dense = None
+    if teacher is not None:
+        dense = load_policy(teacher, device=device, rename_map=rename_map)
+        require_alike(teacher, dense.policy.config, dense.preprocessor, loaded.policy.config, loaded.preprocessor)
     data.load(loaded.policy.config)
     used = len(data.val_dataset or [])  # type: ignore[arg-type]
     with counting_bar("validating", -(-used // batch_size) * len(budgets), "batches") as bar:
         rows = run_validation(loaded, data, budgets, dense, bar.advance)
-    result = Validation(policy, loaded.policy.config.type, dataset, teacher, used, rows)
+    result = Validation(policy, loaded.policy.config.type, dataset, teacher, used, token_counts(loaded.policy)[1], rows)
     print_validation(result)
     if json is not None:
         result.save(Path(json))

@@ -71,6 +71,11 @@ class TokenBudget:
         """What follows the name."""
         return self.text.partition(":")[2]
 
+    @property
+    def goes_down(self) -> bool:
+        """Whether it comes down from `start` over the run."""
+        return self.schedule in ("linear", "cosine", "exponential")
+
     def at(self, step: int) -> int:
         """K of a step, counted from 0.
 

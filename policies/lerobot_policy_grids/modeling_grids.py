@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapters import ADAPTERS, Seam, get_adapter
 from .checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, policy_type, resolve_checkpoint
 from .configuration_grids import GridsConfig
-from .errors import CheckpointError
+from .errors import BudgetError, CheckpointError
 from .reducers import make_reducer
 
 
@@ -79,6 +79,7 @@ class GridsPolicy(PreTrainedPolicy):
         self.reducer: Any = make_reducer(config, layout)
         self._looks_everywhere = False
         self.seam = Seam(partial(_current_reducer, self), layout)
+        self.check_budget()
         self.adapter.attach(base, self.seam)
         self.to(config.device)
 
@@ -89,8 +90,30 @@ class GridsPolicy(PreTrainedPolicy):
 
     @num_tokens.setter
     def num_tokens(self, value: int) -> None:
-        self.reducer.num_tokens = value
-        self.config.num_tokens = self.reducer.num_tokens
+        self._set_tokens(value)
+        self.config.num_tokens = self.num_tokens
+
+    def _set_tokens(self, value: int) -> None:
+        # PEFT keeps the original reducer beside its trainable copy, in a wrapper that would swallow the attribute.
+        for module in self.reducer.modules():
+            if hasattr(type(module), "tokens_of"):
+                module.num_tokens = value
+
+    def check_budget(self) -> None:
+        """Refuse a token budget that could not do what it says.
+
+        Raises:
+            BudgetError: If there are no tokens to budget, or none to come down from.
+        """
+        config, budget = self.config, self.config.budget
+        if self.num_tokens == 0:
+            if budget.schedule != "constant" or config.camera_tokens:
+                raise BudgetError("a blind policy has no visual tokens: drop token budget and camera_tokens")
+        elif budget.goes_down and config.max_tokens == config.num_tokens < self.seam.layout.num_dense_tokens:
+            raise BudgetError(
+                f"token budget '{budget.text}' has nothing to come down from: num_tokens_max is {config.max_tokens}, "
+                "as num_tokens; give a larger num_tokens_max, or start from the dense policy"
+            )
 
     def train(self, mode: bool = True) -> Self:
         """As of any module. In training the token budget is that of the step, otherwise `num_tokens`."""
@@ -102,7 +125,7 @@ class GridsPolicy(PreTrainedPolicy):
         """Set the budget of a training step, counted from 0, and return it."""
         self.config.token_budget_step = step
         if self.num_tokens > 0:
-            self.reducer.num_tokens = self.config.budget.at(step) if self.training else self.config.num_tokens
+            self._set_tokens(self.config.budget.at(step) if self.training else self.config.num_tokens)
         return self.num_tokens
 
     def update(self) -> None:

@@ -4,8 +4,9 @@ import lightning
 import pytest
 import torch
 
-from lerobot_grids.averaging import TrainedWeightsAverage, averaged
+from lerobot_grids.averaging import TrainedWeightsAverage
 from lerobot_grids.data import LeRobotDataModule
+from lerobot_grids.evaluation import load_policy
 from lerobot_grids.module import GridsModule
 from lerobot_policy_grids.errors import GridsError
 
@@ -37,15 +38,22 @@ def test_the_average_follows_the_formula_and_shares_frozen_weights(dataset, dens
         expected = 0.8 * expected + 0.2 * value
     # Training ends with the weights, so that it can go on; the average is there on request, and leaves again.
     assert torch.equal(module.state_dict()[NAME], weights[-1])
-    with averaged(trainer, module):
+    with average.in_place(module):
         torch.testing.assert_close(module.state_dict()[NAME], expected)
     assert torch.equal(module.state_dict()[NAME], weights[-1])
 
-    copies = dict(average._average_model.module.named_parameters())
-    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    assert len(frozen) > 50
-    assert all(copies[name].data_ptr() == p.data_ptr() for name, p in frozen.items())
-    assert copies[NAME].data_ptr() != module.state_dict()[NAME].data_ptr()
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert average.state_dict()["average"].keys() == trained
+    # Frozen weights are neither copied nor touched: without its adapters the base is what it was.
+    source = load_policy(str(dense_checkpoint)).policy.state_dict()
+    held = {name.replace(".base_layer", ""): value for name, value in module.policy.base.state_dict().items()}
+    assert len(source) > 80
+    assert all(torch.equal(held[name], value) for name, value in source.items())
+
+
+def test_a_decay_out_of_range_is_refused():
+    with pytest.raises(GridsError, match="--ema 2; give the share"):
+        TrainedWeightsAverage(2)
 
 
 def test_gradient_checkpointing_is_refused_where_lerobot_has_none(dataset):

@@ -63,6 +63,10 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
         module_of(dataset, policy=str(grids_checkpoint), tokens=16)
     with pytest.raises(GridsError, match="teaches a policy with few visual tokens"):
         module_of(dataset, policy=str(dense_checkpoint), tokens="dense")
+    with pytest.raises(GridsError, match="drop --reducer blind"):
+        module_of(dataset, policy=str(dense_checkpoint), reducer="blind")
+    with pytest.raises(GridsError, match="would teach nothing"):
+        module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), distill=0.0)
     with pytest.raises(GridsError, match="shares of the loss"):
         module_of(dataset, policy=str(dense_checkpoint), distill=1.5)
     other = tmp_path / "other"

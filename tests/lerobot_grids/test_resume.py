@@ -6,13 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
+from lerobot_grids.averaging import TrainedWeightsAverage
+from lerobot_grids.callbacks import RunCheckpoint
 from lerobot_grids.checkpoint_io import STATE_FILES, AtomicCheckpointIO, find_state, is_whole
+from lerobot_grids.data import LeRobotDataModule
+from lerobot_grids.module import GridsModule
 from lerobot_grids.order import FrameOrder
 from lerobot_policy_grids.errors import CheckpointError
 
@@ -52,17 +59,96 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, dataset, 
     run(dataset, dense_checkpoint, output, "--resume")
 
     one, two = (torch.load(tmp_path / name / STATE_FILES[0], weights_only=True) for name in ("whole", "killed"))
-    for part in ("current_model_state", "state_dict"):
-        assert one[part].keys() == two[part].keys()
-        for name, value in one[part].items():
-            assert torch.equal(value, two[part][name]), (part, name)
+    averages = [state["callbacks"]["TrainedWeightsAverage"]["average"] for state in (one, two)]
+    for ours, theirs in ((one["state_dict"], two["state_dict"]), averages):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
     policies = [load_file(tmp_path / name / "pretrained_model" / "model.safetensors") for name in ("whole", "killed")]
     for name, value in policies[0].items():
         assert torch.equal(value, policies[1][name]), name
     # The policy has the average, the state goes on from the weights.
     name = "reducer.coordinate_head.out.weight"
-    assert torch.equal(policies[0][name], one["state_dict"][f"policy.{name}"])
-    assert not torch.equal(policies[0][name], one["current_model_state"][f"policy.{name}"])
+    assert torch.equal(policies[0][name], averages[0][f"policy.{name}"])
+    assert not torch.equal(policies[0][name], one["state_dict"][f"policy.{name}"])
+
+
+class Terminate(lightning.Callback):
+    """A SIGTERM at a given moment, as Lightning's handler notes it."""
+
+    def __init__(self, batch=None, validation=False):
+        self.batch, self.validation = batch, validation
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            trainer._signal_connector.received_sigterm = True
+
+    def on_validation_batch_end(self, trainer, *args):
+        if self.validation:
+            trainer._signal_connector.received_sigterm = True
+
+
+def train(dataset, policy, output, *callbacks, resume=None, **options):
+    """In this process; returns the state that the run leaves."""
+    lightning.seed_everything(0, verbose=False)
+    data = LeRobotDataModule(str(dataset), batch_size=2, val_fraction=0.2, max_val_frames=4)
+    module = GridsModule(data.meta, policy=str(policy), tokens=4)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[TrainedWeightsAverage(0.5), *callbacks, RunCheckpoint(output, every_n_steps=2)],
+        **options,
+    )
+    with suppress(SIGTERMException):
+        trainer.fit(module, data, ckpt_path=resume)
+    return torch.load(output / STATE_FILES[0], weights_only=True)
+
+
+def assert_same(one, two):
+    assert one["global_step"] == two["global_step"]
+    averages = [state["callbacks"]["TrainedWeightsAverage"]["average"] for state in (one, two)]
+    for ours, theirs in ((one["state_dict"], two["state_dict"]), averages):
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_terminated_within_an_accumulated_step(tmp_path, dataset, dense_checkpoint):
+    """The state that is left is of a whole step, and going on twice from it changes nothing either."""
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 100}
+    whole = train(dataset, dense_checkpoint, tmp_path / "whole", **options)
+    output, state = tmp_path / "cut", tmp_path / "cut" / STATE_FILES[0]
+    left = train(dataset, dense_checkpoint, output, Terminate(batch=4), **options)
+    assert left["global_step"] == 2
+    again = train(dataset, dense_checkpoint, output, Terminate(batch=6), resume=state, **options)
+    assert again["global_step"] == 2
+    assert_same(train(dataset, dense_checkpoint, output, resume=state, **options), whole)
+
+
+def test_terminated_in_a_validation_that_uses_the_average(tmp_path, dataset, dense_checkpoint):
+    options = {"val_check_interval": 3}
+    whole = train(dataset, dense_checkpoint, tmp_path / "whole", **options)
+    output, state = tmp_path / "cut", tmp_path / "cut" / STATE_FILES[0]
+    assert train(dataset, dense_checkpoint, output, Terminate(validation=True), **options)["global_step"] == 3
+    assert_same(train(dataset, dense_checkpoint, output, resume=state, **options), whole)
+
+
+def test_other_options_than_before_are_named(tmp_path, dataset, dense_checkpoint):
+    train(dataset, dense_checkpoint, tmp_path, val_check_interval=100)
+    with pytest.raises(CheckpointError, match=r"had accumulate_grad_batches 1 \(now 2\)"):
+        train(
+            dataset,
+            dense_checkpoint,
+            tmp_path,
+            resume=tmp_path / STATE_FILES[0],
+            val_check_interval=100,
+            accumulate_grad_batches=2,
+        )
 
 
 def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, capsys):
@@ -129,6 +215,20 @@ def test_processes_share_each_global_batch_and_every_pass_holds_every_frame_once
         assert set(frames) <= set(range(23))
     assert alone.batch(0) != alone.batch(3)
     assert alone.batch(0) != FrameOrder(23, 6, seed=2).batch(0)
+
+
+def test_the_state_before_stays_when_the_newest_was_damaged(tmp_path):
+    """Else the next save would put the damaged one in its place."""
+    from lerobot_grids_cli.fit_lightning import find_resumable
+
+    writer, (newest, previous) = AtomicCheckpointIO(), (tmp_path / name for name in STATE_FILES)
+    for step in range(2):
+        writer.save_checkpoint({"step": step, "weights": torch.full((5000,), float(step))}, newest)
+    flip(newest)
+    assert find_resumable(tmp_path) == previous
+    writer.save_checkpoint({"step": 5}, newest)
+    assert is_whole(previous)
+    assert writer.load_checkpoint(newest)["step"] == 5
 
 
 def test_an_order_goes_on_where_it_is_told():

@@ -7,7 +7,7 @@ import torch
 
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.evaluation import load_policy
-from lerobot_grids.validation import budgets_of, validate
+from lerobot_grids.validation import budgets_of, held_out_share, validate
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids.errors import BudgetError
 
@@ -55,6 +55,22 @@ def test_budgets(grids_checkpoint, dense_checkpoint):
     assert budgets_of(dense, None) == [None]
     with pytest.raises(BudgetError, match="drop --tokens"):
         budgets_of(dense, [4])
+
+
+def test_a_teacher_or_a_dataset_that_does_not_fit_is_refused(
+    dataset, two_camera_dataset, dense_checkpoint, grids_checkpoint, capsys
+):
+    arguments = ["validate", "--policy", str(grids_checkpoint), "--frames", "4", "--tokens", "4"]
+    assert main([*arguments, "--dataset", str(dataset), "--teacher", str(grids_checkpoint)]) == 1
+    assert "is a grids policy, but a teacher sees every token" in capsys.readouterr().err
+    assert main([*arguments, "--dataset", str(two_camera_dataset)]) == 1
+    assert "looks through cameras observation.image; the dataset has" in capsys.readouterr().err
+
+
+def test_what_was_held_out_is_read_from_the_runs_options(tmp_path):
+    assert held_out_share(str(tmp_path)) == 0.1
+    (tmp_path / "fit.yaml").write_text("data:\n  val_fraction: 0.25\n")
+    assert held_out_share(str(tmp_path)) == held_out_share(str(tmp_path / "pretrained_model")) == 0.25
 
 
 def test_the_command_prints_draws_and_saves(dataset, dense_checkpoint, grids_checkpoint, tmp_path, capsys):

@@ -114,3 +114,11 @@ def test_camera_limits_that_make_no_sense_are_refused():
     name = next(iter(base.image_features))
     with pytest.raises(BudgetError, match="at least 1"):
         GridsPolicy(GridsConfig(base=base, num_tokens=4, camera_tokens={name: 0}, device="cpu"))
+
+
+def test_budgets_that_could_do_nothing_are_refused():
+    base = TinySmolVLAConfig(device="cpu", **FEATURES)
+    with pytest.raises(BudgetError, match="nothing to come down from"):
+        GridsPolicy(GridsConfig(base=base, num_tokens=4, token_budget="linear", device="cpu"))
+    with pytest.raises(BudgetError, match="a blind policy has no visual tokens"):
+        GridsPolicy(GridsConfig(base=base, reducer="blind", token_budget="elastic", device="cpu"))

@@ -125,6 +125,15 @@ def test_lora_trains_adapters_and_the_reducer_and_nothing_else(grids_checkpoint)
     assert any("lora_A" in name for name in trained)
     assert any("coordinate_head.out.weight" in name for name in trained)
     assert all("lora_" in name or "reducer" in name for name in trained)
+    # The budget reaches the trainable copy of the reducer.
+    for tokens in (4, 9):
+        policy.num_tokens = tokens
+        assert [part.shape[1] for part in seam_tokens(policy, batch)] == [tokens]
+
+
+def seam_tokens(policy, batch):
+    """Visual tokens that the trunk would get."""
+    return policy.base.prepare_images(batch)[0]
 
 
 def test_lora_targets_match_the_same_modules_as_in_the_base(grids_checkpoint):
