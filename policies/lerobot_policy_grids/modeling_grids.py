@@ -13,9 +13,11 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Seam, get_adapter
-from .checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, policy_type, resolve_checkpoint
+from .checkpoint import find_checkpoint, load_weights, policy_type, resolve_checkpoint
 from .configuration_grids import GridsConfig
 from .errors import CheckpointError
+from .files import MANIFEST_FILE, WEIGHTS_FILE
+from .manifest import verify_manifest
 from .reducers import make_reducer
 
 
@@ -38,8 +40,9 @@ def load_checkpoint(policy: Any, folder: Path) -> None:
     LeRobot's own `from_pretrained` of the π policies prints failures and returns random weights.
 
     Raises:
-        CheckpointError: If the weights do not fit.
+        CheckpointError: If the weights do not fit, or a file is not as the folder's manifest says.
     """
+    verify_manifest(folder)
     kind = policy.config.type
     rename = partial(get_adapter(kind).checkpoint_names, policy) if kind in ADAPTERS else None
     load_weights(policy, folder / WEIGHTS_FILE, rename)
@@ -176,6 +179,11 @@ class GridsPolicy(PreTrainedPolicy):
             "modules_to_save": [*(targets.get("modules_to_save") or []), "reducer"],
         }
 
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        # It would describe what was here before.
+        (save_directory / MANIFEST_FILE).unlink(missing_ok=True)
+        super()._save_pretrained(save_directory, state_dict=state_dict)
+
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> Self:
         """Load a grids checkpoint: a folder, the output folder of a run, or a repository on the Hub.
@@ -209,7 +217,7 @@ class GridsPolicy(PreTrainedPolicy):
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
-        load_weights(model, Path(model_file))
+        load_checkpoint(model, Path(model_file).parent)
         return model
 
 
