@@ -19,7 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import CheckpointError, GridsError, OutputExistsError
-from .files import ADAPTER_FILE, CONFIG_FILE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, read_json
+from .files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    DOWNLOADED,
+    MANIFEST_FILE,
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    read_json,
+)
+from .hub_errors import explain
+from .trust import check_published
 
 # Where a training run keeps the checkpoint that LeRobot's commands load.
 CHECKPOINT_FOLDER = "pretrained_model"
@@ -40,22 +51,33 @@ def resolve_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
 
 
-def find_checkpoint(source: str) -> Path:
+def find_checkpoint(source: str, **options: Any) -> Path:
     """The checkpoint folder that a user names: a folder, or an id on the Hub, `user/name` or `user/name@revision`.
 
+    What somebody published is checked before it is returned.
+
+    Args:
+        source: Folder or Hub id. A folder wins over a repository of the same name.
+        **options: For the Hub's client: revision, token, cache_dir, ...
+
     Raises:
-        CheckpointError: If it is neither, or the Hub does not give it.
+        CheckpointError: If it is neither, the Hub does not give it, or `check_published` refuses it.
     """
     if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
-        return resolve_checkpoint(Path(source))
-    repository, _, revision = source.partition("@")
-    patterns = ["*.json", "*.safetensors"]
-    try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-    except Exception as error:  # the Hub client's errors share no base class
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source} is no folder here and cannot be fetched from the Hub: {cause}") from error
-    return resolve_checkpoint(Path(folder))
+        folder = resolve_checkpoint(Path(source))
+    else:
+        repository, _, revision = source.partition("@")
+        options["revision"] = revision or options.get("revision")
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=DOWNLOADED, **options))
+        except Exception as error:  # the Hub client's errors share no base class
+            raise CheckpointError(
+                f"{source} is no folder here and cannot be fetched from the Hub: {explain(error)}"
+            ) from error
+        resolve_checkpoint(folder)
+    if provenance(folder) is not None or (folder / MANIFEST_FILE).is_file():
+        check_published(folder)
+    return folder
 
 
 def provenance(folder: Path) -> tuple[str, str] | None:

@@ -60,7 +60,7 @@ class Manifest:
 
     @property
     def format(self) -> str:
-        """ "adapter" if it needs a base, otherwise "full"."""
+        """What `--format` calls it: "adapter" if it needs a base, otherwise "full"."""
         return FORMATS[self.base is not None]
 
 

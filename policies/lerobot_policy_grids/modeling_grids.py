@@ -6,19 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Seam, get_adapter
-from .checkpoint import find_checkpoint, load_weights, policy_type, resolve_checkpoint
+from .checkpoint import find_checkpoint, load_weights, policy_type
 from .configuration_grids import GridsConfig
 from .errors import CheckpointError
 from .files import MANIFEST_FILE, WEIGHTS_FILE
 from .manifest import verify_manifest
 from .reducers import make_reducer
+
+# Arguments of `from_pretrained` that are meant for the Hub's client.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
@@ -201,19 +203,12 @@ class GridsPolicy(PreTrainedPolicy):
         """
         if not strict:
             raise CheckpointError("strict=False would leave random weights in the policy; load with strict=True")
-        source = Path(pretrained_name_or_path)
-        if source.exists():
-            source = resolve_checkpoint(source)
-            kind = policy_type(source)
-            if kind != cls.name:
-                raise CheckpointError(f"{source} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
-        try:
-            return super().from_pretrained(str(source), strict=True, **kwargs)
-        except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"'{source}' is no checkpoint folder here and cannot be fetched from the Hub ({error}); "
-                "check the name, the revision and your login"
-            ) from error
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder = find_checkpoint(str(pretrained_name_or_path), **options)
+        kind = policy_type(folder)
+        if kind != cls.name:
+            raise CheckpointError(f"{folder} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
+        return super().from_pretrained(str(folder), strict=True, **kwargs)
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
