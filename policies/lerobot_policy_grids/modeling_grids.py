@@ -12,10 +12,11 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Seam, get_adapter
+from .base_weights import fetch_base
 from .checkpoint import find_checkpoint, load_weights, policy_type
 from .configuration_grids import GridsConfig
 from .errors import CheckpointError
-from .files import MANIFEST_FILE, WEIGHTS_FILE
+from .files import ADAPTER_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from .manifest import verify_manifest
 from .reducers import make_reducer
 
@@ -39,15 +40,31 @@ def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
 def load_checkpoint(policy: Any, folder: Path) -> None:
     """Load a checkpoint folder's weights into a policy, dense or grids: exactly, or not at all.
 
-    LeRobot's own `from_pretrained` of the π policies prints failures and returns random weights.
+    An adapter's base is fetched from the Hub, or its cache, first. LeRobot's own `from_pretrained` of the π policies
+    prints failures and returns random weights.
 
     Raises:
-        CheckpointError: If the weights do not fit, or a file is not as the folder's manifest says.
+        CheckpointError: If the weights or an adapter's base do not fit, or a file is not as the folder's manifest says.
     """
-    verify_manifest(folder)
+    manifest = verify_manifest(folder)
+    if manifest is None or manifest.base is None:
+        load_file(policy, folder / WEIGHTS_FILE)
+    elif isinstance(policy, GridsPolicy):
+        load_file(policy.base, fetch_base(manifest.base))
+        load_weights(policy, folder / ADAPTER_FILE, required="reducer.")
+    else:
+        raise CheckpointError(f"{folder} is an adapter for a '{policy.config.type}' policy, expected 'grids'")
+
+
+def load_file(policy: Any, path: Path) -> None:
+    """Load a weights file that holds all of a policy, under its names of today or of older releases.
+
+    Raises:
+        CheckpointError: If it does not fit exactly.
+    """
     kind = policy.config.type
     rename = partial(get_adapter(kind).checkpoint_names, policy) if kind in ADAPTERS else None
-    load_weights(policy, folder / WEIGHTS_FILE, rename)
+    load_weights(policy, path, rename)
 
 
 class GridsPolicy(PreTrainedPolicy):
@@ -182,8 +199,9 @@ class GridsPolicy(PreTrainedPolicy):
         }
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        # It would describe what was here before.
-        (save_directory / MANIFEST_FILE).unlink(missing_ok=True)
+        # They would describe what was here before.
+        for name in (MANIFEST_FILE, ADAPTER_FILE):
+            (save_directory / name).unlink(missing_ok=True)
         super()._save_pretrained(save_directory, state_dict=state_dict)
 
     @classmethod
