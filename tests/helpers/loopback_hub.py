@@ -115,6 +115,10 @@ class LoopbackHub:
         return variables | ({"HF_TOKEN": token} if token else {})
 
 
+class Refusal(Exception):  # noqa: N818
+    """An answer other than 200: status, message, and the code that the client knows errors by."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
@@ -142,13 +146,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.body = self._chunks()
         self.hub.requests.append(f"{method} {self.route}")
         self.broken = self.hub.fault(method, self.route)
+        try:
+            self._answer("GET" if method == "HEAD" else method)
+        except Refusal as refusal:
+            status, message, *code = refusal.args
+            headers = {"X-Error-Message": message} | ({"X-Error-Code": code[0]} if code else {})
+            self._json({"error": message}, status, headers)
+
+    def _answer(self, method):
         if isinstance(self.broken, int):
-            return self._error(self.broken, "a fault for the test")
+            raise Refusal(self.broken, "a fault for the test")
         for verb, pattern, answer in ROUTES:
             match = re.fullmatch(pattern, self.route)
-            if match and verb == ("GET" if method == "HEAD" else method):
-                return answer(self, **match.groupdict())
-        return self._error(404, f"no such endpoint: {method} {self.route}")
+            if match and verb == method:
+                answer(self, **match.groupdict())
+                return
+        raise Refusal(404, f"no such endpoint: {method} {self.route}")
 
     def _chunks(self):
         data = b""
@@ -177,40 +190,30 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, content, status=200, headers=None):
         self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
 
-    def _error(self, status, message, code=None):
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self._json({"error": message}, status, headers)
-
     def _token(self):
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def _repository(self, name):
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and self._token() not in (TOKEN, READ_TOKEN)):
-            self._error(401 if not self._token() else 404, "Repository not found", "RepoNotFound")
-            return None
+            raise Refusal(404 if self._token() else 401, "Repository not found", "RepoNotFound")
         if repository.gated:
-            self._error(403, "Access to this repository is restricted", "GatedRepo")
-            return None
+            raise Refusal(403, "Access to this repository is restricted", "GatedRepo")
         return repository
 
     def _commit_at(self, name, revision):
-        repository = self._repository(name)
-        if repository is None:
-            return None
-        commit = repository.at(revision)
+        commit = self._repository(name).at(revision)
         if commit is None:
-            self._error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    def _may_write(self, name=OWNER + "/"):
+    def _check_write(self, name):
         if not self._token():
-            self._error(401, "Invalid username or password.")
-        elif self._token() != TOKEN or not name.startswith(OWNER + "/"):
-            self._error(403, "You don't have the rights to write here")
-        else:
-            return True
-        return False
+            raise Refusal(401, "Invalid username or password.")
+        if self._token() not in (TOKEN, READ_TOKEN):
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        if self._token() != TOKEN or not name.startswith(OWNER + "/"):
+            raise Refusal(403, "You don't have the rights to write here")
 
     def whoami(self):
         self._json({"name": OWNER, "type": "user", "orgs": []})
@@ -218,19 +221,17 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or OWNER}/{asked['name']}"
-        if not self._may_write(name):
-            return
+        self._check_write(name)
         url = {"url": f"{self.hub.url}/{name}", "name": name}
         if name in self.hub.repositories:
-            return self._json(url | {"error": "You already created this model repo"}, 409)
+            self._json(url | {"error": "You already created this model repo"}, 409)
+            return
         private = asked.get("private") or asked.get("visibility") == "private"
         self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=bool(private))
         self._json(url)
 
     def info(self, name, revision="main"):
         commit = self._commit_at(name, revision)
-        if commit is None:
-            return
         repository = self.hub.repositories[name]
         self._json(
             {
@@ -245,30 +246,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, name, revision):
         commit = self._commit_at(name, revision)
-        if commit is not None:
-            self._json(
-                [
-                    {"type": "file", "path": p, "oid": _blob(p, d)["blobId"]} | _blob(p, d)
-                    for p, d in commit.files.items()
-                ]
-            )
+        files = commit.files.items()
+        self._json([{"type": "file", "path": p, "oid": _blob(p, d)["blobId"]} | _blob(p, d) for p, d in files])
 
     def refs(self, name):
         repository = self._repository(name)
-        if repository is not None:
-            branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": repository.commits[-1].oid}
-            tags = [
-                {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": oid} for tag, oid in repository.tags.items()
-            ]
-            self._json({"branches": [branch], "tags": tags, "converts": []})
+        branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": repository.commits[-1].oid}
+        tags = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": oid} for tag, oid in repository.tags.items()]
+        self._json({"branches": [branch], "tags": tags, "converts": []})
 
     def tag(self, name, revision):
         commit = self._commit_at(name, revision)
-        if commit is None or not self._may_write(name):
-            return
+        self._check_write(name)
         repository, tag = self.hub.repositories[name], json.loads(self.body)["tag"]
         if tag in repository.tags:
-            return self._error(409, "Tag reference exists already")
+            raise Refusal(409, "Tag reference exists already")
         repository.tags[tag] = commit.oid
         self._json({})
 
@@ -276,11 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": [], "warnings": []})
 
     def preupload(self, name, revision):
-        if not self._may_write(name):
-            return
+        self._check_write(name)
         commit = self._commit_at(name, revision)
-        if commit is None:
-            return
         answers = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
@@ -292,8 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"files": answers})
 
     def batch(self, name):
-        if not self._may_write(name):
-            return
+        self._check_write(name)
         objects = []
         for asked in json.loads(self.body)["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
@@ -305,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def upload(self, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            return self._error(400, "the object does not have that hash")
+            raise Refusal(400, "the object does not have that hash")
         self.hub.objects[oid] = self.body
         self._json({})
 
@@ -313,8 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({} if json.loads(self.body)["oid"] in self.hub.objects else {"error": "missing"})
 
     def commit(self, name, revision):
-        if not self._may_write(name):
-            return
+        self._check_write(name)
         repository = self._repository(name)
         lines = [json.loads(line) for line in self.body.decode().splitlines() if line.strip()]
         with self.hub.lock:
@@ -326,7 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
                     header = value
                     parent = value.get("parentCommit")
                     if parent not in (None, repository.commits[-1].oid):
-                        return self._error(412, "A commit has happened since. Please refresh and try again.")
+                        raise Refusal(412, "A commit has happened since. Please refresh and try again.")
                 elif line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
@@ -338,10 +325,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, name, revision, path):
         commit = self._commit_at(name, revision)
-        if commit is None:
-            return
         if path not in commit.files:
-            return self._error(404, "Entry not found", "EntryNotFound")
+            raise Refusal(404, "Entry not found", "EntryNotFound")
         data, blob = commit.files[path], _blob(path, commit.files[path])
         etag = blob["lfs"]["sha256"] if blob.get("lfs") else blob["blobId"]
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
@@ -349,8 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
         if match:
             start = int(match[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self._send(data[start:], 206, headers)
-        self._send(data, 200, headers)
+            self._send(data[start:], 206, headers)
+        else:
+            self._send(data, 200, headers)
 
 
 def _blob(path, data):

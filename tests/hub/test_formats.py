@@ -78,7 +78,7 @@ def test_an_adapter_needs_a_base_from_the_hub(grids_checkpoint, dense_checkpoint
 def test_a_base_that_moved_does_not_matter(hub, adapter, trained, tmp_path):
     expected = act(GridsPolicy.from_pretrained(trained))
     repository = hub.repositories[BASE]
-    repository.commit({name: b"other" for name in repository.commits[0].files}, "moved")
+    repository.commit(dict.fromkeys(repository.commits[0].files, b"other"), "moved")
     shutil.rmtree(tmp_path / "cache")
     assert torch.equal(act(GridsPolicy.from_pretrained(adapter)), expected)
 
