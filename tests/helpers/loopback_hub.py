@@ -12,7 +12,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 OWNER, TOKEN = "me", "hf_loopbackloopbackloopbackloopback00"
 READ_TOKEN = "hf_readonlyreadonlyreadonlyreadonly11"
@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, method):
         url = urlsplit(self.path)
-        self.route, self.query = unquote(url.path), parse_qs(url.query)
+        self.route = unquote(url.path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             self.body = self._chunks()
@@ -171,13 +171,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return data
 
-    def _send(self, data, status=200, headers=None, length=None):
+    def _send(self, data, status=200, headers=None):
         if self.broken == "flipped" and data:
             data = data[:-1] + bytes([data[-1] ^ 1])
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command == "HEAD":
             return
