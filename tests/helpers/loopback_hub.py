@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,7 +78,7 @@ class LoopbackHub:
         return self.repositories[name].commits[-1].files
 
     def fail(self, method, path, kind, times=1):
-        """Answer the next requests whose path matches with a status, or with their body 'cut' or 'flipped'."""
+        """Answer the next requests whose path matches with a status, their body 'cut' or 'flipped', or 'never'."""
         self.faults.append(Fault(method, path, kind, times))
 
     def fault(self, method, path):
@@ -154,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": message}, status, headers)
 
     def _answer(self, method):
+        if self.broken == "never":
+            time.sleep(600)
         if isinstance(self.broken, int):
             raise Refusal(self.broken, "a fault for the test")
         for verb, pattern, answer in ROUTES:
