@@ -15,8 +15,10 @@ from lerobot_grids.averaging import TrainedWeightsAverage
 from lerobot_grids.callbacks import RunCheckpoint, Speed, TrainingProgress
 from lerobot_grids.checkpoint_io import STATE_FILES, find_state
 from lerobot_grids.data import LeRobotDataModule
+from lerobot_grids.hub import check_login, push
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens, source_type
+from lerobot_grids.publishing import Description
 from lerobot_grids.recipes import recipe_for
 from lerobot_policy_grids.errors import GridsError, OutputExistsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
@@ -58,6 +60,8 @@ class FitCLI(LightningCLI):
         options = self.config
         tokens = None if options.tokens is None else parse_tokens(options.tokens)
         require_at_least(1, steps=options.steps, batch_size=options.batch_size, save_every=options.save_every)
+        if options.push is not None:
+            check_login(options.push)
         recipe = recipe_for(source_type(options.policy))
         label = options.reducer or tokens or "grids"
         if options.budget != "constant":
@@ -224,6 +228,21 @@ def _run(arguments: list[str]) -> None:
     if "val/loss" in metrics:
         print(f"validation loss {metrics['val/loss']:.4f}")
     print(f"saved {cli.output}/pretrained_model\nnext: lerobot-grids eval --policy {cli.output}")
+    if cli.config.push is not None:
+        _push(cli)
+
+
+def _push(cli: FitCLI) -> None:
+    options = cli.config
+    # A folder's name may look like a repository's.
+    dataset = None if Path(options.dataset).exists() else options.dataset
+    try:
+        pushed = push(cli.output, options.push, description=Description(dataset=dataset))
+    except GridsError as error:
+        raise GridsError(
+            f"{error}; the policy is saved, push it with lerobot-grids push {cli.output} {options.push}"
+        ) from error
+    print(f"pushed {pushed.format} checkpoint to {options.push}@{pushed.commit}")
 
 
 def _parse(arguments: list[str]) -> FitCLI:

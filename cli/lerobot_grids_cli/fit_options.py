@@ -44,5 +44,7 @@ class FitOptions:
     """Steps between two checkpoints, so that a killed run can go on."""
     rename_map: dict[str, str] | None = None
     """Dataset feature names to the policy's, where they differ: '{"observation.image": "observation.images.top"}'."""
+    push: str | None = None
+    """Repository on the Hub, user/name, to push the trained policy to; made, and public, if it does not exist."""
     resume: bool = False
     """Go on with the run in --output from its last checkpoint."""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -26,21 +27,37 @@ class Parser(OneLineErrors, ArgumentParser):
     """A subcommand's parser."""
 
 
-def run(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
+def run(function: Callable[..., Any], command: str, arguments: list[str], *, positional: bool = False) -> Any:
     """Parse `arguments` into the parameters of `function`, and call it.
 
     Args:
         function: Its signature and docstring are the options and the help.
         command: Name of the subcommand.
         arguments: What followed it.
+        positional: Whether parameters without a default are given without their names.
     """
     summary = (function.__doc__ or "").split("\n\n    Args:")[0]
     parser = Parser(prog=f"lerobot-grids {command}", description=" ".join(summary.split()))
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    parser.add_function_arguments(function, as_group=False)
-    options = parser.parse_args(arguments)
+    parser.add_function_arguments(function, as_group=False, as_positional=positional)
+    options = parser.parse_args(_switched_on(function, arguments))
     options.pop("config", None)
     return function(**vars(options))
+
+
+def _switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """A switch that is given alone is on: `--dry-run` means `--dry_run=true`."""
+    parameters = signature(function).parameters.values()
+    switches = {f"--{parameter.name}" for parameter in parameters if parameter.default is False}
+    following = [*arguments[1:], ""]
+
+    def switched(given: str, value: str) -> str:
+        name = "--" + given.removeprefix("--").replace("-", "_")
+        if not given.startswith("--") or name not in switches:
+            return given
+        return name if value in ("true", "false") else f"{name}=true"
+
+    return [switched(given, value) for given, value in zip(arguments, following, strict=True)]
 
 
 def require_at_least(least: float, **values: float | None) -> None:

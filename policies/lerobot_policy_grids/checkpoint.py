@@ -4,7 +4,6 @@ LeRobot loads with `strict=False`: a checkpoint with missing keys becomes a poli
 line in the log. Here a checkpoint fits exactly or is refused, and a folder appears whole or not at all.
 """
 
-import json
 import os
 import re
 import shutil
@@ -20,13 +19,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import CheckpointError, GridsError, OutputExistsError
+from .files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    DOWNLOADED,
+    MANIFEST_FILE,
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    read_json,
+)
+from .hub_errors import explain
+from .trust import check_published
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-PREPROCESSOR_FILE = "policy_preprocessor.json"
-POSTPROCESSOR_FILE = "policy_postprocessor.json"
 # Where a training run keeps the checkpoint that LeRobot's commands load.
 CHECKPOINT_FOLDER = "pretrained_model"
+# What weights may be stored in and converted from; anything else is another quantity.
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -42,22 +51,33 @@ def resolve_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
 
 
-def find_checkpoint(source: str) -> Path:
+def find_checkpoint(source: str, **options: Any) -> Path:
     """The checkpoint folder that a user names: a folder, or an id on the Hub, `user/name` or `user/name@revision`.
 
+    What somebody published is checked before it is returned.
+
+    Args:
+        source: Folder or Hub id. A folder wins over a repository of the same name.
+        **options: For the Hub's client: revision, token, cache_dir, ...
+
     Raises:
-        CheckpointError: If it is neither, or the Hub does not give it.
+        CheckpointError: If it is neither, the Hub does not give it, or `check_published` refuses it.
     """
     if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
-        return resolve_checkpoint(Path(source))
-    repository, _, revision = source.partition("@")
-    patterns = ["*.json", "*.safetensors"]
-    try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-    except Exception as error:  # the Hub client's errors share no base class
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source} is no folder here and cannot be fetched from the Hub: {cause}") from error
-    return resolve_checkpoint(Path(folder))
+        folder = resolve_checkpoint(Path(source))
+    else:
+        repository, _, revision = source.partition("@")
+        options["revision"] = revision or options.get("revision")
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=DOWNLOADED, **options))
+        except Exception as error:  # the Hub client's errors share no base class
+            raise CheckpointError(
+                f"{source} is no folder here and cannot be fetched from the Hub: {explain(error)}"
+            ) from error
+        resolve_checkpoint(folder)
+    if provenance(folder) is not None or (folder / MANIFEST_FILE).is_file():
+        check_published(folder)
+    return folder
 
 
 def provenance(folder: Path) -> tuple[str, str] | None:
@@ -75,13 +95,12 @@ def policy_type(folder: Path) -> str:
         CheckpointError: If the file is not JSON or names none.
     """
     path = folder / CONFIG_FILE
-    try:
-        name = json.loads(path.read_text())["type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    name = read_json(path).get("type")
+    if not isinstance(name, str):
         raise CheckpointError(
-            f"{path} cannot be read as a policy configuration ({error!r}); restore the checkpoint from its source"
-        ) from error
-    return str(name)
+            f"{path} has type {name!r}, expected the name of a policy type; restore the checkpoint from its source"
+        )
+    return name
 
 
 def read_config(folder: Path) -> Any:
@@ -102,7 +121,8 @@ def read_config(folder: Path) -> Any:
 
 def require_complete(folder: Path) -> None:
     """Raise `CheckpointError` unless the folder holds configuration, weights and both processors."""
-    names = (CONFIG_FILE, WEIGHTS_FILE, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
+    weights = ADAPTER_FILE if (folder / ADAPTER_FILE).is_file() else WEIGHTS_FILE
+    names = (CONFIG_FILE, weights, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -111,17 +131,23 @@ def require_complete(folder: Path) -> None:
         )
 
 
-def load_weights(module: nn.Module, path: Path, rename: Callable[[list[str]], dict[str, str]] | None = None) -> None:
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    rename: Callable[[list[str]], dict[str, str]] | None = None,
+    required: str = "",
+) -> None:
     """Load a safetensors file into `module`: exactly its keys and shapes, all values finite.
 
     Tensors are read one by one, so that the peak in memory is the module and its largest tensor. Values take
-    the module's floating-point dtype, as LeRobot's own loading does.
+    the module's precision, as in LeRobot's own loading, but only from float32, bfloat16 or float16.
 
     Args:
         module: Where the values go.
         path: The file.
         rename: Maps the file's names to {the module's name: the file's name}, for checkpoints of older
             releases. None takes the names as they are.
+        required: Only names that begin so must be in the file; the others keep their values unless they are.
 
     Raises:
         CheckpointError: Naming the file and the first keys that do not fit. The module is then in an
@@ -141,7 +167,9 @@ def load_weights(module: nn.Module, path: Path, rename: Callable[[list[str]], di
         raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
     # Tied weights are stored under one of their names.
     stored = {targets[name].data_ptr() for name in sources.keys() & targets.keys()}
-    missing = [name for name, target in targets.items() if target.data_ptr() not in stored]
+    missing = [
+        name for name, target in targets.items() if name.startswith(required) and target.data_ptr() not in stored
+    ]
     unexpected = [source for name, source in sources.items() if name not in targets]
     if missing or unexpected:
         shown = [f"missing {_first(missing)}"] if missing else []
@@ -153,7 +181,7 @@ def _copy(source: Tensor, target: Tensor) -> str:
     """Copy values where they fit; otherwise say why they do not."""
     if source.shape != target.shape:
         return f"has shape {tuple(source.shape)}, expected {tuple(target.shape)}"
-    if source.is_floating_point() != target.is_floating_point():
+    if source.dtype != target.dtype and not {source.dtype, target.dtype} <= {*PRECISIONS}:
         return f"has dtype {source.dtype}, expected {target.dtype}"
     if not torch.isfinite(source).all():
         return "holds NaN or infinity"

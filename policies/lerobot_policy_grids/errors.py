@@ -31,3 +31,7 @@ class SimulationError(GridsError):
 
 class OutputExistsError(GridsError):
     """An output folder exists already and would be overwritten."""
+
+
+class HubError(GridsError):
+    """The Hub refused something, or cannot be reached."""

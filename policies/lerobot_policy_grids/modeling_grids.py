@@ -6,17 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Seam, get_adapter
-from .checkpoint import WEIGHTS_FILE, find_checkpoint, load_weights, policy_type, resolve_checkpoint
+from .base_weights import fetch_base
+from .checkpoint import find_checkpoint, load_weights, policy_type
 from .configuration_grids import GridsConfig
 from .errors import BudgetError, CheckpointError
+from .files import ADAPTER_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from .manifest import verify_manifest
 from .reducers import make_reducer
+
+# Arguments of `from_pretrained` that are meant for the Hub's client.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
@@ -35,14 +40,31 @@ def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
 def load_checkpoint(policy: Any, folder: Path) -> None:
     """Load a checkpoint folder's weights into a policy, dense or grids: exactly, or not at all.
 
-    LeRobot's own `from_pretrained` of the π policies prints failures and returns random weights.
+    An adapter's base is fetched from the Hub, or its cache, first. LeRobot's own `from_pretrained` of the π policies
+    prints failures and returns random weights.
 
     Raises:
-        CheckpointError: If the weights do not fit.
+        CheckpointError: If the weights or an adapter's base do not fit, or a file is not as the folder's manifest says.
+    """
+    manifest = verify_manifest(folder)
+    if manifest is None or manifest.base is None:
+        load_file(policy, folder / WEIGHTS_FILE)
+    elif isinstance(policy, GridsPolicy):
+        load_file(policy.base, fetch_base(manifest.base))
+        load_weights(policy, folder / ADAPTER_FILE, required="reducer.")
+    else:
+        raise CheckpointError(f"{folder} is an adapter for a '{policy.config.type}' policy, expected 'grids'")
+
+
+def load_file(policy: Any, path: Path) -> None:
+    """Load a weights file that holds all of a policy, under its names of today or of older releases.
+
+    Raises:
+        CheckpointError: If it does not fit exactly.
     """
     kind = policy.config.type
     rename = partial(get_adapter(kind).checkpoint_names, policy) if kind in ADAPTERS else None
-    load_weights(policy, folder / WEIGHTS_FILE, rename)
+    load_weights(policy, path, rename)
 
 
 class GridsPolicy(PreTrainedPolicy):
@@ -199,6 +221,12 @@ class GridsPolicy(PreTrainedPolicy):
             "modules_to_save": [*(targets.get("modules_to_save") or []), "reducer"],
         }
 
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        # They would describe what was here before.
+        for name in (MANIFEST_FILE, ADAPTER_FILE):
+            (save_directory / name).unlink(missing_ok=True)
+        super()._save_pretrained(save_directory, state_dict=state_dict)
+
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> Self:
         """Load a grids checkpoint: a folder, the output folder of a run, or a repository on the Hub.
@@ -216,23 +244,16 @@ class GridsPolicy(PreTrainedPolicy):
         """
         if not strict:
             raise CheckpointError("strict=False would leave random weights in the policy; load with strict=True")
-        source = Path(pretrained_name_or_path)
-        if source.exists():
-            source = resolve_checkpoint(source)
-            kind = policy_type(source)
-            if kind != cls.name:
-                raise CheckpointError(f"{source} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
-        try:
-            return super().from_pretrained(str(source), strict=True, **kwargs)
-        except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"'{source}' is no checkpoint folder here and cannot be fetched from the Hub ({error}); "
-                "check the name, the revision and your login"
-            ) from error
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder = find_checkpoint(str(pretrained_name_or_path), **options)
+        kind = policy_type(folder)
+        if kind != cls.name:
+            raise CheckpointError(f"{folder} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
+        return super().from_pretrained(str(folder), strict=True, **kwargs)
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
-        load_weights(model, Path(model_file))
+        load_checkpoint(model, Path(model_file).parent)
         return model
 
 

@@ -130,6 +130,7 @@ def test_tied_weights_are_no_missing_keys(tmp_path):
         ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "unexpected 'more'"),
         ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"shape \(3, 2\), expected \(2, 3\)"),
         ({"weight": torch.zeros(2, 3, dtype=torch.int8), "bias": torch.zeros(2)}, "dtype torch.int8"),
+        ({"weight": torch.zeros(2, 3, dtype=torch.float64), "bias": torch.zeros(2)}, "dtype torch.float64"),
         ({"weight": torch.full((2, 3), torch.inf), "bias": torch.zeros(2)}, "NaN or infinity"),
     ],
 )

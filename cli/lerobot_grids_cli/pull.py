@@ -1,0 +1,32 @@
+"""lerobot-grids pull."""
+
+from .parser import run
+
+
+def pull(repo: str, folder: str, force: bool = False, json: str | None = None) -> None:
+    """Fetch a checkpoint from the Hub into a folder, every file checked against its hash.
+
+    LeRobot's commands take the folder as --policy.path; so one revision gives policy and processors.
+
+    Args:
+        repo: The repository, user/name or user/name@revision (branch, tag or commit).
+        folder: The folder to appear, whole or not at all.
+        force: Replace the folder, and fetch every file anew.
+        json: File for what was pulled.
+    """
+    from pathlib import Path
+
+    from lerobot_grids import hub
+    from lerobot_grids.progress import require_writable, write_json
+
+    if json is not None:
+        require_writable(Path(json))
+    done = hub.pull(repo, Path(folder), force=force)
+    print(f"pulled {repo} at {done.commit}, {done.format} checkpoint, to {done.folder}")
+    print(f"next: lerobot-grids eval --policy {done.folder}")
+    write_json(json, {"repo": repo, "folder": str(done.folder), "commit": done.commit, "format": done.format})
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    run(pull, "pull", arguments, positional=True)

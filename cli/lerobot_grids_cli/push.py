@@ -1,0 +1,72 @@
+"""lerobot-grids push."""
+
+from typing import Literal
+
+from .parser import run
+
+
+def push(
+    source: str,
+    repo: str,
+    format: Literal["auto", "adapter", "full"] = "auto",
+    private: bool = False,
+    tag: str | None = None,
+    dry_run: bool = False,
+    results: str | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
+    template: str | None = None,
+    json: str | None = None,
+) -> None:
+    """Push a checkpoint to the Hub in one commit, with a card of what was measured.
+
+    Log in with `hf auth login` first. Tokens, paths of this machine and options of other programs are not pushed.
+
+    Args:
+        source: Checkpoint folder, or output folder of a training run.
+        repo: Where to, user/name; made if it does not exist.
+        format: adapter (what training changed, over a base pinned by commit and hash), full (self-contained), or auto
+            for the adapter where there is a base on the Hub and it is much smaller.
+        private: Make the repository private.
+        tag: Name for the commit, such as v1.
+        dry_run: Check everything, list files and sizes, show the card, and push nothing.
+        results: JSON files of eval, validate and bench for the card, comma-separated; a looks.png beside one is its
+            picture.
+        dataset: Hub id of the training data, for the card.
+        license: Licence of the weights as the Hub spells it, such as apache-2.0, for the card.
+        template: Jinja2 template of the card instead of ours.
+        json: File for what was pushed.
+    """
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from lerobot_grids import hub
+    from lerobot_grids.progress import require_writable, write_json
+    from lerobot_grids.publishing import Description
+
+    if json is not None:
+        require_writable(Path(json))
+    description = Description(
+        tuple(Path(path) for path in (results or "").split(",") if path),
+        dataset,
+        license,
+        None if template is None else Path(template),
+    )
+    done = hub.push(
+        Path(source), repo, format=format, private=private, tag=tag, description=description, dry_run=dry_run
+    )
+    if dry_run:
+        print(done.card)
+    for name, size in done.files.items():
+        print(f"{size:>15,}  {name}")
+    for name in done.deleted:
+        print(f"{'deleted':>15}  {name}")
+    total = sum(done.files.values())
+    where = f"would be pushed to {repo}" if done.commit is None else f"pushed to {repo}@{done.commit}"
+    print(f"{total:>15,}  bytes, {done.format} checkpoint, {where}")
+    write_json(json, asdict(done))
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    run(push, "push", arguments, positional=True)

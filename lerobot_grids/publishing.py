@@ -1,0 +1,230 @@
+"""What a push consists of: the checkpoint's own files and a card, and nothing that says who or where you are."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
+
+from lerobot_grids_cards import DistanceRow, Measurements, PolicyFacts, SuccessRow, read_measurements, render
+from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, require_complete, resolve_checkpoint
+from lerobot_policy_grids.errors import CheckpointError, GridsError
+from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PICTURE_FILE, WEIGHTS_FILE, read_json
+from lerobot_policy_grids.formats import write_adapter, write_full
+from lerobot_policy_grids.manifest import read_manifest, write_manifest
+from lerobot_policy_grids.trust import check_published
+
+Format = Literal["auto", "adapter", "full"]
+
+# An adapter that is larger than this share of the full checkpoint saves too little to need a base.
+WORTHWHILE = 0.5
+
+# Options of a run that a card shows; the others are paths, names, or defaults of Lightning.
+TRAINING_OPTIONS = (
+    "tokens",
+    "reducer",
+    "budget",
+    "distill",
+    "steps",
+    "batch_size",
+    "seed",
+    "ema",
+    "model.train",
+    "model.lora_rank",
+    "model.lr",
+    "trainer.max_steps",
+    "trainer.accumulate_grad_batches",
+    "trainer.precision",
+)
+
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
+_PATH = re.compile(rb"""(?:^|[\s"'`(=])(/(?:[\w.-]+/)+[\w.-]*|~/[\w.-]+|[A-Za-z]:\\{1,2}\w+)""", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the card is told besides what the checkpoint says.
+
+    Attributes:
+        results: JSON files of eval, validate and bench; a looks.png beside one goes along.
+        dataset: Hub id of the training data.
+        licence: Identifier as the Hub spells it.
+        template: A jinja2 template instead of the project's.
+    """
+
+    results: tuple[Path, ...] = ()
+    dataset: str | None = None
+    licence: str | None = None
+    template: Path | None = None
+
+
+def prepare(source: Path, staging: Path, repo_id: str, format: Format, description: Description) -> None:
+    """Put everything that will be pushed into a folder.
+
+    Args:
+        source: A checkpoint folder; it is only read.
+        staging: An empty folder on the same disk.
+        repo_id: Where it will go.
+        format: What to make of it; "auto" takes the adapter where there is a base on the Hub and it saves enough.
+        description: For the card.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete, damaged, holds NaN or links, or could not be loaded by others.
+        GridsError: If something in it should not leave this machine, or a result is not what it should be.
+    """
+    links = [path.name for path in source.iterdir() if path.is_symlink()]
+    if links:
+        raise CheckpointError(f"{source} holds links, {', '.join(links)}; only plain files are pushed, copy them there")
+    require_complete(source)
+    _write_format(source, staging, format)
+    manifest = read_manifest(staging)
+    assert manifest is not None  # just written
+    _scrub_config(staging / CONFIG_FILE)
+    for result in description.results:
+        picture = result.parent / PICTURE_FILE
+        if picture.is_file():
+            shutil.copyfile(picture, staging / PICTURE_FILE)
+    write_manifest(staging, manifest.base)
+    text = _card(source, staging, repo_id, description)
+    (staging / CARD_FILE).write_text(text, encoding="utf-8")
+    check_published(staging)
+    for path in sorted(staging.iterdir()):
+        if path.suffix == ".safetensors":
+            _require_finite(path)
+        _refuse_private(path)
+
+
+def _write_format(source: Path, staging: Path, format: Format) -> None:
+    if format == "auto":
+        config = read_json(source / CONFIG_FILE)
+        has_base = config.get("base_repo_id") is not None and config.get("base_revision") is not None
+        format = "adapter" if has_base else "full"
+        if has_base and (source / WEIGHTS_FILE).is_file():
+            write_adapter(source, staging)
+            if (staging / ADAPTER_FILE).stat().st_size <= WORTHWHILE * (source / WEIGHTS_FILE).stat().st_size:
+                return
+            for path in staging.iterdir():
+                path.unlink()
+            format = "full"
+    (write_adapter if format == "adapter" else write_full)(source, staging)
+
+
+def _scrub_config(path: Path) -> None:
+    """Take out where the policy was loaded from and pushed to before."""
+    content = read_json(path)
+    for config in filter(None, (content, content.get("base"))):
+        for name in ("pretrained_path", "pretrained_revision", "repo_id", "private"):
+            if name in config:
+                config[name] = None
+    path.write_text(json.dumps(content, indent=4))
+
+
+def _card(source: Path, staging: Path, repo_id: str, description: Description) -> str:
+    config = read_json(staging / CONFIG_FILE)
+    manifest = read_manifest(staging)
+    assert manifest is not None
+    grids = config["type"] == "grids"
+    dense = config["base"] if grids else config
+    cameras = [name for name, feature in (config["input_features"] or {}).items() if feature["type"] == "VISUAL"]
+    facts = PolicyFacts(
+        repo_id=repo_id,
+        family=dense["type"],
+        num_tokens=_tokens(config) if grids else None,
+        num_tokens_max=config["num_tokens_max"] if grids else None,
+        cameras=cameras,
+        format=manifest.format,
+        base_repo_id=config.get("base_repo_id"),
+        base_revision=config.get("base_revision"),
+        base_sha256=None if manifest.base is None else manifest.base.sha256,
+        dataset=description.dataset,
+        licence=description.licence,
+        training=_training(source),
+        picture=(staging / PICTURE_FILE).is_file(),
+    )
+    measurements = _measurements(source, facts, description)
+    options: dict[str, Any] = {} if description.template is None else {"template": description.template}
+    try:
+        return render(facts, measurements, **options)
+    except Exception as error:  # jinja2 raises what the template meets
+        raise GridsError(f"the card cannot be rendered: {error!r}; correct the template") from error
+
+
+def _tokens(config: dict[str, Any]) -> int:
+    return 0 if config["reducer"] == "blind" else config["num_tokens"]
+
+
+def _measurements(source: Path, facts: PolicyFacts, description: Description) -> Measurements:
+    try:
+        found = read_measurements(list(description.results), _is(source, facts.repo_id))
+    except ValueError as error:
+        raise GridsError(str(error)) from error
+    for costs in found.costs:
+        if costs.policy != facts.family:
+            raise GridsError(f"--results has costs of '{costs.policy}', but {source} is a '{facts.family}' policy")
+    rows: list[SuccessRow | DistanceRow] = [*found.successes, *found.distances]
+    if rows and not any(row.own for row in rows):
+        seen = ", ".join(sorted({row.policy for row in rows}))
+        raise GridsError(f"--results has figures of {seen}, none of {source}; give one that was measured with it")
+    return found
+
+
+def _is(source: Path, repo_id: str) -> Callable[[str], bool]:
+    def is_own(policy: str) -> bool:
+        try:
+            return resolve_checkpoint(Path(policy)).resolve() == source.resolve()
+        except CheckpointError:
+            return policy.partition("@")[0] == repo_id
+
+    return is_own
+
+
+def _training(source: Path) -> dict[str, str]:
+    """The options of the run that a checkpoint lies in, where it does."""
+    path = source.parent / "fit.yaml"
+    if source.name != CHECKPOINT_FOLDER or not path.is_file():
+        return {}
+    options = yaml.safe_load(path.read_text())
+    shown = {}
+    for name in TRAINING_OPTIONS:
+        value: Any = options
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and re.fullmatch(r"[\w.,:@+ -]{1,80}", str(value)):
+            shown[name] = str(value)
+    return shown
+
+
+def _require_finite(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{path.name}: '{name}' holds NaN or infinity; push an earlier checkpoint")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error}); save the checkpoint again") from error
+
+
+def _refuse_private(path: Path) -> None:
+    """Raise `GridsError` if a file, or the header of a weights file, holds a token or a path of this machine."""
+    data = path.read_bytes() if path.suffix != ".safetensors" else _header(path)
+    token = get_token()
+    if _TOKEN.search(data) or (token and token.encode() in data):
+        raise GridsError(f"{path.name} holds an access token; revoke it, remove it from the checkpoint, then push")
+    home = str(Path.home()).encode() + b"/"
+    found = _PATH.search(data) if path.suffix in (".json", ".md", ".safetensors") else None
+    if found or home in data:
+        seen = found[1].decode() if found else "your home folder"
+        raise GridsError(f"{path.name} names {seen}, a path of this machine; remove it from the checkpoint, then push")
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))

@@ -1,0 +1,42 @@
+"""A Hub on this machine, an empty cache, and a policy trained from a base that lies there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from comparing import BASE
+from loopback_hub import TOKEN, LoopbackHub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub that the client in this process talks to, logged in."""
+    with LoopbackHub().running() as server:
+        # What the environment says is read when the client is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture
+def trained(hub, dataset, dense_checkpoint, tmp_path) -> Path:
+    """A grids checkpoint whose base is BASE on the Hub, and of which only the reducer was trained."""
+    from lerobot_grids.data import load_metadata
+    from lerobot_grids.policies import build_policy
+
+    hub.add_folder(BASE, dense_checkpoint)
+    torch.manual_seed(1)
+    built = build_policy(BASE, 16, load_metadata(str(dataset)), num_tokens_max=36)
+    for parameter in built.policy.reducer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "run" / "pretrained_model"
+    folder.mkdir(parents=True)
+    built.save(folder)
+    return folder

@@ -1,0 +1,124 @@
+"""The commands in fresh processes, with an unmodified client that knows the Hub from its environment alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from comparing import act
+from lerobot_policy_grids import GridsPolicy
+from loopback_hub import TOKEN
+
+REPO = "me/push-16"
+
+
+@pytest.fixture
+def shell(hub, tmp_path):
+    """Run an installed command; everything it printed is kept."""
+    environment = os.environ | hub.environment(tmp_path / "home")
+
+    class Shell:
+        printed = ""
+
+        def start(self, name, *arguments):
+            return subprocess.Popen(
+                [Path(sys.executable).with_name(name), *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                cwd=tmp_path,
+            )
+
+        def __call__(self, name, *arguments, code=0):
+            with self.start(name, *arguments) as process:
+                output = process.communicate(timeout=400)[0]
+            self.printed += output
+            assert process.returncode == code, output[-4000:]
+            return output
+
+        def kill_at(self, request, name, *arguments):
+            """Kill -9 as soon as the Hub sees a request."""
+            hub.requests.clear()
+            with self.start(name, *arguments) as process:
+                for _ in range(4000):
+                    if any(request in seen for seen in hub.requests) or process.poll() is not None:
+                        break
+                    time.sleep(0.05)
+                process.send_signal(signal.SIGKILL)
+            assert process.returncode == -signal.SIGKILL
+            hub.faults.clear()
+
+    return Shell()
+
+
+def test_push_pull_act_in_fresh_processes(hub, shell, trained, tmp_path):
+    """Killed while it pushes and while it pulls, then through; by our commands, LeRobot's, and from Python."""
+    hub.fail("PUT", "/upload/", "never")
+    shell.kill_at("PUT /upload/", "lerobot-grids", "push", trained.parent, REPO)
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    output = shell("lerobot-grids", "push", trained.parent, REPO, "--tag", "v1", "--json", tmp_path / "pushed.json")
+    commit = hub.repositories[REPO].commits[-1].oid
+    assert f"adapter checkpoint, pushed to {REPO}@{commit}" in output
+    assert json.loads((tmp_path / "pushed.json").read_text())["commit"] == commit
+    assert [path.name for path in trained.parent.iterdir()] == ["pretrained_model"]
+
+    hub.fail("GET", "resolve/.*/grids_adapter", "never")
+    shell.kill_at("GET /me/push-16/resolve", "lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    shell("lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
+    shell("lerobot-grids", "merge", tmp_path / "pulled", tmp_path / "merged")
+
+    # Its base is in the cache now.
+    hub.repositories.pop("lab/dense")
+    code = (
+        "import sys, torch; from comparing import act; from lerobot_policy_grids import GridsPolicy\n"
+        "torch.set_num_threads(2); torch.save([act(GridsPolicy.from_pretrained(p)) for p in sys.argv[2:]], sys.argv[1])"
+    )
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'helpers')!r})\n{code}")
+    shell("python", program, tmp_path / "actions.pt", tmp_path / "pulled", tmp_path / "merged", REPO)
+    expected = act(GridsPolicy.from_pretrained(trained))
+    for actions in torch.load(tmp_path / "actions.pt", weights_only=True):
+        assert torch.equal(actions, expected)
+
+    shell(
+        "lerobot-eval",
+        f"--policy.path={REPO}",
+        "--policy.device=cpu",
+        "--env.discover_packages_path=lerobot_grids.simulation",
+        "--env.type=grids_metaworld",
+        "--env.task=push-v3",
+        "--env.max_steps=9",
+        "--env.render_interval=8",
+        "--eval.n_episodes=1",
+        "--eval.batch_size=1",
+        f"--output_dir={tmp_path / 'eval'}",
+    )
+    assert json.loads((tmp_path / "eval" / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
+    assert TOKEN not in shell.printed
+    pushed = b"".join(hub.files(REPO).values())
+    assert TOKEN.encode() not in pushed
+    assert str(tmp_path).encode() not in pushed
+
+
+def test_a_dry_run_shows_the_files_and_the_card(hub, shell, trained):
+    output = shell("lerobot-grids", "push", trained, REPO, "--dry-run", "--format", "full")
+    assert "# push-16" in output
+    assert "library_name: lerobot" in output
+    assert f"full checkpoint, would be pushed to {REPO}" in output
+    assert REPO not in hub.repositories
+
+
+def test_errors_are_one_line(shell, tmp_path):
+    output = shell("lerobot-grids", "pull", "nobody/nothing", "pulled", code=1)
+    lines = [line for line in output.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert "nobody/nothing cannot be pulled: it does not exist, or is private" in lines[0]
+    assert "Traceback" not in output

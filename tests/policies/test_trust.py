@@ -1,0 +1,317 @@
+"""A checkpoint that somebody published cannot run code, reach other files or repositories, or exhaust memory.
+
+Each case changes a good checkpoint as an attacker would, manifest included, and loads it both ways. Had code run, a
+marker would exist; the first test shows that the same files do create it through LeRobot alone.
+"""
+
+import json
+import shutil
+import struct
+import time
+from functools import partial
+
+import pytest
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+from safetensors.torch import load_file, save_file
+
+from lerobot_grids.evaluation import load_policy
+from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.checkpoint import read_config
+from lerobot_policy_grids.errors import CheckpointError, GridsError
+from lerobot_policy_grids.manifest import Base, write_manifest
+
+PRE, POST, WEIGHTS = "policy_preprocessor.json", "policy_postprocessor.json", "model.safetensors"
+STATE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
+MARKER = "MARKER"
+
+
+def edit(name, change, folder):
+    """Change a JSON file of the folder; MARKER in any text becomes the marker's path."""
+    path = folder / name
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content).replace(MARKER, str(folder.parent / "marker")))
+
+
+def config(**changes):
+    return partial(edit, "config.json", lambda c: c.update(changes))
+
+
+def base(**changes):
+    return partial(edit, "config.json", lambda c: c["base"].update(changes))
+
+
+def add_step(**step):
+    return partial(edit, PRE, lambda c: c["steps"].append(step))
+
+
+def set_step(registry_name, **changes):
+    def change(content):
+        next(s for s in content["steps"] if s["registry_name"] == registry_name).update(changes)
+
+    return partial(edit, PRE, change)
+
+
+def write(name, data):
+    def change(folder):
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+    return change
+
+
+def link(name, target):
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return change
+
+
+def weights(change):
+    """Change the tensors."""
+
+    def apply(folder):
+        save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+    return apply
+
+
+def cut(size):
+    def change(folder):
+        data = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(data[:size] if size <= 0 or size < len(data) else data + b"x")
+
+    return change
+
+
+def header(text, length=None):
+    data = text.encode()
+    return write(WEIGHTS, struct.pack("<Q", len(data) if length is None else length) + data)
+
+
+def first(tensors):
+    return sorted(tensors)[0]
+
+
+def pickled(folder):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(folder.parent / "marker"), "w"))
+
+    torch.save({"weight": Evil()}, folder / WEIGHTS)
+
+
+def nested(folder):
+    (folder / "config.json").write_text('{"type": ' + "[" * 200_000 + "]" * 200_000 + "}")
+
+
+OS_SYSTEM = {"class": "os.system", "config": {"command": f"touch {MARKER}"}}
+POPEN = {"class": "subprocess.Popen", "config": {"args": ["touch", MARKER]}}
+FAST = "action_tokenizer_processor"
+
+HOSTILE = {
+    # Code.
+    "os.system": (add_step(**OS_SYSTEM), "can run code"),
+    "Popen": (add_step(**POPEN), "can run code"),
+    "class beside a good name": (add_step(registry_name="to_batch_processor", **POPEN), "can run code"),
+    "class in the postprocessor": (partial(edit, POST, lambda c: c["steps"].append(POPEN)), "can run code"),
+    "another tokenizer's code": (
+        add_step(registry_name=FAST, config={"action_tokenizer_name": "evil/repo", "trust_remote_code": True}),
+        "action_tokenizer_name='evil/repo'",
+    ),
+    "a local folder's code": (
+        add_step(registry_name=FAST, config={"action_tokenizer_name": MARKER}),
+        "action_tokenizer_name=",
+    ),
+    "no tokenizer name": (add_step(registry_name=FAST, config={"trust_remote_code": True}), "lacks action_tokenizer"),
+    "trust_remote_code elsewhere": (
+        add_step(registry_name="tokenizer_processor", config={"tokenizer_name": "x/y", "trust_remote_code": True}),
+        "has tokenizer_name, trust_remote_code",
+    ),
+    "another text tokenizer": (
+        add_step(registry_name="tokenizer_processor", config={"tokenizer_name": "evil/repo"}),
+        "tokenizer_name='evil/repo'",
+    ),
+    "a step of another policy": (add_step(registry_name="reward_classifier_processor", config={}), "no supported"),
+    "an unknown option": (set_step("to_batch_processor", config={"hook": "x"}), "expected no options"),
+    "steps are no list": (partial(edit, PRE, lambda c: c.update(steps={})), "no processor"),
+    "a step is text": (partial(edit, PRE, lambda c: c["steps"].append("os.system")), "can run code"),
+    "pickle as safetensors": (pickled, "cannot be read"),
+    "peft": (config(use_peft=True), "use_peft"),
+    # Other files and repositories.
+    "state file outside": (set_step("normalizer_processor", state_file="../../x.safetensors"), "state_file"),
+    "state file absolute": (set_step("normalizer_processor", state_file="/etc/passwd"), "state_file"),
+    "state file not there": (
+        set_step("normalizer_processor", state_file=STATE.replace("5", "9")),
+        "expected a file beside",
+    ),
+    "linked config": (link("config.json", "/etc/passwd"), "no file of its own folder"),
+    "linked state": (link(STATE, "/etc/hostname"), "no file of its own folder"),
+    "linked weights": (link(WEIGHTS, "../other"), "no file of its own folder"),
+    "base path": (base(pretrained_path="/etc"), "pretrained_path"),
+    "own path": (config(pretrained_path="evil/repo"), "pretrained_path"),
+    "base revision": (base(pretrained_revision="main"), "pretrained_revision"),
+    "vision-language model": (base(vlm_model_name="evil/repo"), "vlm_model_name"),
+    "vision-language model, local": (base(vlm_model_name="../x"), "vlm_model_name"),
+    # What is not a configuration.
+    "type unknown": (config(type="evil"), "has type 'evil'"),
+    "type missing": (partial(edit, "config.json", lambda c: c.pop("type")), "has type None"),
+    "type a list": (config(type=["grids"]), "has type"),
+    "base in base": (base(type="grids"), "no base policy"),
+    "no base": (config(base=None), "no base policy"),
+    "config a list": (write("config.json", "[1]"), "expected an object"),
+    "config empty": (write("config.json", ""), "cannot be read as JSON"),
+    "config nested": (nested, "nested"),
+    "config too large": (write("config.json", b" " * (2**20 + 1)), "bytes, expected at most"),
+    "processor nested": (write(PRE, '{"steps":' + "[" * 99 + "]" * 99 + "}"), "nested"),
+    "processor no JSON": (write(POST, b"\xff\xfe"), "cannot be read as JSON"),
+    "unknown field": (config(evil=1), "does not know, evil"),
+    "text for a number": (config(num_tokens="16"), "num_tokens='16', expected int"),
+    "truth for a number": (base(chunk_size=True), "chunk_size=True, expected int"),
+    "a float for a whole number": (config(hidden_width=512.0), "hidden_width=512.0, expected int"),
+    # Memory.
+    "a huge width": (config(hidden_width=10**9), "hidden_width=1000000000, expected at most"),
+    "a huge dimension": (base(max_state_dim=10**9), "max_state_dim"),
+    "a huge image": (
+        partial(edit, "config.json", lambda c: c["input_features"]["observation.image"].update(shape=[3, 10**9, 1])),
+        "input_features=1000000000",
+    ),
+    "a huge padding": (
+        set_step("tiny_smolvla_tokenizer", config={"max_length": 10**9, "padding": "max_length"}),
+        "max_length=1000000000",
+    ),
+    "a huge state": (lambda folder: (folder / STATE).open("r+b").truncate(65 * 2**20), "bytes, expected at most"),
+    # Weights that do not fit.
+    "no tensors": (weights(lambda t: {}), "missing"),
+    "a tensor missing": (weights(lambda t: {k: v for k, v in t.items() if k != first(t)}), "missing"),
+    "a tensor renamed": (weights(lambda t: {k + ("x" if k == first(t) else ""): v for k, v in t.items()}), "missing"),
+    "another shape": (weights(lambda t: t | {first(t): torch.zeros(7)}), "has shape"),
+    "another dtype": (weights(lambda t: t | {first(t): t[first(t)].to(torch.int8)}), "has dtype torch.int8"),
+    "not a number": (weights(lambda t: t | {first(t): torch.full_like(t[first(t)], torch.nan)}), "NaN"),
+    "infinity": (weights(lambda t: t | {first(t): torch.full_like(t[first(t)], torch.inf)}), "infinity"),
+    "truncated": (cut(1000), "cannot be read"),
+    "empty": (cut(0), "cannot be read"),
+    "a byte too much": (cut(10**9), "cannot be read"),
+    "a huge header": (header("{}", 2**63), "cannot be read"),
+    "a hole": (
+        header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}        '),
+        "cannot be read",
+    ),
+    "a shape that overflows": (
+        header('{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}'),
+        "cannot be read",
+    ),
+    # A base that cannot be trusted to be what it was.
+    "base id is a path": (config(base_repo_id="/etc"), "base_repo_id"),
+    "base id leaves": (config(base_repo_id="../../etc"), "base_repo_id"),
+    "base id is a URL": (config(base_repo_id="https://evil/x"), "base_repo_id"),
+    "base id is too long": (config(base_repo_id="a/b/c"), "base_repo_id"),
+    "base id is home": (config(base_repo_id="~"), "base_repo_id"),
+    "base at a branch": (config(base_revision="main"), "base_revision"),
+}
+
+
+@pytest.fixture
+def folder(grids_checkpoint, tmp_path):
+    """A copy of a good checkpoint, as if pulled."""
+    shutil.copytree(grids_checkpoint, tmp_path / "policy")
+    write_manifest(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def test_a_good_one_is_loaded(folder):
+    GridsPolicy.from_pretrained(folder)
+    load_policy(str(folder))
+
+
+@pytest.mark.parametrize("step", [OS_SYSTEM, POPEN])
+def test_lerobot_alone_would_have_run_the_code(folder, step):
+    loaded = read_config(folder)
+    add_step(**step)(folder)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (after the harm is done)
+        make_pre_post_processors(loaded, pretrained_path=str(folder))
+    for _ in range(100):
+        if (folder.parent / "marker").exists():
+            break
+        time.sleep(0.05)
+    assert (folder.parent / "marker").exists()
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_checkpoint_is_refused(folder, case, recwarn):
+    change, message = HOSTILE[case]
+    change(folder)
+    if all(path.is_file() for path in folder.iterdir()):
+        write_manifest(folder)
+    for load in (GridsPolicy.from_pretrained, lambda path: load_policy(str(path))):
+        with pytest.raises(GridsError, match=message) as caught:
+            load(folder)
+        assert isinstance(caught.value, CheckpointError)
+        assert str(folder) in str(caught.value)
+    assert not (folder.parent / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "adapter_model.bin", "policy.pkl", "last.ckpt", "adapter_config.json"]
+)
+def test_other_files_are_never_opened(folder, name):
+    pickled(folder / "..")
+    (folder.parent / WEIGHTS).rename(folder / name)
+    GridsPolicy.from_pretrained(folder)
+    load_policy(str(folder))
+    assert not (folder.parent / "marker").exists()
+
+
+def test_an_adapters_base_must_be_pinned():
+    for bad in (("a/b", "main", "f" * 64), ("a/../b", "0" * 40, "f" * 64), ("a/b", "0" * 40, "")):
+        with pytest.raises(CheckpointError, match="cannot be trusted"):
+            Base(*bad)
+
+
+def test_the_hubs_cache_links_to_its_own_contents(folder, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(blobs / path.name)
+    GridsPolicy.from_pretrained(snapshot)
+    outside = tmp_path / "outside.json"
+    (blobs / PRE).rename(outside)
+    (snapshot / PRE).unlink()
+    (snapshot / PRE).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="no file of its own folder"):
+        GridsPolicy.from_pretrained(snapshot)
+
+
+@pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05", "pi0_fast", "tiny_smolvla"])
+def test_the_families_own_processors_pass(kind, tmp_path, monkeypatch):
+    """What LeRobot writes for each family is on the lists."""
+    import transformers
+    from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+    from lerobot.processor import tokenizer_processor
+
+    from lerobot_policy_grids.trust import check_published
+
+    class Stand:
+        """Stands in for tokenizers that only the Hub has."""
+
+        @staticmethod
+        def from_pretrained(*args, **options):
+            return transformers.PreTrainedTokenizerFast.__new__(transformers.PreTrainedTokenizerFast)
+
+    if kind != "tiny_smolvla":
+        monkeypatch.setattr(tokenizer_processor, "AutoTokenizer", Stand)
+        monkeypatch.setattr(tokenizer_processor, "AutoProcessor", Stand)
+    made = PreTrainedConfig.get_choice_class(kind)(device="cpu")
+    made.input_features = {
+        "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
+    }
+    made.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    made.save_pretrained(tmp_path)
+    for processor in make_pre_post_processors(made):
+        processor.save_pretrained(tmp_path)
+    check_published(tmp_path)
