@@ -21,9 +21,10 @@ from lerobot.utils.constants import ACTION
 from lerobot.utils.io_utils import write_video
 
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, read_config, require_complete
+from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, is_published, read_config, require_complete
 from lerobot_policy_grids.errors import CheckpointError, GridsError, SimulationError, UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpoint
+from lerobot_policy_grids.trust import check_processors
 
 from .policies import find_source
 from .statistics import wilson_interval
@@ -125,8 +126,10 @@ def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None
     """The (pre-processor, post-processor) that were saved beside a checkpoint.
 
     Raises:
-        CheckpointError: If they cannot be built.
+        CheckpointError: If they cannot be built, or came from the Hub and hold what could run code.
     """
+    if is_published(folder):
+        check_processors(folder)
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}

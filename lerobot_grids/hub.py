@@ -20,7 +20,7 @@ from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, size_limit
 from lerobot_policy_grids.formats import write_full
 from lerobot_policy_grids.hub_errors import explain
 from lerobot_policy_grids.manifest import REPOSITORY, read_manifest, sha256_of, verify_manifest
-from lerobot_policy_grids.trust import check_published
+from lerobot_policy_grids.trust import check_processors, check_published
 
 from .publishing import Description, Format, prepare
 
@@ -212,6 +212,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
             _check_download(folder / file.rfilename, file)
         require_complete(folder)
         check_published(folder)
+        check_processors(folder)
         manifest = verify_manifest(folder)
         if manifest is not None and manifest.base is not None:
             fetch_base(manifest.base)

@@ -19,7 +19,7 @@ from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PICTURE_FILE, WEIGHTS_FILE, read_json
 from lerobot_policy_grids.formats import write_adapter, write_full
 from lerobot_policy_grids.manifest import read_manifest, write_manifest
-from lerobot_policy_grids.trust import check_published
+from lerobot_policy_grids.trust import check_processors, check_published
 
 Format = Literal["auto", "adapter", "full"]
 
@@ -83,7 +83,10 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
     if links:
         raise CheckpointError(f"{source} holds links, {', '.join(links)}; only plain files are pushed, copy them there")
     require_complete(source)
+    before = source.stat().st_ino
     _write_format(source, staging, format)
+    if source.stat().st_ino != before:
+        raise CheckpointError(f"{source} was replaced by its training run while it was read; push again")
     manifest = read_manifest(staging)
     assert manifest is not None  # just written
     _scrub_config(staging / CONFIG_FILE)
@@ -95,6 +98,7 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
     text = _card(source, staging, repo_id, description)
     (staging / CARD_FILE).write_text(text, encoding="utf-8")
     check_published(staging)
+    check_processors(staging)
     for path in sorted(staging.iterdir()):
         if path.suffix == ".safetensors":
             _require_finite(path)

@@ -75,9 +75,14 @@ def find_checkpoint(source: str, **options: Any) -> Path:
                 f"{source} is no folder here and cannot be fetched from the Hub: {explain(error)}"
             ) from error
         resolve_checkpoint(folder)
-    if provenance(folder) is not None or (folder / MANIFEST_FILE).is_file():
+    if is_published(folder):
         check_published(folder)
     return folder
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a checkpoint folder came from the Hub: it lies in the client's cache, or was pushed once."""
+    return provenance(folder) is not None or (folder / MANIFEST_FILE).is_file()
 
 
 def provenance(folder: Path) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -15,7 +16,7 @@ from .adapters import ADAPTERS, Seam, get_adapter
 from .base_weights import fetch_base
 from .checkpoint import find_checkpoint, load_weights, policy_type
 from .configuration_grids import GridsConfig
-from .errors import BudgetError, CheckpointError
+from .errors import BudgetError, CheckpointError, GridsError
 from .files import ADAPTER_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from .manifest import verify_manifest
 from .reducers import make_reducer
@@ -188,8 +189,14 @@ class GridsPolicy(PreTrainedPolicy):
         return chunk
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        """Next action [b, action_dim], from the base policy's queue."""
+        """Next action [b, action_dim], from the base policy's queue.
+
+        Raises:
+            GridsError: If it is NaN or infinite, which no robot should be sent.
+        """
         action: Tensor = self.base.select_action(batch, **kwargs)
+        if not torch.isfinite(action).all():
+            raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
         return action
 
     def reset(self) -> None:

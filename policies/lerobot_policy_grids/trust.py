@@ -75,13 +75,14 @@ LARGEST = 2**16
 SCHEDULES = ("optimizer_", "scheduler_", "token_budget_step")
 LONGEST_TEXT = 1000
 
-REFUSED = "the checkpoint is not loaded"
+REFUSED = "not loaded; if you trust its author, fetch it with `hf download` and give the folder"
 
 
 def check_published(folder: Path) -> None:
     """Raise `CheckpointError` unless a checkpoint from elsewhere holds only what a checkpoint needs.
 
-    Weights are not read here: safetensors cannot hold code, and `load_weights` takes them exactly or not at all.
+    Weights are not read here: safetensors cannot hold code, and `load_weights` takes them exactly or not at all. Nor
+    are a dense policy's processors: who builds on it makes new ones, who acts with it calls `check_processors`.
 
     Args:
         folder: A pulled folder, or a snapshot in the Hub's cache.
@@ -89,11 +90,16 @@ def check_published(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         _check_file(folder, path)
     path = folder / CONFIG_FILE
-    _check_config(path, read_json(path))
+    content = read_json(path)
+    _check_config(path, content)
+    if content["type"] == GRIDS_TYPE:
+        check_processors(folder)
+
+
+def check_processors(folder: Path) -> None:
+    """Raise `CheckpointError` unless both processors of a checkpoint from elsewhere have only steps that are known."""
     for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
-        # A base policy on the Hub may come without; only what is there will be read.
-        if (folder / name).is_file():
-            _check_processor(folder, folder / name)
+        _check_processor(folder, folder / name)
 
 
 def _check_file(folder: Path, path: Path) -> None:

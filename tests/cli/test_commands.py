@@ -77,7 +77,7 @@ def test_version_and_unknown_command():
     assert re.match(r"lerobot-grids \d", shell("--version").stdout)
     result = shell("fly")
     assert result.returncode == 2
-    assert result.stderr == "lerobot-grids: error: 'fly' is no command; choose one of record, fit, bench, eval\n"
+    assert result.stderr == f"lerobot-grids: error: 'fly' is no command; choose one of {', '.join(COMMANDS)}\n"
 
 
 def test_errors_from_the_shell_have_no_traceback(tmp_path):
@@ -192,7 +192,7 @@ def damage(folder, how):
         ("broken processor", "the processors in"),
         ("no processors", "lacks policy_preprocessor.json"),
         ("no config", "holds no config.json"),
-        ("config is no JSON", "cannot be read as a policy configuration"),
+        ("config is no JSON", "cannot be read as JSON"),
         ("unknown field", "is no valid configuration"),
         ("truncated", "cannot be read"),
         ("empty file", "cannot be read"),

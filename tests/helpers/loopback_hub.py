@@ -36,7 +36,8 @@ class Repository:
     tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files, message=""):
-        oid = hashlib.sha1(f"{id(self)} {len(self.commits)} {message}".encode()).hexdigest()
+        content = sorted((name, hashlib.sha1(data).hexdigest()) for name, data in files.items())
+        oid = hashlib.sha1(f"{content} {len(self.commits)} {message}".encode()).hexdigest()
         self.commits.append(Commit(oid, dict(files), message))
         return oid
 

@@ -1,5 +1,6 @@
 """A Hub on this machine, an empty cache, and a policy trained from a base that lies there."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,18 +26,26 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-@pytest.fixture
-def trained(hub, dataset, dense_checkpoint, tmp_path) -> Path:
-    """A grids checkpoint whose base is BASE on the Hub, and of which only the reducer was trained."""
+@pytest.fixture(scope="session")
+def trained_once(dataset, dense_checkpoint, tmp_path_factory) -> Path:
+    """As if BASE had been fetched, wrapped, and its reducer trained."""
     from lerobot_grids.data import load_metadata
     from lerobot_grids.policies import build_policy
 
-    hub.add_folder(BASE, dense_checkpoint)
+    commit = LoopbackHub().add_folder(BASE, dense_checkpoint)
+    snapshot = tmp_path_factory.mktemp("cache") / "models--lab--dense" / "snapshots" / commit
+    shutil.copytree(dense_checkpoint, snapshot)
     torch.manual_seed(1)
-    built = build_policy(BASE, 16, load_metadata(str(dataset)), num_tokens_max=36)
+    built = build_policy(str(snapshot), 16, load_metadata(str(dataset)), num_tokens_max=36)
     for parameter in built.policy.reducer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path / "run" / "pretrained_model"
-    folder.mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("trained")
     built.save(folder)
     return folder
+
+
+@pytest.fixture
+def trained(hub, dense_checkpoint, trained_once, tmp_path) -> Path:
+    """A grids checkpoint whose base is BASE on the Hub, and of which only the reducer was trained."""
+    hub.add_folder(BASE, dense_checkpoint)
+    return Path(shutil.copytree(trained_once, tmp_path / "run" / "pretrained_model"))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import CheckpointError
 from lerobot_policy_grids.formats import write_adapter, write_full
 from lerobot_policy_grids.manifest import read_manifest, write_manifest
+from lerobot_policy_grids.sampler import GridSampler
 
 
 @pytest.fixture
@@ -28,6 +30,17 @@ def test_it_holds_the_reducer_alone_and_names_its_base(hub, adapter, trained):
     assert not (adapter / "model.safetensors").exists()
     base = read_manifest(adapter).base
     assert (base.repo_id, base.revision) == (BASE, hub.repositories[BASE].commits[0].oid)
+
+
+@pytest.mark.parametrize(("family", "width", "grid"), [("pi0", 2048, (16, 16)), ("smolvla", 960, (8, 8))])
+def test_at_real_size_it_is_under_two_percent_of_the_base(family, width, grid):
+    sampler = GridSampler(
+        grid, width, 16, condition_on=["image", "language", "state", "camera"], language_width=width, num_cameras=2
+    )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in sampler.state_dict().values())
+    bench = Path(__file__).parents[2] / "benchmarks" / "results" / "bench" / f"{family}-2.json"
+    base_in_bfloat16 = 2 * json.loads(bench.read_text())["parameters"]
+    assert size < 0.02 * base_in_bfloat16
 
 
 def test_it_is_the_policy_bit_for_bit(adapter, trained):

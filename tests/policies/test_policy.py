@@ -76,6 +76,13 @@ def test_a_hub_id_without_a_network_names_the_cause():
         GridsPolicy.from_pretrained("someone/something")
 
 
+def test_an_action_that_is_no_number_is_not_sent(grids_checkpoint, monkeypatch):
+    policy = GridsPolicy.from_pretrained(grids_checkpoint)
+    monkeypatch.setattr(policy.base, "select_action", lambda batch: torch.tensor([[0.0, torch.nan]]))
+    with pytest.raises(GridsError, match="NaN or infinity"):
+        policy.select_action({})
+
+
 def test_without_a_base_it_says_what_to_pass():
     with pytest.raises(GridsError, match=r"--policy\.base\.type"):
         GridsPolicy(GridsConfig(device="cpu"))

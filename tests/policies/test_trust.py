@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lerobot_grids.evaluation import load_policy
 from lerobot_policy_grids import GridsPolicy
-from lerobot_policy_grids.checkpoint import read_config
+from lerobot_policy_grids.checkpoint import find_checkpoint, read_config
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.manifest import Base, write_manifest
 
@@ -252,6 +252,17 @@ def test_a_hostile_checkpoint_is_refused(folder, case, recwarn):
     assert not (folder.parent / "marker").exists()
 
 
+def test_a_dense_policys_processors_are_checked_when_they_are_read(dense_checkpoint, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(dense_checkpoint, folder)
+    add_step(**OS_SYSTEM)(folder)
+    write_manifest(folder)
+    find_checkpoint(str(folder))
+    with pytest.raises(CheckpointError, match="can run code"):
+        load_policy(str(folder))
+    assert not (tmp_path / "marker").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "adapter_model.bin", "policy.pkl", "last.ckpt", "adapter_config.json"]
 )
@@ -293,7 +304,7 @@ def test_the_families_own_processors_pass(kind, tmp_path, monkeypatch):
     from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
     from lerobot.processor import tokenizer_processor
 
-    from lerobot_policy_grids.trust import check_published
+    from lerobot_policy_grids.trust import check_processors, check_published
 
     class Stand:
         """Stands in for tokenizers that only the Hub has."""
@@ -315,3 +326,4 @@ def test_the_families_own_processors_pass(kind, tmp_path, monkeypatch):
     for processor in make_pre_post_processors(made):
         processor.save_pretrained(tmp_path)
     check_published(tmp_path)
+    check_processors(tmp_path)

@@ -1,0 +1,86 @@
+"""A card shows what is known and what was measured; what is not known is not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lerobot_grids_cards import Measurements, PolicyFacts, read_measurements, render
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FACTS = PolicyFacts("me/pi0-16", "pi0", 16, 36, ["observation.images.top"], "full")
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_without_measurements_it_claims_nothing():
+    card = render(FACTS, Measurements())
+    for absent in (
+        "## Success",
+        "## Held-out",
+        "## Cost",
+        "## Training",
+        "looks.png",
+        "None",
+        "model-index",
+        "base_model",
+    ):
+        assert absent not in card
+    assert "nothing yet" in card
+    assert metadata(card) == {
+        "library_name": "lerobot",
+        "pipeline_tag": "robotics",
+        "tags": ["robotics", "lerobot", "pi0", "grids", "token-reduction"],
+    }
+
+
+def test_real_results_of_the_project():
+    paths = [RESULTS / "demo" / "dense.json", RESULTS / "demo" / "grids16.json", RESULTS / "bench" / "pi0-2-cpu.json"]
+    card = render(FACTS, read_measurements(paths, lambda policy: policy.endswith("grids16")))
+    assert "**16 of 144 visual tokens**" in card
+    assert "| **this policy** | 16 | all | 52/60 | 87 % | 76 – 93 % | 100000 to 100029 |" in card  # noqa: RUF001
+    assert "| dense | 144 | push-v3 | 16/30 |" in card
+    assert card.index("**this policy** | 16") < card.index("| dense | 144")
+    assert "| K=16 | 16 | 437.9 | 0.2 | 0.0 | 318.0 | 330.7 | 1086.9 | 5159.2 | 5223.2 |" in card
+    assert "Milliseconds: AMD EPYC" in card
+    results = metadata(card)["model-index"][0]["results"]
+    assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in results] == [
+        ("push-v3", round(29 / 30, 4)),
+        ("coffee-push-v3", round(23 / 30, 4)),
+    ]
+
+
+def test_costs_that_were_only_counted_show_no_milliseconds():
+    card = render(FACTS, read_measurements([RESULTS / "bench" / "pi0-2.json"], lambda policy: False))
+    assert "## Cost of one action chunk" in card
+    assert "p50 ms" not in card
+    assert "Milliseconds" not in card
+
+
+def test_the_distance_to_the_teacher(tmp_path):
+    rows = [{"num_tokens": k, "loss": 1 / k, "error": [], "teacher_distance": d} for k, d in ((4, 0.5), (16, None))]
+    content = {"policy": "runs/mine", "policy_type": "grids", "dataset": "/data/x", "teacher": "/t", "frames": 512}
+    (tmp_path / "v.json").write_text(json.dumps(content | {"budgets": rows}))
+    card = render(FACTS, read_measurements([tmp_path / "v.json"], lambda policy: True))
+    assert "| **this policy** | 4 | 512 | 0.2500 | 0.500 |" in card
+    assert "| **this policy** | 16 | 512 | 0.0625 |  |" in card
+    assert "/data/x" not in card
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"tasks": [{}]}', '{"budgets": 3}', '{"costs": [{"name": 1}]}'])
+def test_what_is_no_result_is_named(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x\.json is no result of eval, validate or bench"):
+        read_measurements([tmp_path / "x.json"], lambda policy: True)
+
+
+def test_a_dense_policy_and_a_template_of_ones_own(tmp_path):
+    dense = PolicyFacts("me/dense", "pi0", None, None, ["a"], "full", base_repo_id=None)
+    card = render(dense, Measurements())
+    assert "GridsPolicy" not in card
+    assert metadata(card)["tags"] == ["robotics", "lerobot", "pi0"]
+    (tmp_path / "mine.md").write_text("---\n{{ card_data }}\n---\n# {{ facts.family }}, mine")
+    assert render(dense, Measurements(), tmp_path / "mine.md").endswith("# pi0, mine\n")
