@@ -5,8 +5,7 @@ import os
 # Before anything imports torch, transformers or a Hub client.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Side by side with another worker, each has one core of a small machine.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
@@ -20,7 +19,7 @@ SIZE, EPISODES, FRAMES = 96, 6, 24
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
 
 
