@@ -19,7 +19,7 @@ from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PICTURE_FILE, WEIGHTS_FILE, read_json
 from lerobot_policy_grids.formats import write_adapter, write_full
 from lerobot_policy_grids.manifest import read_manifest, write_manifest
-from lerobot_policy_grids.trust import check_processors, check_published
+from lerobot_policy_grids.trust import REFUSED, check_processors, check_published
 
 Format = Literal["auto", "adapter", "full"]
 
@@ -97,8 +97,7 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
     write_manifest(staging, manifest.base)
     text = _card(source, staging, repo_id, description)
     (staging / CARD_FILE).write_text(text, encoding="utf-8")
-    check_published(staging)
-    check_processors(staging)
+    _check_loadable(source, staging)
     for path in sorted(staging.iterdir()):
         if path.suffix == ".safetensors":
             _require_finite(path)
@@ -118,6 +117,15 @@ def _write_format(source: Path, staging: Path, format: Format) -> None:
                 path.unlink()
             format = "full"
     (write_adapter if format == "adapter" else write_full)(source, staging)
+
+
+def _check_loadable(source: Path, staging: Path) -> None:
+    try:
+        check_published(staging)
+        check_processors(staging)
+    except CheckpointError as error:
+        seen = str(error).removesuffix(REFUSED).replace(str(staging), str(source))
+        raise CheckpointError(f"{seen}others could not load it from the Hub") from error
 
 
 def _scrub_config(path: Path) -> None:
@@ -194,7 +202,10 @@ def _training(source: Path) -> dict[str, str]:
     path = source.parent / "fit.yaml"
     if source.name != CHECKPOINT_FOLDER or not path.is_file():
         return {}
-    options = yaml.safe_load(path.read_text())
+    try:
+        options = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise GridsError(f"{path} is no YAML ({error}); remove it, then push") from error
     shown = {}
     for name in TRAINING_OPTIONS:
         value: Any = options

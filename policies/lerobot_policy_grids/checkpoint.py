@@ -22,7 +22,7 @@ from .errors import CheckpointError, GridsError, OutputExistsError
 from .files import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    DOWNLOADED,
+    LOADED,
     MANIFEST_FILE,
     POSTPROCESSOR_FILE,
     PREPROCESSOR_FILE,
@@ -69,7 +69,7 @@ def find_checkpoint(source: str, **options: Any) -> Path:
         repository, _, revision = source.partition("@")
         options["revision"] = revision or options.get("revision")
         try:
-            folder = Path(snapshot_download(repository, allow_patterns=DOWNLOADED, **options))
+            folder = Path(snapshot_download(repository, allow_patterns=LOADED, **options))
         except Exception as error:  # the Hub client's errors share no base class
             raise CheckpointError(
                 f"{source} is no folder here and cannot be fetched from the Hub: {explain(error)}"

@@ -32,8 +32,18 @@ SIZE_LIMITS = {
 STATE_LIMIT = 64 * MIB
 WEIGHTS_LIMIT = 64 * 1024 * MIB
 
-# For the Hub's client, which filters by wildcards; `size_limit` then says exactly which names are meant.
-DOWNLOADED = [*SIZE_LIMITS, WEIGHTS_FILE, ADAPTER_FILE, "policy_*processor_step_*.safetensors"]
+# Shown on the Hub, edited there, and not needed to act.
+SHOWN = (CARD_FILE, PICTURE_FILE)
+# What a policy is loaded from, for the Hub's client, which filters by wildcards.
+LOADED = [
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    PREPROCESSOR_FILE,
+    POSTPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    ADAPTER_FILE,
+    "policy_*processor_step_*.safetensors",
+]
 
 # Deeper than any configuration, and far from Python's recursion limit.
 MAX_DEPTH = 16

@@ -34,7 +34,9 @@ _STATUS = {
 def explain(error: BaseException) -> str:
     """One line: what went wrong with the Hub, what to do, and the server's own words."""
     # The client falls back to its cache first, and says only then what it could not reach.
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(
+        error.__cause__, (HfHubHTTPError, OfflineModeIsEnabled)
+    ):
         error = error.__cause__
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"{_meaning(error)} ({words})"

@@ -2,7 +2,7 @@
 
 The Hub's client checks the size of what it downloads, not its content: a flipped bit of the right length stays
 in its cache. The manifest holds every file's SHA-256, and for an adapter the base it was trained on, exactly.
-README.md is left out, because people edit it on the Hub.
+The card and its picture are left out, because people edit them on the Hub.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import ADAPTER_FILE, CARD_FILE, MANIFEST_FILE, WEIGHTS_FILE, read_json, size_limit
+from .files import ADAPTER_FILE, MANIFEST_FILE, SHOWN, WEIGHTS_FILE, read_json, size_limit
 
 # Of the manifest; raised when a field changes its meaning.
 FORMAT_VERSION = 1
@@ -158,4 +158,4 @@ def verify_manifest(folder: Path) -> Manifest | None:
 
 
 def _listed(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if size_limit(name) is not None and name not in (MANIFEST_FILE, CARD_FILE))
+    return sorted(name for name in names if size_limit(name) is not None and name not in (MANIFEST_FILE, *SHOWN))

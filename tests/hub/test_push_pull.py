@@ -327,6 +327,10 @@ def test_the_card_shows_what_was_measured(hub, trained, tmp_path):
     assert "| **this policy** | 16 | push-v3 | 29/30 | 97 % | 83 – 99 % | 100 to 129 |" in card  # noqa: RUF001
     assert "![Where it looks](looks.png)" in card
     assert "looks.png" in hub.files(REPO)
+    GridsPolicy.from_pretrained(REPO)
+    pull(REPO, tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "looks.png").is_file()
+    GridsPolicy.from_pretrained(tmp_path / "pulled")
 
 
 def test_figures_of_another_policy_alone_are_refused(hub, trained, dense_checkpoint, tmp_path):
@@ -377,7 +381,7 @@ def described(folder):
         (steps, "names /data/private/run, a path of this machine"),
         (described, "names /data/private/run, a path of this machine"),
         (edit("config.json", tags=[TOKEN]), "holds an access token"),
-        (edit("config.json", evil=1), "evil"),
+        (edit("config.json", evil=1), "pretrained_model/config.json has .* evil; others could not load it"),
         (lambda folder: (folder / "policy_postprocessor.json").unlink(), "lacks policy_postprocessor.json"),
     ],
 )
