@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from lerobot_policy_grids.base_weights import fetch_base
 from lerobot_policy_grids.checkpoint import atomic_folder, find_checkpoint, require_complete, resolve_checkpoint, sweep
 from lerobot_policy_grids.errors import CheckpointError, GridsError, HubError, OutputExistsError
-from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, size_limit
+from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, size_limit
 from lerobot_policy_grids.formats import write_full
 from lerobot_policy_grids.hub_errors import explain
 from lerobot_policy_grids.manifest import REPOSITORY, read_manifest, sha256_of, verify_manifest
@@ -185,16 +185,18 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
     Args:
         source: `user/name` or `user/name@revision`.
         target: The folder to appear.
-        force: Replace `target`, and fetch everything anew.
+        force: Replace `target`, if it is a checkpoint, and fetch everything anew.
 
     Raises:
         HubError: If the Hub does not give it.
         CheckpointError: If what it gives is damaged, incomplete or not to be trusted.
-        OutputExistsError: If `target` exists and `force` is false.
+        OutputExistsError: If `target` exists and `force` is false, or it is no checkpoint.
     """
     repo_id, revision = parse_repository(source)
     if target.exists() and not force:
         raise OutputExistsError(f"{target} already exists; choose another folder, or replace it with --force")
+    if target.exists() and not (target / CONFIG_FILE).is_file():
+        raise OutputExistsError(f"{target} is no checkpoint, and --force replaces nothing else; choose another folder")
     with asking_the_hub(f"{source} cannot be pulled"):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         files = [file for file in info.siblings or [] if size_limit(file.rfilename) is not None]

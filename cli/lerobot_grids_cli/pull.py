@@ -11,7 +11,7 @@ def pull(repo: str, folder: str, force: bool = False, json: str | None = None) -
     Args:
         repo: The repository, user/name or user/name@revision (branch, tag or commit).
         folder: The folder to appear, whole or not at all.
-        force: Replace the folder, and fetch every file anew.
+        force: Replace the folder, if it is a checkpoint, and fetch every file anew.
         json: File for what was pulled.
     """
     from pathlib import Path

@@ -188,8 +188,11 @@ def test_an_existing_folder_is_kept_unless_forced(hub, trained, tmp_path):
     push(trained, REPO)
     (tmp_path / "pulled").mkdir()
     (tmp_path / "pulled" / "mine").touch()
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="replace it with --force"):
         pull(REPO, tmp_path / "pulled")
+    with pytest.raises(OutputExistsError, match="is no checkpoint, and --force replaces nothing else"):
+        pull(REPO, tmp_path / "pulled", force=True)
+    (tmp_path / "pulled" / "config.json").touch()
     pull(REPO, tmp_path / "pulled", force=True)
     assert {path.name for path in (tmp_path / "pulled").iterdir()} == ADAPTER
 
