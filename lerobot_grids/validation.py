@@ -225,7 +225,7 @@ def draw_validation(result: Validation, path: Path) -> None:
         axis.set_xticks(tokens)
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(values))
         axis.set_xlabel("visual tokens per camera")
         axis.set_ylabel(name)
         axis.spines[["top", "right"]].set_visible(False)
