@@ -14,6 +14,7 @@ from typing import Any
 from lerobot_grids.statistics import wilson_interval
 
 BUDGETS = ("4", "16", "dense")
+NAMES = {"task": "task loss", "base": "as it is", "dense": "trained on"}
 
 
 def collect(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -54,12 +55,14 @@ def main(folder: str, picture: str | None = None) -> None:
         rows = found[variant, budget]
         successes, episodes = (sum(row[name] for row in rows) for name in ("successes", "episodes"))
         low, high = wilson_interval(successes, episodes)
+        name = ", ".join(NAMES.get(part, part) for part in variant.split("-"))
+        tokens = "all" if budget == "dense" else budget
         print(
-            f"| {budget} | {variant} | {successes}/{episodes} | {100 * low:.0f} - {100 * high:.0f} % | "
+            f"| {tokens} | {name} | {successes}/{episodes} | {100 * low:.0f} - {100 * high:.0f} % | "
             f"{', '.join(str(row['successes']) for row in rows)} | {spread([row['loss'] for row in rows])} | "
             f"{spread([row['distance'] for row in rows])} |"
         )
-        bars.append((f"{variant}, {budget}", successes / episodes, low, high))
+        bars.append((f"{tokens}: {name}", successes / episodes, low, high))
     if picture is not None:
         draw(bars, Path(picture))
 
