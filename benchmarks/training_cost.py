@@ -41,6 +41,7 @@ def rows(dataset: str, dense: str) -> dict[str, list[str]]:
     return {
         "lerobot-train": train,
         "fit": fit,
+        "fit, frames not cached": [*fit, "--data.cache=never", "--data.num_workers=2"],
         "fit, a teacher of its own": [*fit, "--distill=0.5"],
         "fit reducer+lora": lora,
         "fit reducer+lora, self-teacher": [*lora, "--distill=0.5"],
@@ -84,6 +85,7 @@ def main(dataset: str, dense: str, repeats: int = 3, json_file: str | None = Non
         "samples_per_s": {name: BATCH / value for name, value in seconds.items()},
         "peak_resident_mib": memory,
         "fit_over_lerobot_train": seconds["lerobot-train"] / seconds["fit"],
+        "uncached_fit_over_lerobot_train": seconds["lerobot-train"] / seconds["fit, frames not cached"],
         "own_teacher_ratio": seconds["fit, a teacher of its own"] / seconds["fit"],
         "self_teacher_ratio": seconds["fit reducer+lora, self-teacher"] / seconds["fit reducer+lora"],
     }
