@@ -38,18 +38,22 @@ def test_without_measurements_it_claims_nothing():
 
 
 def test_real_results_of_the_project():
-    paths = [RESULTS / "demo" / "dense.json", RESULTS / "demo" / "grids16.json", RESULTS / "bench" / "pi0-2-cpu.json"]
+    paths = [
+        RESULTS / "demo" / "tiny_metaworld.json",
+        RESULTS / "demo" / "grids16.json",
+        RESULTS / "bench" / "pi0-2-cpu.json",
+    ]
     card = render(FACTS, read_measurements(paths, lambda policy: policy.endswith("grids16")))
     assert "**16 of 144 visual tokens**" in card
-    assert "| **this policy** | 16 | all | 52/60 | 87 % | 76 – 93 % | 100000 to 100029 |" in card  # noqa: RUF001
-    assert "| dense | 144 | push-v3 | 16/30 |" in card
-    assert card.index("**this policy** | 16") < card.index("| dense | 144")
+    assert "| **this policy** | 16 | all | 94/100 | 94 % | 88 – 97 % | 100000 to 100049 |" in card  # noqa: RUF001
+    assert "| tiny_metaworld | 144 | push-v3 | 45/50 |" in card
+    assert card.index("**this policy** | 16") < card.index("| tiny_metaworld | 144")
     assert "| K=16 | 16 | 437.9 | 0.2 | 0.0 | 318.0 | 330.7 | 1086.9 | 5159.2 | 5223.2 |" in card
     assert "Milliseconds: AMD EPYC" in card
     results = metadata(card)["model-index"][0]["results"]
     assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in results] == [
-        ("push-v3", round(29 / 30, 4)),
-        ("coffee-push-v3", round(23 / 30, 4)),
+        ("push-v3", round(46 / 50, 4)),
+        ("coffee-push-v3", round(48 / 50, 4)),
     ]
 
 
