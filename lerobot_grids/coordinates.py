@@ -63,6 +63,10 @@ class CoordinateStatistics(Metric):
         self.sums += each.sum(1)
         self.images += len(coordinates)
 
+    def count(self, reducer: GridSampler, inputs: Any, sampled: Sampled) -> None:
+        """Update from what a sampler returns: a forward hook of it."""
+        self.update(sampled.coordinates.detach(), reducer.anchors(sampled.coordinates.shape[1]))
+
     def compute(self) -> dict[str, float]:
         """The means."""
         means = (self.sums / self.images.clamp_min(1)).tolist()
@@ -81,11 +85,7 @@ class CoordinateMonitor(Callback):
         reducer = pl_module.policy.reducer
         if isinstance(reducer, GridSampler):
             self._statistics = CoordinateStatistics(reducer.token_grid).to(pl_module.device)
-            self._hook = reducer.register_forward_hook(self._count)
-
-    def _count(self, reducer: GridSampler, inputs: Any, sampled: Sampled) -> None:
-        assert self._statistics is not None
-        self._statistics.update(sampled.coordinates.detach(), reducer.anchors(sampled.coordinates.shape[1]))
+            self._hook = reducer.register_forward_hook(self._statistics.count)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self._statistics is None:

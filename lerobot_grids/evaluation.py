@@ -83,6 +83,14 @@ class LoadedPolicy:
     preprocessor: Any
     postprocessor: Any
 
+    @property
+    def renames(self) -> dict[str, str]:
+        """Names of observations to the policy's, where its pre-processor changes them."""
+        renames: dict[str, str] = {}
+        for step in self.preprocessor.steps:
+            renames |= getattr(step, "rename_map", {})
+        return renames
+
 
 def load_policy(
     source: str,
@@ -175,9 +183,7 @@ def token_counts(policy: Any) -> tuple[int | None, int | None]:
 
 def check_fit(loaded: LoadedPolicy, env_config: EnvConfig) -> None:
     """Raise `SimulationError` unless the environment shows what the policy looks at and takes what it does."""
-    renames: dict[str, str] = {}
-    for step in loaded.preprocessor.steps:
-        renames |= getattr(step, "rename_map", {})
+    renames = loaded.renames
     features = env_to_policy_features(env_config)
     config = loaded.policy.config
     shown = [renames.get(key, key) for key, feature in features.items() if feature.type is FeatureType.VISUAL]

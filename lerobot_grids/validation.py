@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 
 from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
-from lerobot_policy_grids.sampler import GridSampler, Sampled
+from lerobot_policy_grids.sampler import GridSampler
 
 from .coordinates import CoordinateStatistics
 from .data import LeRobotDataModule, unit_images
@@ -107,9 +107,7 @@ def held_out_share(policy: str) -> float:
 
 def require_fit(source: str, loaded: LoadedPolicy, meta: LeRobotDatasetMetadata) -> None:
     """Raise `DatasetError` unless a dataset shows what the policy looks at and has the actions it takes."""
-    renames: dict[str, str] = {}
-    for step in loaded.preprocessor.steps:
-        renames |= getattr(step, "rename_map", {})
+    renames = loaded.renames
     features = {renames.get(name, name): value for name, value in dataset_to_policy_features(meta.features).items()}
     config = loaded.policy.config
     require_cameras(source, config, features)
@@ -130,10 +128,6 @@ class _Measures:
         reducer = getattr(policy, "reducer", None)
         if isinstance(reducer, GridSampler):
             self.coordinates = CoordinateStatistics(reducer.token_grid).to(device)
-
-    def count_coordinates(self, reducer: GridSampler, inputs: Any, sampled: Sampled) -> None:
-        assert self.coordinates is not None
-        self.coordinates.update(sampled.coordinates, reducer.anchors(sampled.coordinates.shape[1]))
 
     def result(self, num_tokens: int | None, with_teacher: bool) -> BudgetResult:
         return BudgetResult(
@@ -158,7 +152,7 @@ def validate(
 
     Args:
         loaded: The policy.
-        data: Its demonstrations; opened for it by this function.
+        data: Its demonstrations; opened for it unless they are already.
         budgets: From `budgets_of`.
         teacher: A dense policy to compare with.
         on_progress: Called after each batch and budget.
@@ -167,7 +161,8 @@ def validate(
         GridsError: If nothing is held out.
     """
     policy = loaded.policy
-    data.load(policy.config)
+    if data.val_dataset is None:
+        data.load(policy.config)
     batches = data.val_dataloader()
     if not batches:
         raise GridsError("nothing is held out to validate on; the dataset needs at least two episodes")
@@ -182,7 +177,7 @@ def validate(
                 policy.num_tokens = k
             hook = None
             if measure.coordinates is not None:
-                hook = policy.reducer.register_forward_hook(measure.count_coordinates)
+                hook = policy.reducer.register_forward_hook(measure.coordinates.count)
             torch.manual_seed(SEED + number)
             loss, _ = policy.forward(dict(batch))
             if hook is not None:

@@ -1,7 +1,7 @@
 """lerobot-grids fit. Lightning is imported only when training starts."""
 
 from .fit_options import EPILOG, FitOptions
-from .parser import Parser
+from .parser import Parser, switched_on
 
 
 def main(arguments: list[str]) -> None:
@@ -13,11 +13,4 @@ def main(arguments: list[str]) -> None:
         parser.parse_args(["--help"])
     from .fit_lightning import fit
 
-    # A switch that is given alone is on.
-    following = [*arguments[1:], ""]
-    fit(
-        [
-            "--resume=true" if argument == "--resume" and after not in ("true", "false") else argument
-            for argument, after in zip(arguments, following, strict=True)
-        ]
-    )
+    fit(switched_on(FitOptions, arguments))

@@ -40,13 +40,18 @@ def run(function: Callable[..., Any], command: str, arguments: list[str], *, pos
     parser = Parser(prog=f"lerobot-grids {command}", description=" ".join(summary.split()))
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_function_arguments(function, as_group=False, as_positional=positional)
-    options = parser.parse_args(_switched_on(function, arguments))
+    options = parser.parse_args(switched_on(function, arguments))
     options.pop("config", None)
     return function(**vars(options))
 
 
-def _switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]:
-    """A switch that is given alone is on: `--dry-run` means `--dry_run=true`."""
+def switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """A switch that is given alone is on: `--dry-run` means `--dry_run=true`.
+
+    Args:
+        function: Parameters of it, or fields of a dataclass, that default to false are switches.
+        arguments: A command line.
+    """
     parameters = signature(function).parameters.values()
     switches = {f"--{parameter.name}" for parameter in parameters if parameter.default is False}
     following = [*arguments[1:], ""]
