@@ -11,6 +11,8 @@ def evaluate(
     tasks: str | None = None,
     episodes: int = 50,
     tokens: int | None = None,
+    reducer: str | None = None,
+    resolution: int | None = None,
     seed: int = 100_000,
     batch_size: int = 10,
     device: str | None = None,
@@ -29,7 +31,10 @@ def evaluate(
         env: "metaworld" (fast side camera), or any environment type of LeRobot, such as pusht or libero.
         tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
         episodes: Episodes of each task.
-        tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for.
+        tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for; or of --reducer.
+        reducer: Reduce the tokens of a dense policy in this way, without training: grids, uniform, pool, random, merge,
+            fastv, sparsevlm or blind.
+        resolution: Show a dense policy its images at this side in pixels, without training.
         seed: Seed of the first episode; the next ones follow.
         batch_size: Episodes that run side by side.
         device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
@@ -47,8 +52,10 @@ def evaluate(
 
     require_at_least(1, episodes=episodes, batch_size=batch_size)
     require_at_least(0, videos=videos)
-    folder = Path(output or Path("outputs/eval") / evaluation.short_name(policy, tokens))
-    loaded = evaluation.load_policy(policy, device=device, num_tokens=tokens, rename_map=rename_map)
+    folder = Path(output or Path("outputs/eval") / evaluation.short_name(policy, reducer, tokens, resolution))
+    loaded = evaluation.load_policy(
+        policy, device=device, num_tokens=tokens, rename_map=rename_map, reducer=reducer, resolution=resolution
+    )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk)
     evaluation.check_fit(loaded, env_config)

@@ -90,6 +90,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
 
     # What `render` gives is what the policy sees, so that points can be drawn on it.
     renders_observation = True
+    _env: Any
 
     def __init__(self, task: str, size: int = 96, max_steps: int = 200, render_interval: int = 1) -> None:
         super().__init__(
