@@ -1,8 +1,12 @@
 """Several policies, or several ways of having fewer visual tokens, on the same episodes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +90,35 @@ class ComparisonResult:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One policy of one method, what its evaluation must have in common with a kept one, and where that lies."""
+
+    name: str
+    method: Method
+    policy: str
+    protocol: dict[str, Any]
+    path: Path
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is evaluated, as it is saved."""
+        return self.protocol | asdict(self.method) | {"policies": self.policy}
+
+
 def compare(
     methods: dict[str, Method],
-    make_env: Callable[[int], EnvConfig],
+    make_env: Callable[..., EnvConfig],
     folder: Path,
     *,
     episodes: int,
     seed: int = 100_000,
     batch_size: int = 10,
     device: str | None = None,
+    workers: int = 1,
     costs: bool = True,
     protocol: dict[str, Any] | None = None,
-    on_episodes: Callable[[str, int], None] | None = None,
+    on_evaluation: Callable[[str, int], None] | None = None,
 ) -> ComparisonResult:
     """Evaluate every policy of every method on the same episodes, and set them side by side.
 
@@ -106,80 +127,99 @@ def compare(
 
     Args:
         methods: By name; the first is what the others are compared with.
-        make_env: Gives the environment's configuration for a policy that looks every so many steps.
+        make_env: Gives the environment's configuration for `look_every=` steps between two looks; can be pickled.
         folder: For the evaluations.
         episodes: Episodes of each task.
         seed: Seed of the first episode.
         batch_size: Episodes that run side by side.
         device: Where policies run; None keeps each checkpoint's own.
-        costs: Whether to count FLOPs and measure milliseconds, too.
+        workers: Policies that are evaluated at the same time, each in a process of its own.
+        costs: Whether to count FLOPs and measure milliseconds, too, when nothing else runs.
         protocol: What else an evaluation that is read back must have in common with this one.
-        on_episodes: Called with (what is running, episodes more that are done).
+        on_evaluation: Called with (method, its episodes) for each evaluation that is there.
 
     Raises:
         GridsError: If a policy cannot be loaded, or a kept evaluation is of something else.
     """
     protocol = {"episodes": episodes, "seed": seed} | (protocol or {})
+    runs = [
+        _Run(name, method, policy, protocol, folder / f"{name}-{number}.json")
+        for name, method in methods.items()
+        for number, policy in enumerate(method.policies)
+    ]
+    kept = [(run, found) for run in runs if (found := _kept(run)) is not None]
+    there = {run.path for run, _ in kept}
+    act = partial(_evaluate, make_env=make_env, batch_size=batch_size, device=device)
+    evaluations: dict[Path, Evaluation] = {}
+    for run, evaluation in chain(kept, _map(act, [run for run in runs if run.path not in there], workers)):
+        evaluations[run.path] = evaluation
+        if on_evaluation is not None:
+            on_evaluation(run.name, evaluation.total.episodes)
+
     result = ComparisonResult(protocol, device_name(device or "cpu"), torch.get_num_threads())
-    reference: list[Evaluation] = []
-    for name, method in methods.items():
-        evaluations = []
-        for number, policy in enumerate(method.policies):
-            asked = protocol | asdict(method) | {"policies": policy}
-            path = folder / f"{name}-{number}.json"
-            evaluation = _kept(path, asked)
-            if evaluation is None:
-                loaded = _load(method, policy, device)
-                env_config = make_env(getattr(loaded.policy.config, "n_action_steps", 1))
-                done: dict[str, int] = {}
-
-                def show(task: str, count: int, successes: int, done: dict[str, int] = done, name: str = name) -> None:
-                    if on_episodes is not None:
-                        on_episodes(f"{name} {task}", count - done.get(task, 0))
-                    done[task] = count
-
-                evaluation = evaluate(
-                    loaded,
-                    env_config,
-                    episodes=episodes,
-                    seed=seed,
-                    batch_size=batch_size,
-                    source=policy,
-                    on_progress=show,
-                )
-                evaluation.save(path, asked=asked)
-            elif on_episodes is not None:
-                on_episodes(name, sum(task.episodes for task in evaluation.tasks))
-            evaluations.append(evaluation)
-        reference = reference or evaluations
-        result.methods.append(_summarise(name, evaluations, None if evaluations is reference else reference))
+    by_name = {name: [evaluations[run.path] for run in runs if run.name == name] for name in methods}
+    reference = next(iter(by_name.values()))
+    for name, found in by_name.items():
+        result.methods.append(_summarise(name, found, None if found is reference else reference))
     if costs:
         for method, row in zip(methods.values(), result.methods, strict=True):
-            loaded = _load(method, method.policies[0], device)
-            row.gflops, row.latency_ms = _costs(loaded, make_env(1))
+            row.gflops, row.latency_ms = _costs(_load(method, method.policies[0], device), make_env())
     return result
+
+
+def _map(act: Callable[[_Run], Evaluation], runs: list[_Run], workers: int) -> Iterator[tuple[_Run, Evaluation]]:
+    """Each run with its evaluation, as soon as it is there."""
+    if workers == 1:
+        for run in runs:
+            yield run, act(run)
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    # spawn: a forked process would inherit an OpenGL context that it cannot use.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        pending = {pool.submit(act, run): run for run in runs}
+        try:
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _evaluate(run: _Run, make_env: Callable[..., EnvConfig], batch_size: int, device: str | None) -> Evaluation:
+    loaded = _load(run.method, run.policy, device)
+    evaluation = evaluate(
+        loaded,
+        make_env(look_every=getattr(loaded.policy.config, "n_action_steps", 1)),
+        episodes=run.protocol["episodes"],
+        seed=run.protocol["seed"],
+        batch_size=batch_size,
+        source=run.policy,
+    )
+    evaluation.save(run.path, asked=run.asked)
+    return evaluation
 
 
 def _load(method: Method, policy: str, device: str | None) -> LoadedPolicy:
     return load_policy(policy, device, method.tokens, reducer=method.reducer, resolution=method.resolution)
 
 
-def _kept(path: Path, asked: dict[str, Any]) -> Evaluation | None:
+def _kept(run: _Run) -> Evaluation | None:
     """An evaluation of just this that is there already."""
-    if not path.is_file():
+    if not run.path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(run.path.read_text())
         evaluation, was = Evaluation.from_dict(found), found["asked"]
     except (ValueError, KeyError, TypeError) as error:
-        raise GridsError(f"{path} cannot be read ({error!r}); remove it to evaluate again") from error
-    if was != asked:
-        different = [name for name in asked if was.get(name) != asked[name]]
-        raise GridsError(
-            f"{path} was evaluated with another {', '.join(different)} "
-            f"({was.get(different[0]) if different else was}, now {asked[different[0]] if different else asked}); "
-            "remove it, or choose another --output"
-        )
+        raise GridsError(f"{run.path} cannot be read ({error!r}); remove it to evaluate again") from error
+    for name, value in run.asked.items():
+        if was.get(name) != value:
+            raise GridsError(
+                f"{run.path} was evaluated with {name}={was.get(name)}, now {value}; "
+                "remove it, or choose another folder"
+            )
     return evaluation
 
 

@@ -14,6 +14,7 @@ def compare(
     seed: int = 100_000,
     batch_size: int = 10,
     device: str | None = None,
+    workers: int = 1,
     costs: bool = True,
     output: str = "outputs/compare",
     env_args: dict[str, Any] | None = None,
@@ -33,10 +34,12 @@ def compare(
         seed: Seed of the first episode; the next ones follow.
         batch_size: Episodes that run side by side.
         device: cpu, cuda, ... Defaults to each checkpoint's, or what this machine has.
+        workers: Checkpoints that are evaluated at the same time, each in a process of its own.
         costs: Whether to count FLOPs and measure milliseconds. Leave the machine alone meanwhile.
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
         env_args: More fields of the environment's configuration.
     """
+    from functools import partial
     from pathlib import Path
 
     from lerobot_grids.comparison import Method
@@ -46,7 +49,7 @@ def compare(
     from lerobot_grids.simulation.environments import make_env_config, task_names
     from lerobot_policy_grids.errors import GridsError
 
-    require_at_least(1, episodes=episodes, batch_size=batch_size)
+    require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
     chosen: dict[str, Method] = {}
     for text in policies or []:
         name, _, paths = text.rpartition("=")
@@ -71,15 +74,16 @@ def compare(
     with counting_bar("comparing", total, "episodes") as bar:
         result = compare_methods(
             chosen,
-            lambda every: make_env_config(env, tasks, env_args, look_every=every),
+            partial(make_env_config, env, tasks, env_args),
             folder,
             episodes=episodes,
             seed=seed,
             batch_size=batch_size,
             device=device,
+            workers=workers,
             costs=costs,
             protocol={"env": env, "tasks": ",".join(tasks_of)} | (env_args or {}),
-            on_episodes=lambda title, count: bar.advance(count, title),
+            on_evaluation=lambda name, count: bar.advance(count, name),
         )
     result.save(folder / "compare.json")
     (folder / "compare.md").write_text(markdown(result))
