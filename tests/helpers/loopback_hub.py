@@ -95,6 +95,8 @@ class LoopbackHub:
         handler = type("Handler", (_Handler,), {"hub": self})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
+        # Clients that are killed on purpose would fill the output with tracebacks.
+        server.handle_error = lambda *connection: None
         self.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
