@@ -23,6 +23,7 @@ from lerobot_policy_grids.hub_errors import asking_the_hub
 from lerobot_policy_grids.manifest import REPOSITORY, read_manifest, sha256_of, verify_manifest
 from lerobot_policy_grids.trust import check_processors, check_published
 
+from .cache_sweep import sweep_incomplete
 from .publishing import Description, Format, prepare
 
 
@@ -169,6 +170,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
             if limit is not None and (file.size or 0) > limit:
                 raise CheckpointError(f"{source}: {file.rfilename} has {file.size} bytes, expected at most {limit}")
         names = [file.rfilename for file in files]
+        sweep_incomplete(repo_id)
         cached = Path(
             snapshot_download(repo_id, revision=info.sha, allow_patterns=names or ["-"], force_download=force)
         )
@@ -181,6 +183,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
         check_processors(folder)
         manifest = verify_manifest(folder)
         if manifest is not None and manifest.base is not None:
+            sweep_incomplete(manifest.base.repo_id)
             fetch_base(manifest.base)
     return Pulled(target, str(info.sha), "full" if manifest is None else manifest.format)
 

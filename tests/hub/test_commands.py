@@ -1,6 +1,7 @@
 """The installed wheel's commands in fresh processes; the unmodified client learns of the Hub from its environment."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -84,9 +85,15 @@ def test_push_pull_act_in_fresh_processes(hub, shell, installed, trained, tmp_pa
     assert [path.name for path in trained.parent.iterdir()] == ["pretrained_model"]
 
     hub.fail("GET", "resolve/.*/grids_adapter", "never")
-    shell.kill_at("GET /me/push-16/resolve", "lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
+    wanted = f"GET /{REPO}/resolve/{commit}/grids_adapter"
+    shell.kill_at(wanted, "lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+    leftovers = list((tmp_path / "home").rglob("*.incomplete"))
+    assert leftovers
+    for path in leftovers:
+        os.utime(path, (0, 0))
     shell("lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
+    assert not [path for path in leftovers if path.exists()]
     shell("lerobot-grids", "merge", tmp_path / "pulled", tmp_path / "merged")
 
     # Its base is in the cache now.
