@@ -14,7 +14,7 @@ import torch
 import installing
 from comparing import act
 from lerobot_policy_grids import GridsPolicy
-from loopback_hub import TOKEN
+from loopback_endpoints import TOKEN
 
 REPO = "me/push-16"
 HELPERS = str(Path(__file__).parents[1] / "helpers")

@@ -13,7 +13,7 @@ from lerobot_grids.hub import pull
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import GridsError, HubError
 from lerobot_policy_grids.manifest import verify_manifest
-from loopback_hub import TOKEN
+from loopback_endpoints import TOKEN
 
 REPO = "me/trained"
 
