@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from .hub import push
 from .publishing import Description
@@ -14,8 +13,8 @@ from .publishing import Description
 class PushCheckpoint(Callback):
     """Push the run's checkpoint every `every_n_steps`, as it was just saved; the last step's is left to the caller.
 
-    Training waits for the push, and draws the same random numbers as without it. A push that fails costs a line on
-    stderr; training goes on.
+    Training waits for the push. Every training step draws from its own seed, so the weights are the same bits as
+    without it. A push that fails costs a line on stderr; training goes on.
 
     Args:
         output: The run's output folder. `RunCheckpoint` comes before this callback and saves at these steps too.
@@ -43,9 +42,7 @@ class PushCheckpoint(Callback):
 
     def _push(self, step: int) -> None:
         try:
-            # An adapter is what differs from the base, for which a policy is built, which draws its first weights.
-            with isolate_rng():
-                pushed = push(self.output, self.repo_id, description=Description(dataset=self.dataset, step=step))
+            pushed = push(self.output, self.repo_id, description=Description(dataset=self.dataset, step=step))
         except Exception as error:  # whatever it is, the training is worth more
             reason = " ".join(str(error).split()) or type(error).__name__
             print(

@@ -88,7 +88,7 @@ def test_every_so_many_steps_what_was_saved_is_pushed(hub, dense_checkpoint, tra
     assert "| saved at step | 2 |" in cards[0]
     assert "saved at step" not in cards[2]
     assert len({commit.files["grids_adapter.safetensors"] for commit in commits}) == 3
-    # The policies that were built for the pushes drew no random numbers of the training.
+    # The policies that were built for the pushes drew random numbers, but none of the training.
     alone = train(BASE, **options)
     weights = [load_file(folder / "pretrained_model" / "model.safetensors") for folder in (output, alone)]
     assert_same_bits(*weights)
