@@ -1,7 +1,7 @@
 """What perturbations look like, and whether the scripted expert still solves the tasks under them.
 
-    python benchmarks/perturbations.py sheet docs/perturbations.png
-    python benchmarks/perturbations.py expert benchmarks/results/perturbations/expert.json 10
+python benchmarks/perturbations.py sheet docs/perturbations.png
+python benchmarks/perturbations.py expert benchmarks/results/perturbations/expert.json 10
 """
 
 import json

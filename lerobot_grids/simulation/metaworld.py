@@ -120,7 +120,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         self._steps = 0
         self._ensure_env()
         if self._perturber is not None:
-            self._perturber.begin(seed)
+            self._perturber.begin(self, seed)
         observation, info = super().reset(seed=seed, **kwargs)
         return observation, info
 
@@ -129,29 +129,41 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         return super().step(action)
 
     def render(self) -> np.ndarray:
-        """The camera's image, uint8 [size, size, 3].
+        """The camera's image as the policy sees it, uint8 [size, size, 3].
 
         Raises:
             SimulationError: If OpenGL fails.
         """
         try:
-            if self._perturber is None:
-                return np.ascontiguousarray(super().render())
             self.use_own_context()
-            return self._perturber.see(np.ascontiguousarray(super().render()), self._steps)
+            image = np.ascontiguousarray(super().render())
         except (RuntimeError, AttributeError, ImportError) as error:
             raise SimulationError(
                 f"rendering with MUJOCO_GL={choose_renderer()} failed ({error}); "
                 "try another: install libosmesa6 and set MUJOCO_GL=osmesa"
             ) from error
+        return image if self._perturber is None else self._perturber.see(image, self._steps)
 
     def use_own_context(self) -> None:
         """Make this environment's OpenGL context current.
 
-        gymnasium leaves the one that was made last, which draws another environment's textures.
+        gymnasium leaves current the one that was made last, with another environment's textures, or none after another
+        environment was closed: then images are black.
         """
-        for viewer in self._env.mujoco_renderer._viewers.values():  # type: ignore[attr-defined]
+        for viewer in self.viewers():
             viewer.make_context_current()
+
+    def close(self) -> None:
+        """Free the simulator and what it has on the graphics side."""
+        self.use_own_context()
+        for viewer in self.viewers():
+            # gymnasium leaves this to the garbage collector, which would free it in another environment's context.
+            viewer.con.free()
+        super().close()
+
+    def viewers(self) -> list[Any]:
+        """The off-screen viewers that gymnasium made for this environment: none before its first image."""
+        return [] if self._env is None else list(self._env.mujoco_renderer._viewers.values())
 
     def _format_raw_obs(self, raw_obs: np.ndarray) -> dict[str, Any]:
         env: Any = self._env

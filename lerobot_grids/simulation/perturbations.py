@@ -1,7 +1,7 @@
 """Perturbed MetaWorld episodes, after LIBERO-Plus (arXiv 2510.13626): seven kinds, three severities.
 
-An episode's perturbation is a function of (kind, severity, episode seed) alone. Every policy meets the same episodes, so
-results can be paired. The seed chooses the direction and the severity only how far, so the three severities of an
+An episode's perturbation is a function of (kind, severity, episode seed) alone. Every policy meets the same episodes,
+so results can be paired. The seed chooses the direction and the severity only how far, so the three severities of an
 episode lie on one line from the episode as it was.
 
 Adding a kind is one function (environment, strength, random) -> None and one line in `KINDS`.
@@ -73,25 +73,24 @@ class Perturber:
     """Puts the perturbations of each episode into one `MetaworldEnv`.
 
     Args:
-        env: The environment, with its simulator made.
+        env: The environment, with its simulator made and nothing perturbed.
         perturbations: One of each kind at most.
     """
 
     def __init__(self, env: Any, perturbations: list[Perturbation]) -> None:
-        self.env = env
         self.perturbations = perturbations
         self._nominal = Nominal(env)
         self._seed: int | None = None
 
-    def begin(self, seed: int | None) -> None:
+    def begin(self, env: Any, seed: int | None) -> None:
         """Perturb the episode that the next reset starts. Without a seed the previous one's perturbation stays."""
         seed = (self._seed or 0) if seed is None else seed
         if seed == self._seed:
             return
         self._seed = seed
-        self._nominal.restore(self.env)
+        self._nominal.restore(env)
         for perturbation in self.perturbations:
-            KINDS[perturbation.kind](self.env, perturbation, perturbation.random(seed))
+            KINDS[perturbation.kind](env, perturbation, perturbation.random(seed))
 
     def see(self, image: np.ndarray, step: int) -> np.ndarray:
         """What the sensor makes of an image uint8 [h, w, 3] at a step of the episode."""
@@ -128,21 +127,24 @@ class Nominal:
 
 
 def move_camera(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Viewpoint: the camera orbits the table, comes closer or goes away, turns aside and changes its field of view."""
+    """Viewpoint: the camera orbits the table, comes closer or goes away, turns aside and changes its field of view.
+
+    At full strength by 15 degrees around, 8 up or down, 15 % in distance, 3 cm in aim and 8 % in field of view.
+    """
     model, strength = env._env.model, perturbation.strength
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, env.camera_name)
     offset = model.cam_pos[camera] - CAMERA_TARGET
     distance, azimuth = np.linalg.norm(offset), np.arctan2(offset[1], offset[0])
     elevation = np.arcsin(offset[2] / distance)
-    azimuth += strength * np.radians(30) * random.choice([-1, 1])
-    elevation += strength * np.radians(12) * random.uniform(-1, 1)
-    distance *= 1.2 ** (strength * random.uniform(-1, 1))
+    azimuth += strength * np.radians(15) * random.choice([-1, 1])
+    elevation += strength * np.radians(8) * random.uniform(-1, 1)
+    distance *= 1.15 ** (strength * random.uniform(-1, 1))
     level = distance * np.cos(elevation)
     direction = [level * np.cos(azimuth), level * np.sin(azimuth), distance * np.sin(elevation)]
-    aside = strength * random.uniform(-0.05, 0.05, 3)
+    aside = strength * random.uniform(-0.03, 0.03, 3)
     model.cam_pos[camera] = np.add(CAMERA_TARGET, direction)
     model.cam_quat[camera] = look_at(model.cam_pos[camera], CAMERA_TARGET + aside)
-    model.cam_fovy[camera] *= 1.1 ** (strength * random.uniform(-1, 1))
+    model.cam_fovy[camera] *= 1.08 ** (strength * random.uniform(-1, 1))
 
 
 def change_light(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
@@ -189,7 +191,7 @@ def background_textures(model: Any) -> list[int]:
 def upload_texture(env: Any, texture: int) -> None:
     """Send a changed texture to the renderer, which holds its own copy once it has drawn."""
     env.use_own_context()
-    for viewer in env._env.mujoco_renderer._viewers.values():
+    for viewer in env.viewers():
         mujoco.mjr_uploadTexture(env._env.model, viewer.con, texture)
 
 

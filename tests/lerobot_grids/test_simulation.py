@@ -1,5 +1,6 @@
 """MetaWorld: the first image is true, recordings succeed, evaluation counts what happened."""
 
+import gc
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_grids.evaluation import evaluate, film, load_policy
 from lerobot_grids.recording import demonstrate, record
-from lerobot_grids.simulation.environments import make_env_config, task_names
+from lerobot_grids.simulation.environments import make_env_config
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
 from lerobot_policy_grids.errors import OutputExistsError, SimulationError
 
