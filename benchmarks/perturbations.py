@@ -8,15 +8,18 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from lerobot_grids.recording import demonstrate
 from lerobot_grids.simulation.metaworld import DEFAULT_TASKS, MetaworldEnv
 from lerobot_grids.simulation.perturbations import KINDS, SEVERITIES, Perturbation
-from lerobot_grids.view import contact_sheet, draw_points
+from lerobot_grids.view import contact_sheet
 
 SEEDS = (100_000, 100_002)
+SIZE = 144
 
 
 def sheet(path: Path) -> None:
@@ -26,14 +29,22 @@ def sheet(path: Path) -> None:
         row: list[np.ndarray] = []
         for seed, task in zip(SEEDS, DEFAULT_TASKS, strict=True):
             for severity in (0, *SEVERITIES):
-                env = MetaworldEnv(task, 192, perturbations=[Perturbation(kind, severity)] if severity else None)
+                env = MetaworldEnv(task, SIZE, perturbations=[Perturbation(kind, severity)] if severity else None)
                 observation, _ = env.reset(seed=seed)
+                title = f"{kind}:{severity}" if severity else "unperturbed"
                 # An instruction is seen only if it is written down.
-                title = env.task_description if kind == "instruction" else f"{kind} {severity or 'none'}"
-                row.append(draw_points(observation["pixels"], np.zeros((0, 2)), title=title)[::2, ::2])
+                row.append(label(observation["pixels"], env.task_description if kind == "instruction" else title))
                 env.close()
         rows.append(row)
     contact_sheet(rows, path)
+
+
+def label(image: np.ndarray, title: str) -> np.ndarray:
+    """The image with a title above it."""
+    picture = Image.new("RGB", (image.shape[1], image.shape[0] + 30))
+    picture.paste(Image.fromarray(image), (0, 30))
+    ImageDraw.Draw(picture).multiline_text((4, 2), fill(title, 22), fill=(255, 255, 255), spacing=2)
+    return np.asarray(picture)
 
 
 def expert(path: Path, episodes: int) -> None:

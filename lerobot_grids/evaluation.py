@@ -306,7 +306,7 @@ def evaluate(
                     seeds += [int(episode["seed"]) for episode in info["per_episode"]]
                     if on_progress is not None:
                         on_progress(task.name, len(outcomes), sum(outcomes))
-            task.env.close()
+            task.close()
             result.tasks.append(summarise(task.name, outcomes, seeds, time.perf_counter() - start, task.suite))
     return result
 
@@ -357,7 +357,7 @@ def film(
                     # The first frame is drawn before the policy has looked at it.
                     picked = np.linspace(min(1, len(images) - 1), len(images) - 1, frames).round().astype(int)
                     rows.append([images[i] for i in picked])
-            task.env.close()
+            task.close()
     sheet = folder / "looks.png"
     contact_sheet(rows, sheet)
     return [*written, sheet]
@@ -408,6 +408,12 @@ class _Task:
         if all(hasattr(env.unwrapped, "init_state_id") for env in getattr(self.env, "envs", [self.env])):
             self.env.set_attr("init_state_id", [episode + i for i in range(self.env.num_envs)])
 
+    def close(self) -> None:
+        """Close the environment and let go of it."""
+        if self.env is not None:
+            self.env.close()
+        self.env = None
+
 
 @contextmanager
 def _opened(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iterator[list[_Task]]:
@@ -420,6 +426,8 @@ def _opened(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iterato
         for suite, envs in suites.items()
         for task_id, env in envs.items()
     ]
+    # Only the tasks hold environments, so that each is gone when it is done: LIBERO-Plus has ten thousand.
+    del suites
     try:
         if "instruction" in tampering:
             others = other_instructions([task.env.call("task_description")[0] for task in tasks])
@@ -428,7 +436,7 @@ def _opened(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iterato
         yield tasks
     finally:
         for task in tasks:
-            task.env.close()
+            task.close()
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def print_evaluation(result: Any) -> None:
         table.add_row(
             row.task,
             f"{row.successes}/{row.episodes}",
-            f"{100 * row.success_rate:.0f} %",
+            # A tenth of a percent means something from some hundred episodes on.
+            f"{100 * row.success_rate:.{1 if row.episodes >= 200 else 0}f} %",
             f"{100 * low:.0f} - {100 * high:.0f} %",
             f"{row.seconds:.0f}",
         )

@@ -200,6 +200,7 @@ class MetaworldConfig(lerobot_configs.MetaworldEnv):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SimulationError(f"{name}={value!r}; give a whole number of at least 1")
+        expand_tasks(self.task)
         parse_perturbations(self.perturb)
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
