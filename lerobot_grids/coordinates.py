@@ -8,7 +8,8 @@ from rich.console import Console
 from torch import Tensor
 from torchmetrics import Metric
 
-from lerobot_policy_grids.sampler import GridSampler, Sampled
+from lerobot_policy_grids.reducer import Sampled
+from lerobot_policy_grids.sampler import GridSampler
 
 # From these shares on a sampler is said to have saturated or collapsed.
 TOO_MANY = 0.5

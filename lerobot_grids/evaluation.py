@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lerobot_policy_grids.errors import CheckpointError, GridsError, SimulationE
 from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpoint
 from lerobot_policy_grids.trust import check_processors
 
-from .policies import find_source
+from .policies import find_source, set_resolution, wrap
 from .statistics import wilson_interval
 from .tampering import other_instructions, tamper
 from .view import contact_sheet, draw_points, watch_coordinates
@@ -86,11 +86,17 @@ class Evaluation:
         """All tasks together."""
         return _together("all", self.tasks)
 
-    def save(self, path: Path) -> None:
-        """Write everything as JSON."""
+    def save(self, path: Path, **more: Any) -> None:
+        """Write everything, and what else is given, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         sums = {"suites": [asdict(suite) for suite in self.suites], "total": asdict(self.total)}
-        path.write_text(json.dumps(asdict(self) | sums, indent=2) + "\n")
+        path.write_text(json.dumps(asdict(self) | sums | more, indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Evaluation":
+        """What was saved; entries that are no fields are left out."""
+        own = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        return cls(**own | {"tasks": [TaskResult(**task) for task in content["tasks"]]})
 
 
 def summarise(task: str, outcomes: list[bool], seeds: list[int], seconds: float, suite: str = "") -> TaskResult:
@@ -129,13 +135,17 @@ def load_policy(
     num_tokens: int | None = None,
     rename_map: dict[str, str] | None = None,
     n_action_steps: int | None = None,
+    reducer: str | None = None,
+    resolution: int | None = None,
 ) -> LoadedPolicy:
     """Load a checkpoint strictly, dense or grids, with the processors that were saved beside it.
 
     Args:
         source: Checkpoint folder, output folder of a run, or Hub id.
         device: Where it runs; None keeps the checkpoint's, or what this machine has.
-        num_tokens: Run-time budget of a grids checkpoint.
+        num_tokens: Run-time budget of a grids checkpoint, or of `reducer`.
+        reducer: Reduce the tokens of a dense checkpoint so, without training.
+        resolution: Side in pixels at which a dense checkpoint sees its images, without training.
         rename_map: Names of the environment's observations to the policy's; None keeps the checkpoint's.
         n_action_steps: Steps of each action chunk that are executed before the policy looks again; None keeps the
             checkpoint's.
@@ -154,11 +164,20 @@ def load_policy(
     kind = config.type
     if device is not None:
         config.device = checked_device(device)
-    if num_tokens is not None and kind != "grids":
-        raise CheckpointError(f"{source} is a dense '{kind}' policy, which has no token budget to set; drop --tokens")
+    if num_tokens is not None and kind != "grids" and reducer is None:
+        raise CheckpointError(
+            f"{source} is a dense '{kind}' policy, which has no token budget to set; drop --tokens, or say with "
+            "--reducer how its tokens should be reduced without training"
+        )
+    if reducer is not None and kind == "grids":
+        raise CheckpointError(f"{source} was trained with reducer '{config.reducer}'; drop --reducer")
+    if resolution is not None:
+        set_resolution(source, config, resolution)
     policy = build(config)
     load_checkpoint(policy, folder)
-    if num_tokens is not None:
+    if reducer is not None:
+        policy = wrap(policy, 16 if num_tokens is None else num_tokens, reducer)
+    elif num_tokens is not None:
         policy.num_tokens = num_tokens
     if n_action_steps is not None:
         _set_action_steps(policy, n_action_steps)
@@ -210,11 +229,11 @@ def checked_device(device: str) -> str:
     return device
 
 
-def short_name(policy: str, tokens: int | None) -> str:
-    """What to call the results of a checkpoint."""
+def short_name(policy: str, *settings: str | int | None) -> str:
+    """What to call the results of a checkpoint that is run with some settings."""
     path = Path(policy)
     name = path.parent.name if path.name == CHECKPOINT_FOLDER else path.name
-    return name if tokens is None else f"{name}-{tokens}"
+    return "-".join([name, *(str(setting) for setting in settings if setting is not None)])
 
 
 def token_counts(policy: Any) -> tuple[int | None, int | None]:

@@ -46,9 +46,15 @@ class GridsModule(lightning.LightningModule):
             `tokens`); steps:0=144,500=64,1000=16; elastic (drawn anew at each step, for a checkpoint that serves any
             budget), elastic:4,8,16 (one of a set) or elastic:4-64 (a range).
         camera_tokens: Cameras that get fewer tokens than K, and how many at most.
-        reducer: How tokens are reduced: "grids" (the default), or "blind" for no visual tokens at all, a floor to
-            compare with.
+        reducer: How tokens are reduced: "grids" (the default), or one of those it is compared with: uniform, pool,
+            random, merge, fastv, sparsevlm, or blind for no visual tokens at all.
         condition_on: What the coordinates depend on, any of image, language, state, camera. Defaults to all.
+        anchored: Whether coordinates start at anchors (the default) or, as in the paper, freely near the centre.
+        interpolation: How the feature map is read: "bilinear" (the default) or "nearest".
+        geometry_width: Hidden units of the geometry embedding, 0 for none. Defaults to 256.
+        full_layers: Layers of the trunk that see every token, of fastv and sparsevlm. Defaults to 2, or to half of a
+            trunk with fewer than four.
+        resolution: Side in pixels of the square that images are brought to. Defaults to the policy's own.
         train: "all" parameters that the policy leaves trainable, the "reducer" and low-rank adapters
             ("reducer+lora"), or the "reducer" alone. "auto" takes all if that fits the memory, else LoRA.
         distill: Share of the loss that is the distance to the dense teacher's prediction, from 0 to 1. Defaults to
@@ -80,6 +86,11 @@ class GridsModule(lightning.LightningModule):
         num_tokens_max: int | None = None,
         reducer: str | None = None,
         condition_on: list[str] | None = None,
+        anchored: bool | None = None,
+        interpolation: str | None = None,
+        geometry_width: int | None = None,
+        full_layers: int | None = None,
+        resolution: int | None = None,
         budget: str = "constant",
         camera_tokens: dict[str, int] | None = None,
         train: Literal["auto", "all", "reducer+lora", "reducer"] = "auto",
@@ -109,6 +120,11 @@ class GridsModule(lightning.LightningModule):
             gradient_checkpointing=gradient_checkpointing,
             reducer=reducer,
             condition_on=condition_on,
+            anchored=anchored,
+            interpolation=interpolation,
+            geometry_width=geometry_width,
+            full_layers=full_layers,
+            resolution=resolution,
             num_tokens_max=num_tokens_max,
             token_budget=budget,
             camera_tokens=camera_tokens,
@@ -134,6 +150,7 @@ class GridsModule(lightning.LightningModule):
             "policy": base_type(self.policy.config),
             "tokens": self.policy.config.num_tokens if grids else "dense",
             "reducer": self.policy.config.reducer if grids else None,
+            "resolution": resolution,
             "num_tokens_max": self.policy.config.max_tokens if grids else None,
             "budget": budget,
             "train": self.trainable.train,
@@ -278,7 +295,8 @@ class GridsModule(lightning.LightningModule):
                 # Norms and biases are not decayed.
                 groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
         if not groups:
-            raise GridsError("nothing is left to train: a blind policy has no reducer; give --model.train all")
+            kind = self.policy.config.reducer
+            raise GridsError(f"nothing is left to train: reducer '{kind}' has no parameters; give --model.train all")
         optimizer = torch.optim.AdamW(
             [{"params": params, "lr": rate, "weight_decay": wd} for (rate, wd), params in groups.items()],
             betas=preset.betas,

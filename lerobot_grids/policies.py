@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
@@ -66,6 +67,32 @@ class TrainablePolicy:
         self.postprocessor.save_pretrained(folder)
 
 
+def wrap(base: Any, num_tokens: int, reducer: str = "grids") -> GridsPolicy:
+    """A grids policy with an untrained reducer around a dense policy, on its device.
+
+    Raises:
+        BudgetError: If the policy has fewer tokens than that.
+        UnsupportedPolicyError: If the reducer cannot work in this family.
+    """
+    device = next(base.parameters()).device
+    config = GridsConfig(base=base.config, num_tokens=num_tokens, reducer=reducer, device="cpu")
+    config.device = str(device)
+    with torch.device(device):
+        policy = GridsPolicy(config, base=base)
+    return policy.eval()
+
+
+def set_resolution(source: str, config: PreTrainedConfig, side: int) -> None:
+    """Let a dense policy see its images at a side of `side` pixels, before it is built.
+
+    Raises:
+        GridsError: If it is a grids checkpoint, whose reducer was made for one token grid.
+    """
+    if isinstance(config, GridsConfig):
+        raise GridsError(f"{source} is a grids checkpoint, made for its own image size; drop --resolution")
+    setattr(config, get_adapter(config.type).resolution_field, (side, side))
+
+
 def parse_tokens(tokens: str | int) -> Tokens:
     """A token budget from a command line: a positive number, or "dense".
 
@@ -121,6 +148,7 @@ def build_policy(
     *,
     rename_map: dict[str, str] | None = None,
     gradient_checkpointing: bool = False,
+    resolution: int | None = None,
     **options: Any,
 ) -> TrainablePolicy:
     """Build the policy to train, on the CPU, with processors that normalise by the dataset's statistics.
@@ -132,6 +160,7 @@ def build_policy(
         meta: The dataset's metadata: features and statistics.
         rename_map: Dataset feature names to the policy's, where they differ.
         gradient_checkpointing: Whether activations are computed again in backward, for less memory.
+        resolution: Side in pixels of the square that images are brought to; None keeps the policy's own.
         **options: Further fields of `GridsConfig`. None takes the default, or what a grids checkpoint has; a token
             budget that varies may use every token unless `num_tokens_max` says otherwise.
 
@@ -163,6 +192,8 @@ def build_policy(
         if not hasattr(config, "gradient_checkpointing"):
             raise GridsError(f"LeRobot's '{base_type(config)}' has no gradient checkpointing; drop that option")
         config.gradient_checkpointing = True
+    if resolution is not None:
+        set_resolution(source, config, resolution)
 
     policy: Any = build(config)
     if folder is not None:

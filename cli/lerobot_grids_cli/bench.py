@@ -8,6 +8,7 @@ from .parser import require_at_least, run
 def bench(
     policy: str = "pi0",
     tokens: str = "16",
+    reducer: str = "grids",
     cameras: int = 2,
     language_tokens: int | None = None,
     resolution: str | None = None,
@@ -27,6 +28,7 @@ def bench(
     Args:
         policy: Architecture (pi0, pi05, pi0_fast, smolvla, tiny), or the checkpoint of a trained policy.
         tokens: Visual tokens per camera, one or several: 4,16,64.
+        reducer: Ways of having so few tokens, one or several: grids,pool,fastv.
         cameras: Number of cameras of an architecture; a checkpoint has its own.
         language_tokens: Instruction tokens after padding. Defaults to what the family pads to.
         resolution: The plain alternative: the dense policy at smaller images, sides in pixels: 112,56.
@@ -68,6 +70,7 @@ def bench(
         result = compare_costs(
             policy,
             budgets,
+            reducers=[name.strip() for name in reducer.split(",")],
             cameras=cameras,
             language_tokens=language_tokens,
             resolutions=resolutions,

@@ -11,6 +11,8 @@ def evaluate(
     tasks: str | None = None,
     episodes: int = 50,
     tokens: int | None = None,
+    reducer: str | None = None,
+    resolution: int | None = None,
     seed: int = 100_000,
     batch_size: int = 10,
     device: str | None = None,
@@ -33,7 +35,10 @@ def evaluate(
         env: "metaworld" (fast side camera), or any environment type of LeRobot, such as pusht, libero, libero_plus.
         tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
         episodes: Episodes of each task.
-        tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for.
+        tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for; or of --reducer.
+        reducer: Reduce the tokens of a dense policy in this way, without training: grids, uniform, pool, random, merge,
+            fastv, sparsevlm or blind.
+        resolution: Show a dense policy its images at this side in pixels, without training.
         seed: Seed of the first episode; the next ones follow.
         batch_size: Episodes that run side by side.
         device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
@@ -60,12 +65,18 @@ def evaluate(
     require_at_least(1, episodes=episodes, batch_size=batch_size)
     require_at_least(0, videos=videos)
     tampering = parse_tamperings(tamper)
-    name = "-".join(filter(None, (evaluation.short_name(policy, tokens), perturb, tamper)))
+    name = "-".join(filter(None, (evaluation.short_name(policy, reducer, tokens, resolution), perturb, tamper)))
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
     # What the environment lacks is known before a large checkpoint is loaded.
     make_env_config(env, tasks, env_args, perturb=perturb)
     loaded = evaluation.load_policy(
-        policy, device=device, num_tokens=tokens, rename_map=rename_map, n_action_steps=n_action_steps
+        policy,
+        device=device,
+        num_tokens=tokens,
+        rename_map=rename_map,
+        reducer=reducer,
+        resolution=resolution,
+        n_action_steps=n_action_steps,
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb)

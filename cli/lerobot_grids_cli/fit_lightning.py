@@ -31,6 +31,7 @@ LINKS = (
     ("policy", "model.policy"),
     ("tokens", "model.tokens"),
     ("reducer", "model.reducer"),
+    ("resolution", "model.resolution"),
     ("budget", "model.budget"),
     ("distill", "model.distill"),
     ("teacher", "model.teacher"),
@@ -63,7 +64,8 @@ class FitCLI(LightningCLI):
         if options.push is not None:
             check_login(options.push)
         recipe = recipe_for(source_type(options.policy))
-        label = options.reducer or tokens or "grids"
+        parts = [options.reducer, None if options.reducer == "blind" else tokens, options.resolution]
+        label = "-".join(str(part) for part in parts if part is not None) or "grids"
         if options.budget != "constant":
             label = f"{label}-{options.budget.partition(':')[0]}"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")

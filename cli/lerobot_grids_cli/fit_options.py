@@ -22,7 +22,10 @@ class FitOptions:
     tokens: int | str | None = None
     """Visual tokens per camera, or 'dense' to train the policy as it is. Defaults to 16, or to a checkpoint's own."""
     reducer: str | None = None
-    """How tokens are reduced: grids (the default), or blind for no visual tokens at all, the floor to compare with."""
+    """How tokens are reduced: grids (the default), or one of what it is compared with: uniform, pool, random, merge,
+    fastv, sparsevlm, or blind for no visual tokens at all."""
+    resolution: int | None = None
+    """Side in pixels of the square that images are brought to: fewer tokens by smaller images."""
     budget: str = "constant"
     """K over the steps: constant; linear, cosine or exponential, from every token down to --tokens; or elastic, drawn
     anew at each step, for a checkpoint that serves any budget."""

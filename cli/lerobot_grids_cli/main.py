@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": ("validate", "measure loss and actions on held-out demonstrations at several token budgets"),
     "bench": ("bench", "count FLOPs and measure milliseconds per stage, dense beside K visual tokens"),
     "eval": ("eval", "measure closed-loop success in simulation, with intervals and films"),
+    "compare": ("compare", "set policies side by side on the same episodes, with paired tests and costs"),
     "push": ("push", "push a checkpoint to the Hub, small, pinned and with a card"),
     "pull": ("pull", "fetch a checkpoint from the Hub, every file checked"),
     "merge": ("merge", "make a self-contained checkpoint of an adapter"),

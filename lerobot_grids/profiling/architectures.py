@@ -17,6 +17,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
+from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.errors import UnsupportedPolicyError
 from lerobot_policy_grids.modeling_grids import build
 from lerobot_policy_grids.tiny.tokenizer import VLM_FOLDER
@@ -54,10 +55,9 @@ def make_config(family: str, cameras: int, size: int | None = None, dtype: str =
     inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (STATE_SIZE,))
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (ACTION_SIZE,))}
     options: dict[str, Any] = {"device": "cpu", "input_features": inputs, "output_features": outputs}
+    options[get_adapter(kind).resolution_field] = (size, size)
     if kind.startswith("pi0"):
-        options |= {"dtype": dtype, "image_resolution": (size, size)}
-    else:
-        options |= {"resize_imgs_with_padding": (size, size)}
+        options["dtype"] = dtype
     if kind == "pi0_fast":
         # Sampling does not look at values, so it can be counted without any; it also never stops early.
         options["temperature"] = 1.0

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.configuration_grids import GridsConfig
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 from ..evaluation import load_policy
+from ..policies import wrap
 from .architectures import FAMILIES, instantiate, make_batch, make_config
 from .measure import Cost, base_of, count_flops, measure_latency, peak_memory_mib, prefix_length
 
@@ -51,20 +51,11 @@ def device_name(device: str) -> str:
     return platform.processor() or device
 
 
-def wrap(base: Any, num_tokens: int) -> GridsPolicy:
-    """A grids policy with an untrained sampler around a dense policy, on its device."""
-    device = next(base.parameters()).device
-    config = GridsConfig(base=base.config, num_tokens=num_tokens, device="cpu")
-    config.device = str(device)
-    with torch.device(device):
-        policy = GridsPolicy(config, base=base)
-    return policy.eval()
-
-
 def compare_costs(
     policy: str,
     tokens: list[int],
     *,
+    reducers: list[str] | None = None,
     cameras: int = 2,
     language_tokens: int | None = None,
     resolutions: list[int] | None = None,
@@ -79,6 +70,7 @@ def compare_costs(
     Args:
         policy: Architecture name, for random weights, or a checkpoint.
         tokens: Budgets per camera.
+        reducers: Ways of having so few; None takes "grids".
         cameras: Number of cameras of an architecture; a checkpoint has its own.
         language_tokens: Instruction tokens after padding; None takes the family's.
         resolutions: Sides in pixels of smaller images for the dense policy.
@@ -137,14 +129,18 @@ def compare_costs(
             cost.peak_memory_mib = peak_memory_mib(timed)
         result.costs.append(cost)
 
+    ways = [(name, budget) for name in reducers or ["grids"] for budget in tokens]
     # Before anything is measured, so that a wrong budget costs no minutes.
-    for budget in tokens:
-        wrap(counted, budget).detach()
+    for name, budget in ways:
+        wrap(counted, budget, name).detach()
     add("dense", counted, timed)
-    for budget in tokens:
+    for name, budget in ways:
         # One policy to wrap where the same is counted and timed, else two, or one and none.
-        wrapped = [wrap(dense, budget) if dense is not None else None for dense in dict.fromkeys((counted, timed))]
-        add(f"K={budget}", wrapped[0], wrapped[-1] if timed is not None else None)
+        wrapped = [
+            wrap(dense, budget, name) if dense is not None else None for dense in dict.fromkeys((counted, timed))
+        ]
+        label = f"K={budget}" if name == "grids" else f"{name} K={budget}"
+        add(label, wrapped[0], wrapped[-1] if timed is not None else None)
         for one in filter(None, wrapped):
             one.detach()
     del counted, timed

@@ -70,3 +70,12 @@ def make_env_config(
     except (TypeError, ValueError) as error:
         raise SimulationError(f"environment '{name}' cannot be configured with {values}: {error}") from error
     return config
+
+
+def task_names(config: EnvConfig) -> list[str]:
+    """Names of the tasks that an environment's configuration asks for."""
+    if config.type == ALIASES["metaworld"]:
+        from .metaworld import expand_tasks
+
+        return expand_tasks(config.task)
+    return [task for task in (config.task or config.type).split(",") if task]

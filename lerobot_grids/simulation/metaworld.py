@@ -6,13 +6,14 @@ Differs from `lerobot.envs.metaworld`:
 - A side camera in which objects are more than a few pixels, at the size asked for, without shadow map and
   multisampling: about ten times faster on a CPU.
 - Episodes end after `max_steps`; images may be rendered only when a chunking policy looks.
+- MetaWorld's table of tasks, a hundred resets long, is made once per process and not once per environment.
 
 LeRobot's own commands reach it with `--env.discover_packages_path=lerobot_grids.simulation
 --env.type=grids_metaworld`.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from .rendering import choose_renderer
@@ -21,6 +22,7 @@ choose_renderer()
 
 # ruff: noqa: E402  (mujoco reads MUJOCO_GL when it is imported)
 import gymnasium
+import metaworld
 import mujoco
 import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
@@ -56,6 +58,12 @@ def expand_tasks(tasks: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+@cache
+def _benchmark(task: str) -> metaworld.MT1:
+    """The class and the tasks that LeRobot's environment takes, with its seed."""
+    return metaworld.MT1(task, seed=42)
+
+
 class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
     """One MetaWorld task, seen by a side camera.
 
@@ -70,6 +78,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
 
     # What `render` gives is what the policy sees, so that points can be drawn on it.
     renders_observation = True
+    _env: Any
 
     def __init__(
         self,
@@ -103,8 +112,14 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
     def _ensure_env(self) -> None:
         if self._env is not None:
             return
-        super()._ensure_env()
-        env: Any = self._env
+        # As LeRobot's environment does it.
+        benchmark = _benchmark(self._env_name)
+        env: Any = benchmark.train_classes[self._env_name](render_mode="rgb_array", camera_name=self.camera_name)
+        env.set_task(benchmark.train_tasks[0])
+        env.reset()
+        env._freeze_rand_vec = False
+        env.seeded_rand_vec = True
+        self._env = env
         camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, self.camera_name)
         env.model.cam_pos[camera] = CAMERA_POSITION
         env.model.cam_quat[camera] = look_at(CAMERA_POSITION, CAMERA_TARGET)

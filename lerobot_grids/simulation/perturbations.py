@@ -207,16 +207,16 @@ def start_elsewhere(env: Any, perturbation: Perturbation, random: np.random.Gene
 
 
 def displace_objects(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Layout: object and goal are drawn from strips beside the box that training draws them from.
+    """Layout: object and goal are drawn from strips of 2 cm at the border of the box that training draws them from.
 
     The strips lie on one side, to the left or right of the robot (before or behind, where a task varies nothing
-    sideways): 0 to 2 cm outside at severity 1, 2 to 4 cm at 2, 4 to 6 cm at 3.
+    sideways): just inside the box at severity 1, just outside at 2, another 2 cm out at 3.
     """
     space = env._env._random_reset_space
     if space is None:
         raise SimulationError(f"{env.task} draws no positions, so its layout cannot be perturbed; leave layout out")
     low, high = space.low.copy(), space.high.copy()
-    inner, outer = 0.02 * (perturbation.severity - 1), 0.02 * perturbation.severity
+    inner, outer = 0.02 * (perturbation.severity - 2), 0.02 * (perturbation.severity - 1)
     for place in range(0, len(low) - 2, 3):
         axis = place if high[place] - low[place] > 0.01 else place + 1
         if random.random() < 0.5:

@@ -13,7 +13,8 @@ from .budget import GRAMMAR, TokenBudget
 from .errors import BudgetError, CheckpointError, GridsError
 from .sampler import CONTEXTS
 
-REDUCER_NAMES = ("grids", "blind")
+REDUCER_NAMES = ("grids", "uniform", "pool", "random", "merge", "fastv", "sparsevlm", "blind")
+INTERPOLATIONS = ("bilinear", "nearest")
 # Fields of PreTrainedConfig that wrapper and base must agree on; LeRobot sets them on the wrapper.
 SHARED_FIELDS = ("n_obs_steps", "input_features", "output_features", "device", "use_amp")
 
@@ -51,7 +52,18 @@ class GridsConfig(PreTrainedConfig):
         metadata={"help": f"What the coordinates depend on: any of {CONTEXTS}."},
     )
     hidden_width: int = field(default=512, metadata={"help": "Hidden units of the coordinate head."})
-    geometry_width: int = field(default=256, metadata={"help": "Hidden units of the geometry embedding."})
+    geometry_width: int = field(default=256, metadata={"help": "Hidden units of the geometry embedding; 0 for none."})
+    anchored: bool = field(
+        default=True,
+        metadata={"help": "Whether each coordinate starts at an anchor of its own, or, as in the paper, all freely."},
+    )
+    interpolation: str = field(
+        default="bilinear", metadata={"help": f"How the feature map is read between cells: one of {INTERPOLATIONS}."}
+    )
+    full_layers: int | None = field(
+        default=None,
+        metadata={"help": "Layers of the trunk that see every token, of fastv and sparsevlm. Defaults to the first 2."},
+    )
     base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})
     base_revision: str | None = field(default=None, metadata={"help": "Commit of base_repo_id that was used."})
     # Of this format; raised when a field changes its meaning.
@@ -76,6 +88,10 @@ class GridsConfig(PreTrainedConfig):
             raise BudgetError(
                 f"num_tokens={self.num_tokens} with num_tokens_max={self.max_tokens}; "
                 f"choose num_tokens from 1 .. {self.max_tokens}"
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise GridsError(
+                f"interpolation '{self.interpolation}' is unknown; choose one of {', '.join(INTERPOLATIONS)}"
             )
         _ = self.budget  # refuses what cannot be read
         self.share_with_base()

@@ -104,6 +104,8 @@ class GridsPolicy(PreTrainedPolicy):
         self.seam = Seam(partial(_current_reducer, self), layout)
         self.check_budget()
         self.adapter.attach(base, self.seam)
+        if self.reducer.in_trunk:
+            self.adapter.attach_to_trunk(base, self.seam)
         self.to(config.device)
 
     @property

@@ -3,9 +3,7 @@
 After "GridS: Differentiable Grid Sampler" (Feng et al., ICML 2026, arXiv 2605.11817): global coordinate
 prediction, then grid sampling with geometry injection. This module knows no policy; torch only.
 
-Axes used in shapes: b batch, h and w rows and columns of the token grid, n = h * w, c channels,
-k sampled tokens. Coordinates are (x, y) in [0, 1] of the image the vision tower saw; the centre of
-column i is at x = (i + 0.5) / w.
+Axes used in shapes, and coordinates: as in `reducer`.
 
 Differs from the published reference:
 - Coordinates are an anchor plus a learned offset, sigmoid(logit(anchor) + offset), and offsets start at
@@ -20,30 +18,18 @@ Differs from the published reference:
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from numbers import Integral
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .anchors import WHOLE, Region, anchor_cells
-from .errors import BudgetError, TokenGridError
+from .reducer import Reducer, Sampled
 
 # Beyond this the sigmoid is 0 or 1 in float32, and its exponential stays finite.
 MAX_OFFSET = 60.0
+# Of the logits of free coordinates: the reference starts with all points within a tenth of a cell of the centre.
+FREE_SPREAD = 0.02
 CONTEXTS = ("image", "language", "state", "camera")
-
-
-class Sampled(NamedTuple):
-    """What a reducer hands to the trunk.
-
-    Attributes:
-        tokens: [b, k, c], in raster order of their anchors.
-        coordinates: float32 [b, k, 2], (x, y) in [0, 1], row by row with `tokens`.
-    """
-
-    tokens: Tensor
-    coordinates: Tensor
 
 
 def read_feature_map(feature_map: Tensor, pixels: Tensor) -> Tensor:
@@ -102,7 +88,7 @@ def _linear32(layer: nn.Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x.float(), layer.weight.float(), bias)
 
 
-class GridSampler(nn.Module):
+class GridSampler(Reducer):
     """Replace the h * w visual tokens of an image by k tokens read at predicted coordinates.
 
     Args:
@@ -119,7 +105,11 @@ class GridSampler(nn.Module):
         region: Where the camera image lies in what the vision tower sees; the rest is letterbox padding, where
             no token starts unless all do.
         hidden_width: Hidden units of the coordinate head (paper: 512).
-        geometry_width: Hidden units of the geometry embedding (paper: 256).
+        geometry_width: Hidden units of the geometry embedding (paper: 256); 0 for none.
+        anchored: Whether each coordinate starts at its anchor. Otherwise, as in the paper, all are predicted freely
+            and start close to the centre.
+        interpolation: "bilinear", or "nearest" for the token of the cell that a coordinate lies in, through which no
+            gradient reaches the coordinates.
 
     Raises:
         BudgetError: If a budget is not within 1 .. H * W.
@@ -141,24 +131,16 @@ class GridSampler(nn.Module):
         region: Region = WHOLE,
         hidden_width: int = 512,
         geometry_width: int = 256,
+        anchored: bool = True,
+        interpolation: str = "bilinear",
     ) -> None:
-        super().__init__()
+        super().__init__(token_grid, num_tokens, num_tokens_max=num_tokens_max, camera_limits=camera_limits)
         unknown = sorted(set(condition_on) - set(CONTEXTS))
         if unknown:
             raise ValueError(f"condition_on holds {unknown}; expected any of {list(CONTEXTS)}")
         height, columns = token_grid
-        self.token_grid = (height, columns)
         self.width = width
-        self.num_tokens_max = num_tokens if num_tokens_max is None else num_tokens_max
-        if not 1 <= self.num_tokens_max <= height * columns:
-            raise BudgetError(
-                f"num_tokens={self.num_tokens_max} per camera, but the policy's token grid is {height} x {columns} "
-                f"= {height * columns}; choose 1 .. {height * columns}"
-            )
-        self._num_tokens: int
-        self.num_tokens = num_tokens
         self.num_cameras = num_cameras
-        self.camera_limits = dict(camera_limits or {})
         self.condition_on = tuple(name for name in CONTEXTS if name in condition_on)
 
         widths = {"image": width, "language": language_width, "state": state_width, "camera": num_cameras}
@@ -167,41 +149,18 @@ class GridSampler(nn.Module):
         )
         context_width = sum(widths[name] for name in self.condition_on)
         self.coordinate_head = Float32MLP(max(context_width, 1), hidden_width, 2 * self.num_tokens_max)
-        self.geometry = Float32MLP(2, geometry_width, width)
+        self.anchored = anchored
+        if not anchored:
+            # Points that start at one place and move alike would stay one point.
+            nn.init.normal_(self.coordinate_head.out.bias, std=FREE_SPREAD)
+        self.interpolation = interpolation
+        self.geometry = Float32MLP(2, geometry_width, width) if geometry_width > 0 else None
 
         # Saved with the weights: offsets mean nothing without the anchors they were learned from.
         self.anchor_cells: Tensor
         self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max, region))
         self.grid_size: Tensor
         self.register_buffer("grid_size", torch.tensor([columns, height]), persistent=False)
-
-    @property
-    def num_tokens(self) -> int:
-        """K, tokens per camera. May be set to any 1 .. num_tokens_max between calls."""
-        return self._num_tokens
-
-    @num_tokens.setter
-    def num_tokens(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise BudgetError(f"num_tokens={value!r} is no whole number; give one from 1 .. {self.num_tokens_max}")
-        if not 1 <= value <= self.num_tokens_max:
-            raise BudgetError(
-                f"num_tokens={value}, but this sampler serves 1 .. {self.num_tokens_max} tokens per camera; "
-                "choose a budget in that range, or train with a larger num_tokens_max"
-            )
-        self._num_tokens = int(value)
-
-    def tokens_of(self, camera: int) -> int:
-        """Tokens that a camera gets under the present budget."""
-        return min(self.num_tokens, self.camera_limits.get(camera, self.num_tokens))
-
-    def extra_repr(self) -> str:
-        """Say how the policy was changed, where it is printed."""
-        height, width = self.token_grid
-        return (
-            f"{height}x{width} grid -> {self.num_tokens} tokens (max {self.num_tokens_max}), "
-            f"condition_on={list(self.condition_on)}"
-        )
 
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
@@ -220,17 +179,16 @@ class GridSampler(nn.Module):
         Raises:
             TokenGridError: If the map's grid is not `token_grid`.
         """
-        if tuple(feature_map.shape[1:3]) != self.token_grid:
-            raise TokenGridError(
-                f"feature map of {tuple(feature_map.shape[1:3])} tokens, but this sampler was built for "
-                f"{self.token_grid}; use the image size the checkpoint was trained with"
-            )
+        self.check_grid(feature_map)
         # The meta device, on which costs are counted, knows no autocast.
         device = feature_map.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             pixels, coordinates = self._predict(feature_map, context or {}, num_tokens or self.num_tokens)
+            if self.interpolation == "nearest":
+                pixels = pixels.round()
             tokens = read_feature_map(feature_map, pixels)
-            tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
+            if self.geometry is not None:
+                tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
         return Sampled(tokens, coordinates)
 
     def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -239,7 +197,7 @@ class GridSampler(nn.Module):
         offsets = offsets.unflatten(-1, (self.num_tokens_max, 2))[:, :k]
         # Raster order: the trunk meets the tokens in the order in which it met the dense grid.
         order = self._raster_order(k)
-        cells, offsets = self.anchor_cells[order], offsets[:, order]
+        cells, offsets = self._starts(order), offsets[:, order]
         anchors = (cells + 0.5) / self.grid_size
         # sigmoid(logit(a) + d) - a in closed form: exactly 0 at d = 0, which the logit and back is not.
         growth = torch.expm1(offsets.clamp(-MAX_OFFSET, MAX_OFFSET))
@@ -250,9 +208,15 @@ class GridSampler(nn.Module):
         cells = self.anchor_cells[:k]
         return (cells[:, 1] * self.token_grid[1] + cells[:, 0]).argsort()
 
+    def _starts(self, order: Tensor) -> Tensor:
+        """Cells [k, 2], (column, row), that offsets count from."""
+        if self.anchored:
+            return self.anchor_cells[order]
+        return ((self.grid_size - 1) / 2).expand(len(order), 2)
+
     def anchors(self, k: int) -> Tensor:
         """Coordinates [k, 2] that the first k tokens start from, row by row with what `forward` returns."""
-        return (self.anchor_cells[self._raster_order(k)] + 0.5) / self.grid_size
+        return (self._starts(self._raster_order(k)) + 0.5) / self.grid_size
 
     def _context(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         parts = []

@@ -9,7 +9,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_grids.evaluation import evaluate, film, load_policy
 from lerobot_grids.recording import demonstrate, record
-from lerobot_grids.simulation.environments import make_env_config
+from lerobot_grids.simulation.environments import make_env_config, task_names
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
 from lerobot_policy_grids.errors import OutputExistsError, SimulationError
 
@@ -185,3 +185,4 @@ def test_unknown_tasks_and_environments():
 def test_difficulty_groups_are_expanded():
     assert "reach-v3" in expand_tasks("easy")
     assert expand_tasks("push-v3, push-v3") == ["push-v3"]
+    assert task_names(make_env_config("metaworld", "push-v3,reach-v3")) == ["push-v3", "reach-v3"]

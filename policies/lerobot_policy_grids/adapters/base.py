@@ -48,6 +48,9 @@ class Prediction:
 class Adapter(ABC):
     """One VLA family's seam. Stateless: everything it changes lives on the policy and is undone by `detach`."""
 
+    # Field of the configuration with the (height, width) in pixels that images are brought to.
+    resolution_field: str
+
     @abstractmethod
     def layout(self, policy: Any) -> TokenLayout:
         """Describe the dense visual tokens of `policy`.
@@ -63,6 +66,17 @@ class Adapter(ABC):
         Raises:
             UnsupportedPolicyError: If a reducer is attached already.
         """
+
+    def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
+        """From now on the trunk of `policy` goes on with what `seam.prune` keeps, after its first layers.
+
+        Raises:
+            UnsupportedPolicyError: If this family's trunk cannot be reached from outside.
+        """
+        raise UnsupportedPolicyError(
+            f"no tokens can be dropped inside the trunk of a '{policy.config.type}' policy; choose a reducer "
+            "that works before the trunk, such as grids, uniform, pool, random or merge"
+        )
 
     @abstractmethod
     def detach(self, policy: Any) -> None:

@@ -26,6 +26,8 @@ from .seam import Seam
 class PI0Adapter(Adapter):
     """Adapter of the three policies built on PaliGemma in openpi's way."""
 
+    resolution_field = "image_resolution"
+
     def layout(self, policy: Any) -> TokenLayout:
         config = policy.config
         paligemma = _paligemma(policy)

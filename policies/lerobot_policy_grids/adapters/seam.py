@@ -50,7 +50,7 @@ class Seam:
         if reducer is not None and reducer.num_tokens == 0:
             return [image.new_zeros(len(image), 0, self.layout.width) for image in images]
         dense = self._encode(encode, images)
-        if reducer is None:
+        if reducer is None or reducer.in_trunk:
             return list(dense.chunk(len(cameras)))
         maps = dense.unflatten(1, self.layout.token_grid)
         context = gather_context(
@@ -71,6 +71,18 @@ class Seam:
             reducer(part, its_context, count).tokens
             for part, its_context, count in zip(maps.split(size), contexts, counts, strict=True)
         ]
+
+    @property
+    def full_layers(self) -> int | None:
+        """Layers of the trunk that see every token, if a reducer that sits inside the trunk was told."""
+        reducer: Any = self._get_reducer()
+        layers: int | None = reducer.layers
+        return layers
+
+    def prune(self, prefix: Any, cameras: int) -> Any:
+        """What a reducer inside the trunk keeps of a `reducers.trunk.Prefix`; None for everything."""
+        reducer: Any = self._get_reducer()
+        return None if reducer is None else reducer(prefix, cameras)
 
     @contextmanager
     def share_vision(self) -> Iterator[None]:

@@ -20,9 +20,13 @@ from .base import Adapter, Prediction, Stages, refuse_second_attach
 from .layout import TokenLayout
 from .seam import Seam
 
+TRUNK_LAYERS = ("forward_attn_layer", "forward_cross_attn_layer")
+
 
 class SmolVLAAdapter(Adapter):
     """Adapter of SmolVLA and of every class derived from it."""
+
+    resolution_field = "resize_imgs_with_padding"
 
     def layout(self, policy: Any) -> TokenLayout:
         config = policy.config
@@ -65,9 +69,19 @@ class SmolVLAAdapter(Adapter):
         policy.prepare_images = partial(_prepare_images, policy, seam)
         vlm.embed_image = partial(_embed_image, vlm)
 
+    def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
+        from . import smolvla_trunk as trunk  # reducers know adapters
+
+        vlm = policy.model.vlm_with_expert
+        pruning = trunk.TrunkPruning(policy, seam)
+        policy.prepare_images = partial(trunk.prepare_images, policy, pruning, policy.prepare_images)
+        for name in TRUNK_LAYERS:
+            setattr(vlm, name, partial(trunk.run_layer, pruning, partial(getattr(type(vlm), name), vlm)))
+
     def detach(self, policy: Any) -> None:
         vars(policy).pop("prepare_images", None)
-        vars(policy.model.vlm_with_expert).pop("embed_image", None)
+        for name in ("embed_image", *TRUNK_LAYERS):
+            vars(policy.model.vlm_with_expert).pop(name, None)
 
     def stages(self, policy: Any) -> Stages:
         vlm = policy.model.vlm_with_expert.get_vlm_model()

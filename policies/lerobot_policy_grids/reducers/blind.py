@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..errors import BudgetError
-from ..sampler import Sampled
+from ..reducer import Sampled
 
 
 class BlindReducer(nn.Module):
@@ -13,6 +13,7 @@ class BlindReducer(nn.Module):
 
     num_tokens_max = 0
     condition_on: tuple[str, ...] = ()
+    in_trunk = False
 
     @property
     def num_tokens(self) -> int:

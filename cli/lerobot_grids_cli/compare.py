@@ -1,0 +1,100 @@
+"""lerobot-grids compare."""
+
+from typing import Any
+
+from .parser import require_at_least, run
+
+
+def compare(
+    policies: list[str] | None = None,
+    methods: dict[str, dict[str, Any]] | None = None,
+    env: str = "metaworld",
+    tasks: str | None = None,
+    episodes: int = 100,
+    seed: int = 100_000,
+    batch_size: int = 10,
+    device: str | None = None,
+    workers: int = 1,
+    costs: bool = True,
+    output: str = "outputs/compare",
+    env_args: dict[str, Any] | None = None,
+) -> None:
+    """Set policies side by side on the same episodes: success, tokens, FLOPs, milliseconds, and paired tests.
+
+    The first is what the others are compared with. What is there already in the output folder is not run again, so a
+    comparison that was stopped goes on, and one more method costs only itself.
+
+    Args:
+        policies: NAME=CHECKPOINT, or NAME=CHECKPOINT,CHECKPOINT,... where the checkpoints differ in the training seed.
+        methods: The same in a --config file, with more to say: {name: {policies: [...], tokens: 16, reducer: pool,
+            resolution: 48}}. A reducer or a resolution is applied to a dense checkpoint without training.
+        env: "metaworld", or any environment type of LeRobot.
+        tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
+        episodes: Episodes of each task and checkpoint.
+        seed: Seed of the first episode; the next ones follow.
+        batch_size: Episodes that run side by side.
+        device: cpu, cuda, ... Defaults to each checkpoint's, or what this machine has.
+        workers: Checkpoints that are evaluated at the same time, each in a process of its own.
+        costs: Whether to count FLOPs and measure milliseconds. Leave the machine alone meanwhile.
+        output: Folder for every evaluation, compare.json, compare.md and compare.png.
+        env_args: More fields of the environment's configuration.
+    """
+    from functools import partial
+    from pathlib import Path
+
+    from lerobot_grids.comparison import Method
+    from lerobot_grids.comparison import compare as compare_methods
+    from lerobot_grids.comparison_report import draw_methods, markdown, print_methods
+    from lerobot_grids.progress import counting_bar, require_writable
+    from lerobot_grids.simulation.environments import make_env_config, task_names
+    from lerobot_policy_grids.errors import GridsError
+
+    require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
+    chosen: dict[str, Method] = {}
+    for text in policies or []:
+        name, _, paths = text.rpartition("=")
+        if not name or not paths:
+            raise GridsError(f"--policies {text}; give NAME=CHECKPOINT, such as dense=outputs/base")
+        chosen[name] = Method(paths.split(","))
+    for name, options in (methods or {}).items():
+        try:
+            chosen[name] = Method(**options)
+        except TypeError as error:
+            raise GridsError(
+                f"methods: '{name}' has {', '.join(options)}; it takes policies, tokens, reducer, resolution"
+            ) from error
+    if len(chosen) < 2:
+        raise GridsError(
+            f"{len(chosen)} policies given; give at least two, such as dense=outputs/base grids=outputs/grids16"
+        )
+    folder = Path(output)
+    require_writable(folder / "compare.json")
+    tasks_of = task_names(make_env_config(env, tasks, env_args))
+    total = episodes * len(tasks_of) * sum(len(method.policies) for method in chosen.values())
+    with counting_bar("comparing", total, "episodes") as bar:
+        result = compare_methods(
+            chosen,
+            partial(make_env_config, env, tasks, env_args),
+            folder,
+            episodes=episodes,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            costs=costs,
+            protocol={"env": env, "tasks": ",".join(tasks_of)} | (env_args or {}),
+            on_evaluation=lambda name, count: bar.advance(count, name),
+        )
+    result.save(folder / "compare.json")
+    (folder / "compare.md").write_text(markdown(result))
+    draw_methods(result, folder / "compare.png")
+    print_methods(result)
+    print(f"result:  {folder / 'compare.json'}, compare.md\npicture: {folder / 'compare.png'}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    # Plain NAME=CHECKPOINT in front of the options is the common case.
+    count = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
+    given = [part for text in arguments[:count] for part in ("--policies+", text)]
+    run(compare, "compare", given + arguments[count:])

@@ -1,0 +1,94 @@
+"""Showing a `ComparisonResult`: a table on the screen or in Markdown, and a picture."""
+
+from pathlib import Path
+
+from .comparison import ComparisonResult, MethodResult
+
+
+def header(result: ComparisonResult) -> list[str]:
+    """Names of the table's columns."""
+    tasks = list(result.methods[0].by_task)
+    costs = ["GFLOPs", "ms"] if result.methods[0].gflops is not None else []
+    return ["method", "tokens", *costs, *tasks, "all", "95 %", "by seed, %", "against the first, points", "p"]
+
+
+def cells(row: MethodResult) -> list[str]:
+    """A method's row."""
+    low, high = row.interval
+    texts = [row.name, "?" if row.num_tokens is None else str(row.num_tokens)]
+    if row.gflops is not None and row.latency_ms is not None:
+        texts += [f"{row.gflops:.3g}", f"{row.latency_ms:.1f}"]
+    texts += [f"{successes}/{episodes}" for successes, episodes in row.by_task.values()]
+    texts += [f"{row.successes}/{row.episodes}", f"{100 * low:.0f} - {100 * high:.0f}"]
+    texts.append(" ".join(f"{100 * rate:.0f}" for rate in row.by_seed))
+    if row.paired is None:
+        return [*texts, "", ""]
+    low, high = row.paired.interval
+    difference = f"{100 * row.paired.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return [*texts, difference, f"{row.paired.p:.2g}"]
+
+
+def print_methods(result: ComparisonResult) -> None:
+    """Show the table."""
+    from rich.table import Table
+
+    from .progress import wide_console
+
+    table = Table(title=f"{', '.join(f'{name} {value}' for name, value in result.protocol.items())}")
+    for number, name in enumerate(header(result)):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in result.methods:
+        table.add_row(*cells(row))
+    console = wide_console()
+    console.width = max(console.width, 160)
+    console.print(table)
+
+
+def markdown(result: ComparisonResult) -> str:
+    """The table as Markdown."""
+    names = header(result)
+    lines = [names, ["---"] * len(names), *(cells(row) for row in result.methods)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def draw_methods(result: ComparisonResult, path: Path) -> None:
+    """Save a picture: success against visual tokens, and against milliseconds where they were measured."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    axes_of = [("visual tokens per camera", "num_tokens", "symlog")]
+    if result.methods[0].latency_ms is not None:
+        axes_of.append((f"milliseconds per action chunk on {result.device}", "latency_ms", "linear"))
+    figure, axes = pyplot.subplots(
+        1, len(axes_of), figsize=(6.5 * len(axes_of), 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    colours = pyplot.get_cmap("tab20")
+    for axis, (label, name, scale) in zip(axes[0], axes_of, strict=True):
+        # Methods of one budget side by side, not one over the other.
+        places: dict[float, int] = {}
+        for number, row in enumerate(result.methods):
+            value = getattr(row, name)
+            if value is None:
+                continue
+            shift = places.get(value, 0) if name == "num_tokens" else 0
+            places[value] = shift + 1
+            low, high = row.interval
+            axis.errorbar(
+                [value * (1 + 0.05 * shift) if value else 0.06 * shift],
+                [100 * row.rate],
+                yerr=[[100 * (row.rate - low)], [100 * (high - row.rate)]],
+                fmt="o",
+                color=colours(number % 20),
+                label=row.name,
+            )
+        axis.set_xscale(scale)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("success, % with 95 % Wilson interval")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

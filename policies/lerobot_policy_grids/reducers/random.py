@@ -1,0 +1,46 @@
+"""Random: keep k of the dense tokens, drawn anew for every image. The floor of all ways of choosing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..anchors import WHOLE, Region
+from ..reducer import Reducer, Sampled
+from .cells import cell_coordinates, take
+
+
+class RandomReducer(Reducer):
+    """A random subset of the dense tokens, by torch's global random state.
+
+    Args:
+        token_grid: (H, W) of the feature maps.
+        num_tokens: K.
+        region: Where the camera image lies in what the vision tower sees; cells of letterbox padding are drawn only
+            when there are no others.
+        **options: As of `Reducer`.
+    """
+
+    def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
+        super().__init__(token_grid, num_tokens, **options)
+        left, top, right, bottom = region
+        x, y = cell_coordinates(self.token_grid).unbind(-1)
+        self.padding: Tensor
+        outside = (x < left) | (x > right) | (y < top) | (y > bottom)
+        self.register_buffer("padding", outside.float(), persistent=False)
+
+    def forward(
+        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
+    ) -> Sampled:
+        """Keep k random tokens of each feature map [b, h, w, c].
+
+        Raises:
+            TokenGridError: If the map's grid is not `token_grid`.
+        """
+        self.check_grid(feature_map)
+        dense = feature_map.flatten(1, 2)
+        draws = torch.rand(dense.shape[:2], device=dense.device) + self.padding
+        kept = draws.topk(num_tokens or self.num_tokens, largest=False).indices.sort(-1).values
+        places = cell_coordinates(self.token_grid, dense.device).expand(len(dense), -1, -1)
+        return Sampled(take(dense, kept), take(places, kept))

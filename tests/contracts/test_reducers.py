@@ -1,0 +1,135 @@
+"""Every way of having fewer visual tokens, in every family."""
+
+import pytest
+import torch
+
+from driving import ROUNDING, act, run, wrap
+from lerobot_policy_grids.errors import BudgetError, UnsupportedPolicyError
+
+BEFORE_TRUNK = ("grids", "uniform", "pool", "random", "merge")
+IN_TRUNK = ("fastv", "sparsevlm")
+
+
+def with_trunk(family, cameras=1, **options):
+    """A dense policy whose trunk lets tokens be dropped inside."""
+    policy = family.policy(cameras, **options)
+    if policy.config.type.startswith("pi0"):
+        pytest.skip("its trunk cannot be reached from outside")
+    return policy
+
+
+@pytest.mark.parametrize("reducer", BEFORE_TRUNK)
+def test_all_tokens_are_the_dense_policy(family, reducer):
+    policy = family.policy(cameras=2)
+    batch = family.batch(policy)
+    loss, chunk, _ = run(policy, family, batch)
+    loss_k, chunk_k, _ = run(wrap(policy, family.tokens_per_camera, reducer=reducer), family, batch)
+    torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("reducer", BEFORE_TRUNK)
+def test_the_trunk_gets_k_tokens_per_camera(family, reducer):
+    policy = family.policy(cameras=2)
+    batch = family.batch(policy)
+    seen = family.spy(policy)
+    act(policy, family, batch)
+    dense = seen[0][0]
+    seen.clear()
+    act(wrap(policy, 4, reducer=reducer), family, batch)
+    assert seen[0][0] == dense - 2 * (family.tokens_per_camera - 4)
+
+
+@pytest.mark.parametrize("reducer", IN_TRUNK)
+def test_a_trunk_that_cannot_be_reached_is_refused(family, reducer):
+    policy = family.policy()
+    if not policy.config.type.startswith("pi0"):
+        pytest.skip("its trunk can be reached")
+    with pytest.raises(UnsupportedPolicyError, match="inside the trunk"):
+        wrap(policy, 4, reducer=reducer)
+
+
+@pytest.mark.parametrize("reducer", IN_TRUNK)
+def test_all_tokens_in_the_trunk_are_the_dense_policy(family, reducer):
+    policy = with_trunk(family, cameras=2)
+    batch = family.batch(policy)
+    loss, chunk, gradients = run(policy, family, batch)
+    wrapped = wrap(policy, family.tokens_per_camera, reducer=reducer)
+    loss_k, chunk_k, gradients_k = run(wrapped, family, batch)
+    torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
+    assert gradients.keys() == gradients_k.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_k[name], gradient, atol=ROUNDING, rtol=0, msg=name)
+    restored = wrapped.detach()
+    assert torch.equal(run(restored, family, batch)[1], chunk)
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+@pytest.mark.parametrize("cameras", [1, 2])
+def test_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras, special_tokens):
+    """What is dropped after the first layers could as well have stayed, with nothing attending to it."""
+    policy = with_trunk(family, cameras, add_image_special_tokens=special_tokens)
+    batch = family.batch(policy)
+    wrapped = wrap(policy, 5, reducer="fastv")
+    chosen = []
+    wrapped.reducer.register_forward_hook(lambda module, inputs, output: chosen.append(output.places))
+    loss, chunk, _ = run(wrapped, family, batch)
+    for_loss, for_chunk = chosen
+    assert for_loss.shape == (len(batch["action"]), 5 * cameras)
+    policy = wrapped.detach()
+    pruning = policy.model.vlm_with_expert
+    n = cameras * family.tokens_per_camera
+    before, after = (2, 1) if special_tokens else (0, 0)
+    length = family.tokens_per_camera + before + after
+    places = torch.tensor([camera * length + before + i for camera in range(cameras) for i in range(n // cameras)])
+    assert len(policy.model.global_image_start_token) == 2
+
+    def masked(kept):
+        dropped = torch.ones(len(kept), n, dtype=torch.bool).scatter(1, kept, False)
+
+        def layer(name):
+            def forward(layers, states, index, positions, mask, *args, **kwargs):
+                if index >= 1:
+                    columns = torch.zeros(len(mask), mask.shape[-1], dtype=torch.bool)
+                    columns[:, places] = dropped
+                    mask = mask & ~columns[:, None]
+                return getattr(type(pruning), name)(pruning, layers, states, index, positions, mask, *args, **kwargs)
+
+            return forward
+
+        for name in ("forward_attn_layer", "forward_cross_attn_layer"):
+            setattr(pruning, name, layer(name))
+
+    masked(for_loss)
+    torch.manual_seed(4)
+    options, _ = family.fix_noise(policy)
+    torch.testing.assert_close(policy.forward(dict(batch), **options)[0], loss, atol=ROUNDING, rtol=0)
+    masked(for_chunk)
+    torch.testing.assert_close(act(policy, family, batch), chunk, atol=ROUNDING, rtol=0)
+
+
+def test_denoising_steps_do_not_lengthen_the_cache(family):
+    policy = with_trunk(family, num_steps=4)
+    batch = family.batch(policy)
+    wrapped = wrap(policy, 5, reducer="fastv")
+    vlm, lengths = policy.model.vlm_with_expert, []
+    inner = vlm.forward
+
+    def forward(*args, **kwargs):
+        result = inner(*args, **kwargs)
+        lengths.append([layer.get_seq_length() for layer in result[1].layers])
+        return result
+
+    vlm.forward = forward
+    act(wrapped, family, batch)
+    prefix, *steps = lengths
+    assert prefix[0] - prefix[1] == family.tokens_per_camera - 5
+    assert len(steps) == 4
+    assert all(after[1] == prefix[1] for after in steps)
+
+
+def test_layers_that_see_everything_must_leave_some(family):
+    policy = with_trunk(family)
+    with pytest.raises(BudgetError, match=r"full_layers=2, but the trunk has 2 layers; choose 1 \.\. 1"):
+        wrap(policy, 5, reducer="fastv", full_layers=2)
