@@ -4,8 +4,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from lerobot_policy_grids.trust import check_processors
 
 from .policies import find_source, set_resolution, wrap
 from .statistics import wilson_interval
+from .tampering import other_instructions, tamper
 from .view import contact_sheet, draw_points, watch_coordinates
 
 
 @dataclass
 class TaskResult:
-    """Success of one task: counts, the rate with its 95 % Wilson interval, and every episode's outcome."""
+    """Success of one task, or of several: counts, the rate with its 95 % Wilson interval, every episode's outcome."""
 
     task: str
     successes: int
@@ -43,42 +44,72 @@ class TaskResult:
     seconds: float
     seeds: list[int]
     outcomes: list[bool]
+    suite: str = ""
 
 
 @dataclass
 class Evaluation:
-    """Success over tasks, with what was evaluated."""
+    """Success over tasks, with what was evaluated.
+
+    Attributes:
+        policy: Its name.
+        policy_type: LeRobot's type of it.
+        num_tokens: Visual tokens per camera.
+        num_dense_tokens: Those of its dense policy.
+        tasks: Success of each task.
+        environment: LeRobot's type of it.
+        n_action_steps: Steps of a chunk that are executed before the policy looks again.
+        perturb: Perturbations as kind:severity, comma-separated; empty for none.
+        tamper: What was spoiled in the policy's input.
+    """
 
     policy: str
     policy_type: str
     num_tokens: int | None
     num_dense_tokens: int | None
     tasks: list[TaskResult] = field(default_factory=list)
+    environment: str = ""
+    n_action_steps: int | None = None
+    perturb: str = ""
+    tamper: list[str] = field(default_factory=list)
+
+    @property
+    def suites(self) -> list[TaskResult]:
+        """Each suite's tasks together; empty where no suite has several tasks."""
+        names = list(dict.fromkeys(task.suite for task in self.tasks))
+        if len(names) == len(self.tasks):
+            return []
+        return [_together(name, [task for task in self.tasks if task.suite == name]) for name in names]
 
     @property
     def total(self) -> TaskResult:
         """All tasks together."""
-        outcomes = [o for task in self.tasks for o in task.outcomes]
-        seeds = [s for task in self.tasks for s in task.seeds]
-        return summarise("all", outcomes, seeds, sum(task.seconds for task in self.tasks))
+        return _together("all", self.tasks)
 
     def save(self, path: Path, **more: Any) -> None:
         """Write everything, and what else is given, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self) | {"total": asdict(self.total)} | more, indent=2) + "\n")
+        sums = {"suites": [asdict(suite) for suite in self.suites], "total": asdict(self.total)}
+        path.write_text(json.dumps(asdict(self) | sums | more, indent=2) + "\n")
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Evaluation":
         """What was saved; entries that are no fields are left out."""
-        own = {name: content[name] for name in ("policy", "policy_type", "num_tokens", "num_dense_tokens")}
-        return cls(**own, tasks=[TaskResult(**task) for task in content["tasks"]])
+        own = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        return cls(**own | {"tasks": [TaskResult(**task) for task in content["tasks"]]})
 
 
-def summarise(task: str, outcomes: list[bool], seeds: list[int], seconds: float) -> TaskResult:
+def summarise(task: str, outcomes: list[bool], seeds: list[int], seconds: float, suite: str = "") -> TaskResult:
     """Count outcomes and put an interval around their rate."""
     successes, episodes = sum(outcomes), len(outcomes)
     interval = wilson_interval(successes, episodes)
-    return TaskResult(task, successes, episodes, successes / episodes, interval, seconds, seeds, outcomes)
+    return TaskResult(task, successes, episodes, successes / episodes, interval, seconds, seeds, outcomes, suite)
+
+
+def _together(name: str, tasks: list[TaskResult]) -> TaskResult:
+    outcomes = [outcome for task in tasks for outcome in task.outcomes]
+    seeds = [seed for task in tasks for seed in task.seeds]
+    return summarise(name, outcomes, seeds, sum(task.seconds for task in tasks))
 
 
 @dataclass
@@ -103,6 +134,7 @@ def load_policy(
     device: str | None = None,
     num_tokens: int | None = None,
     rename_map: dict[str, str] | None = None,
+    n_action_steps: int | None = None,
     reducer: str | None = None,
     resolution: int | None = None,
 ) -> LoadedPolicy:
@@ -115,9 +147,12 @@ def load_policy(
         reducer: Reduce the tokens of a dense checkpoint so, without training.
         resolution: Side in pixels at which a dense checkpoint sees its images, without training.
         rename_map: Names of the environment's observations to the policy's; None keeps the checkpoint's.
+        n_action_steps: Steps of each action chunk that are executed before the policy looks again; None keeps the
+            checkpoint's.
 
     Raises:
         CheckpointError: If the checkpoint is incomplete or does not fit.
+        GridsError: If the policy's chunks are shorter than `n_action_steps`, or it has none.
     """
     folder = find_source(source)
     if not isinstance(folder, Path):
@@ -144,9 +179,21 @@ def load_policy(
         policy = wrap(policy, 16 if num_tokens is None else num_tokens, reducer)
     elif num_tokens is not None:
         policy.num_tokens = num_tokens
+    if n_action_steps is not None:
+        _set_action_steps(policy, n_action_steps)
     policy.to(config.device)
     policy.eval()
     return LoadedPolicy(policy, *load_processors(folder, config, rename_map))
+
+
+def _set_action_steps(policy: Any, steps: int) -> None:
+    config = policy.base.config if isinstance(policy, GridsPolicy) else policy.config
+    longest = getattr(config, "chunk_size", None)
+    if longest is None or not hasattr(config, "n_action_steps"):
+        raise GridsError(f"a '{config.type}' policy does not act in chunks; drop --n_action_steps")
+    if not 1 <= steps <= longest:
+        raise GridsError(f"--n_action_steps {steps}; the policy's chunks have {longest} steps, so give 1 .. {longest}")
+    config.n_action_steps = steps
 
 
 def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None = None) -> tuple[Any, Any]:
@@ -228,6 +275,8 @@ def evaluate(
     seed: int = 100_000,
     batch_size: int = 10,
     source: str = "",
+    tampering: list[str] | None = None,
+    on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Run episodes of every task of an environment.
@@ -239,30 +288,45 @@ def evaluate(
         seed: Seed of the first episode; the next ones follow. Recordings should not contain them.
         batch_size: Episodes that run side by side.
         source: Name of the policy in the result.
+        tampering: What is spoiled in the policy's input, of `tampering.TAMPERINGS`.
+        on_start: Called with the number of episodes of all tasks.
         on_progress: Called with (task, episodes done, successes) after each batch.
 
     Raises:
-        SimulationError: If the environment's cameras or actions are not the policy's.
+        SimulationError: If the environment's cameras or actions are not the policy's, or an input cannot be spoiled.
     """
     check_fit(loaded, env_config)
     used, dense = token_counts(loaded.policy)
-    result = Evaluation(source, loaded.policy.config.type, used, dense)
-    for task, env in _environments(env_config, min(batch_size, episodes)):
-        start = time.perf_counter()
-        outcomes: list[bool] = []
-        seeds: list[int] = []
-        torch.manual_seed(seed)
-        while len(outcomes) < episodes:
-            count = min(env.num_envs, episodes - len(outcomes))
-            with _without_bars():
-                info = eval_policy(
-                    env, **_arguments(loaded, env_config), n_episodes=count, start_seed=seed + len(outcomes)
-                )
-            outcomes += [bool(episode["success"]) for episode in info["per_episode"]]
-            seeds += [int(episode["seed"]) for episode in info["per_episode"]]
-            if on_progress is not None:
-                on_progress(task, len(outcomes), sum(outcomes))
-        result.tasks.append(summarise(task, outcomes, seeds, time.perf_counter() - start))
+    result = Evaluation(
+        source,
+        loaded.policy.config.type,
+        used,
+        dense,
+        environment=env_config.type,
+        n_action_steps=getattr(loaded.policy.config, "n_action_steps", None),
+        perturb=getattr(env_config, "perturb", ""),
+        tamper=tampering or [],
+    )
+    with _opened(env_config, min(batch_size, episodes), result.tamper) as tasks:
+        if on_start is not None:
+            on_start(episodes * len(tasks))
+        for task in tasks:
+            start = time.perf_counter()
+            outcomes: list[bool] = []
+            seeds: list[int] = []
+            torch.manual_seed(seed)
+            with _acting(loaded, env_config, task, result.tamper, seed) as arguments:
+                while len(outcomes) < episodes:
+                    count = min(task.env.num_envs, episodes - len(outcomes))
+                    task.begin_at(len(outcomes))
+                    with _without_bars():
+                        info = eval_policy(task.env, **arguments, n_episodes=count, start_seed=seed + len(outcomes))
+                    outcomes += [bool(episode["success"]) for episode in info["per_episode"]]
+                    seeds += [int(episode["seed"]) for episode in info["per_episode"]]
+                    if on_progress is not None:
+                        on_progress(task.name, len(outcomes), sum(outcomes))
+            task.close()
+            result.tasks.append(summarise(task.name, outcomes, seeds, time.perf_counter() - start, task.suite))
     return result
 
 
@@ -274,7 +338,14 @@ def _without_bars() -> Iterator[None]:
 
 
 def film(
-    loaded: LoadedPolicy, env_config: EnvConfig, folder: Path, *, episodes: int, seed: int = 100_000, frames: int = 6
+    loaded: LoadedPolicy,
+    env_config: EnvConfig,
+    folder: Path,
+    *,
+    episodes: int,
+    seed: int = 100_000,
+    frames: int = 6,
+    tampering: list[str] | None = None,
 ) -> list[Path]:
     """Film a few episodes of every task with the sampled points drawn on the frames.
 
@@ -285,6 +356,7 @@ def film(
         episodes: Episodes of each task.
         seed: Seed of the first episode.
         frames: Frames of each episode on the sheet.
+        tampering: As in `evaluate`. Films show the camera's image, not what was made of it.
 
     Returns:
         The files written.
@@ -292,35 +364,43 @@ def film(
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     rows: list[list[np.ndarray]] = []
-    for task, env in _environments(env_config, 1):
-        for episode in range(episodes):
-            torch.manual_seed(seed + episode)
-            with watch_coordinates(loaded.policy) as looks:
-                images: list[np.ndarray] = []
-
-                def draw(
-                    env: Any, images: list[np.ndarray] = images, looks: list[Any] = looks, task: str = task
-                ) -> None:
-                    frame = np.ascontiguousarray(env.envs[0].render())
-                    # Elsewhere what is rendered for people is not what the policy sees.
-                    seen = looks and getattr(env.envs[0].unwrapped, "renders_observation", False)
-                    points = looks[-1][0].numpy() if seen else np.zeros((0, 2))
-                    region = _image_region(loaded.policy, *frame.shape[:2])
-                    images.append(draw_points(frame, points, region, f"{task}  {len(images)}"))
-
-                with _without_bars():
-                    rollout(env, **_arguments(loaded, env_config), seeds=[seed + episode], render_callback=draw)
-            if len(images) <= env.call("_max_episode_steps")[0]:
-                images.pop()  # success resets the simulator, so the last frame shows another episode
-            path = folder / f"{task}_{seed + episode}.mp4"
-            write_video(str(path), np.stack(images), env.metadata.get("render_fps", 30))
-            written.append(path)
-            # The first frame is drawn before the policy has looked at it.
-            picked = np.linspace(min(1, len(images) - 1), len(images) - 1, frames).round().astype(int)
-            rows.append([images[i] for i in picked])
+    with _opened(env_config, 1, tampering or []) as tasks:
+        for task in tasks:
+            with _acting(loaded, env_config, task, tampering or [], seed) as arguments:
+                for episode in range(episodes):
+                    task.begin_at(episode)
+                    images = _film_episode(loaded.policy, task, arguments, seed + episode)
+                    path = folder / f"{task.name}_{seed + episode}.mp4"
+                    write_video(str(path), np.stack(images), task.env.metadata.get("render_fps", 30))
+                    written.append(path)
+                    # The first frame is drawn before the policy has looked at it.
+                    picked = np.linspace(min(1, len(images) - 1), len(images) - 1, frames).round().astype(int)
+                    rows.append([images[i] for i in picked])
+            task.close()
     sheet = folder / "looks.png"
     contact_sheet(rows, sheet)
     return [*written, sheet]
+
+
+def _film_episode(policy: Any, task: "_Task", arguments: dict[str, Any], seed: int) -> list[np.ndarray]:
+    """Run one episode and return its frames with the policy's points, uint8 [h, w, 3] each."""
+    torch.manual_seed(seed)
+    images: list[np.ndarray] = []
+    with watch_coordinates(policy) as looks:
+
+        def draw(env: Any) -> None:
+            frame = np.ascontiguousarray(env.envs[0].render())
+            # Elsewhere what is rendered for people is not what the policy sees.
+            seen = looks and getattr(env.envs[0].unwrapped, "renders_observation", False)
+            points = looks[-1][0].numpy() if seen else np.zeros((0, 2))
+            region = _image_region(policy, *frame.shape[:2])
+            images.append(draw_points(frame, points, region, f"{task.name}  {len(images)}"))
+
+        with _without_bars():
+            rollout(task.env, **arguments, seeds=[seed], render_callback=draw)
+    if len(images) <= task.env.call("_max_episode_steps")[0]:
+        images.pop()  # success resets the simulator, so the last frame shows another episode
+    return images
 
 
 def _image_region(policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
@@ -329,22 +409,66 @@ def _image_region(policy: Any, height: int, width: int) -> tuple[float, float, f
     return 0.0, 0.0, 1.0, 1.0
 
 
-def _environments(config: EnvConfig, batch_size: int) -> Any:
-    """Yield (task name, vector environment), each closed afterwards."""
-    for group, envs in config.create_envs(n_envs=batch_size).items():
-        for task_id, env in envs.items():
-            try:
-                yield group if len(envs) == 1 else f"{group}_{task_id}", env
-            finally:
-                env.close()
+@dataclass
+class _Task:
+    """A task of a suite, with its vector environment and the instruction that a tampering gives it."""
+
+    suite: str
+    name: str
+    env: Any
+    other_instruction: str = ""
+
+    def begin_at(self, episode: int) -> None:
+        """Let the next reset start with this episode.
+
+        LIBERO counts resets to choose among its initial states, and a success resets once more: without this, which
+        states a policy meets would depend on its successes.
+        """
+        if all(hasattr(env.unwrapped, "init_state_id") for env in getattr(self.env, "envs", [self.env])):
+            self.env.set_attr("init_state_id", [episode + i for i in range(self.env.num_envs)])
+
+    def close(self) -> None:
+        """Close the environment and let go of it."""
+        if self.env is not None:
+            self.env.close()
+        self.env = None
 
 
-def _arguments(loaded: LoadedPolicy, env_config: EnvConfig) -> dict[str, Any]:
+@contextmanager
+def _opened(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iterator[list[_Task]]:
+    """All tasks of an environment; what is still open is closed afterwards."""
+    # LeRobot prints a line per task.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        suites = config.create_envs(n_envs=batch_size)
+    tasks = [
+        _Task(suite, suite if list(envs) == [0] else f"{suite}_{task_id}", env)
+        for suite, envs in suites.items()
+        for task_id, env in envs.items()
+    ]
+    # Only the tasks hold environments, so that each is gone when it is done: LIBERO-Plus has ten thousand.
+    del suites
+    try:
+        if "instruction" in tampering:
+            others = other_instructions([task.env.call("task_description")[0] for task in tasks])
+            for task, other in zip(tasks, others, strict=True):
+                task.other_instruction = other
+        yield tasks
+    finally:
+        for task in tasks:
+            task.close()
+
+
+@contextmanager
+def _acting(
+    loaded: LoadedPolicy, env_config: EnvConfig, task: _Task, tampering: list[str], seed: int
+) -> Iterator[dict[str, Any]]:
+    """What LeRobot's rollout takes besides the environment. In this block the policy's input is spoiled."""
     before, after = make_env_pre_post_processors(env_cfg=env_config, policy_cfg=loaded.policy.config)
-    return {
-        "policy": loaded.policy,
-        "env_preprocessor": before,
-        "env_postprocessor": after,
-        "preprocessor": loaded.preprocessor,
-        "postprocessor": loaded.postprocessor,
-    }
+    with tamper(tampering, loaded.policy, loaded.preprocessor, task.other_instruction, seed) as spoil:
+        yield {
+            "policy": loaded.policy,
+            "env_preprocessor": (lambda observation: spoil(before(observation))) if tampering else before,
+            "env_postprocessor": after,
+            "preprocessor": loaded.preprocessor,
+            "postprocessor": loaded.postprocessor,
+        }

@@ -20,6 +20,10 @@ class CountingBar:
         self._start = time.perf_counter()
         self.seconds = 0.0
 
+    def expect(self, total: int) -> None:
+        """So many things there will be."""
+        self._progress.update(self._task, total=total)
+
     def advance(self, count: int = 1, title: str | None = None) -> None:
         """So many more are done."""
         self._progress.advance(self._task, count)
@@ -29,8 +33,8 @@ class CountingBar:
 
 
 @contextmanager
-def counting_bar(title: str, total: int, unit: str) -> Iterator[CountingBar]:
-    """Show a progress bar on standard error while the block runs."""
+def counting_bar(title: str, total: int | None, unit: str) -> Iterator[CountingBar]:
+    """Show a progress bar on standard error while the block runs; `expect` tells a total that is not known yet."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -72,17 +76,23 @@ def print_evaluation(result: Any) -> None:
     from rich.table import Table
 
     tokens = "?" if result.num_tokens is None else f"{result.num_tokens} of {result.num_dense_tokens}"
-    table = Table(title=f"{result.policy} ({result.policy_type}), {tokens} visual tokens per camera")
+    title = f"{result.policy} ({result.policy_type}), {tokens} visual tokens per camera"
+    if result.perturb:
+        title += f"\nperturbed: {result.perturb}"
+    if result.tamper:
+        title += f"\ntampered with: {', '.join(result.tamper)}"
+    table = Table(title=title)
     table.add_column("task")
     for name in ("success", "rate", "95 % interval", "seconds"):
         table.add_column(name, justify="right")
-    rows = [*result.tasks, result.total] if len(result.tasks) > 1 else result.tasks
+    rows = [*result.tasks, *result.suites, result.total] if len(result.tasks) > 1 else result.tasks
     for row in rows:
         low, high = row.interval
         table.add_row(
             row.task,
             f"{row.successes}/{row.episodes}",
-            f"{100 * row.success_rate:.0f} %",
+            # A tenth of a percent means something from some hundred episodes on.
+            f"{100 * row.success_rate:.{1 if row.episodes >= 200 else 0}f} %",
             f"{100 * low:.0f} - {100 * high:.0f} %",
             f"{row.seconds:.0f}",
         )

@@ -21,14 +21,18 @@ def evaluate(
     json: str | None = None,
     env_args: dict[str, Any] | None = None,
     rename_map: dict[str, str] | None = None,
+    perturb: str | None = None,
+    tamper: str | None = None,
+    n_action_steps: int | None = None,
 ) -> None:
     """Measure a policy's closed-loop success with its 95 % Wilson interval, and film where it looks.
 
-    The rollouts are LeRobot's own evaluation code. Films and looks.png go to the output folder.
+    The rollouts are LeRobot's own evaluation code. Films and looks.png go to the output folder. LIBERO's tasks are its
+    suites: --env libero --tasks libero_spatial,libero_object,libero_goal,libero_10 --batch_size 1 --videos 0.
 
     Args:
         policy: Checkpoint folder, output folder of a training run, or Hub id; dense or grids.
-        env: "metaworld" (fast side camera), or any environment type of LeRobot, such as pusht or libero.
+        env: "metaworld" (fast side camera), or any environment type of LeRobot, such as pusht, libero, libero_plus.
         tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
         episodes: Episodes of each task.
         tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for; or of --reducer.
@@ -39,31 +43,48 @@ def evaluate(
         batch_size: Episodes that run side by side.
         device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
         videos: Episodes of each task to film; 0 for none.
-        output: Folder for films and result.json. Defaults to outputs/eval/<policy>[-tokens].
+        output: Folder for films and result.json. Defaults to outputs/eval/<policy>[-tokens][-perturb][-tamper].
         json: Another file for the result.
         rename_map: Names of the environment's observations to the policy's, where they differ.
         env_args: More fields of the environment's configuration, such as '{"max_steps": 300}'.
+        perturb: Perturb MetaWorld as kind:severity, comma-separated, such as camera:2,light:1. Kinds: camera, light,
+            background, noise, robot (its start), layout, instruction; severities 1, 2, 3. The episode's seed decides
+            how, so every policy meets the same episodes.
+        tamper: Spoil the policy's input, to see whether it uses it, comma-separated: image (black), patches (of the
+            image, shuffled), tokens (visual tokens, shuffled), instruction (another task's), state (always its mean).
+        n_action_steps: Steps of each action chunk that are executed before the policy looks again. Defaults to the
+            checkpoint's.
     """
     from pathlib import Path
 
     from lerobot_grids import evaluation
     from lerobot_grids.progress import counting_bar, print_evaluation, require_writable
-    from lerobot_grids.simulation.environments import make_env_config, task_names
+    from lerobot_grids.simulation.environments import make_env_config
+    from lerobot_grids.tampering import parse_tamperings
 
     require_at_least(1, episodes=episodes, batch_size=batch_size)
     require_at_least(0, videos=videos)
-    folder = Path(output or Path("outputs/eval") / evaluation.short_name(policy, reducer, tokens, resolution))
+    tampering = parse_tamperings(tamper)
+    name = "-".join(filter(None, (evaluation.short_name(policy, reducer, tokens, resolution), perturb, tamper)))
+    folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
+    # What the environment lacks is known before a large checkpoint is loaded.
+    make_env_config(env, tasks, env_args, perturb=perturb)
     loaded = evaluation.load_policy(
-        policy, device=device, num_tokens=tokens, rename_map=rename_map, reducer=reducer, resolution=resolution
+        policy,
+        device=device,
+        num_tokens=tokens,
+        rename_map=rename_map,
+        reducer=reducer,
+        resolution=resolution,
+        n_action_steps=n_action_steps,
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
-    env_config = make_env_config(env, tasks, env_args, look_every=chunk)
+    env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb)
     evaluation.check_fit(loaded, env_config)
-    total = episodes * len(task_names(env_config))
     # Before minutes of simulation whose result could not be kept.
     for path in (*([Path(json)] if json else []), folder / "result.json"):
         require_writable(path)
-    with counting_bar("evaluating", total, "episodes") as bar:
+    with counting_bar("evaluating", None, "episodes") as bar:
         done: dict[str, int] = {}
 
         def show(task: str, episodes_done: int, successes: int) -> None:
@@ -77,6 +98,8 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             source=policy,
+            tampering=tampering,
+            on_start=bar.expect,
             on_progress=show,
         )
     result.save(folder / "result.json")
@@ -85,8 +108,8 @@ def evaluate(
     print_evaluation(result)
     print(f"result: {folder / 'result.json'}")
     if videos:
-        filmed = make_env_config(env, tasks, env_args, look_every=1)
-        for path in evaluation.film(loaded, filmed, folder, episodes=videos, seed=seed):
+        filmed = make_env_config(env, tasks, env_args, look_every=1, perturb=perturb)
+        for path in evaluation.film(loaded, filmed, folder, episodes=videos, seed=seed, tampering=tampering):
             print(f"film:   {path}" if path.suffix == ".mp4" else f"looks:  {path}")
 
 

@@ -8,12 +8,19 @@ from lerobot.envs.configs import EnvConfig
 
 from lerobot_policy_grids.errors import SimulationError
 
+from .libero import LIBERO_KINDS, require_libero
+
 # Our faster and corrected MetaWorld in place of LeRobot's.
 ALIASES = {"metaworld": "grids_metaworld"}
 
 
 def make_env_config(
-    name: str, tasks: str | None, arguments: dict[str, Any] | None = None, *, look_every: int = 1
+    name: str,
+    tasks: str | None,
+    arguments: dict[str, Any] | None = None,
+    *,
+    look_every: int = 1,
+    perturb: str | None = None,
 ) -> EnvConfig:
     """The configuration of a simulated environment.
 
@@ -22,9 +29,10 @@ def make_env_config(
         tasks: Its tasks; None takes the environment's own.
         arguments: More fields of its configuration.
         look_every: Steps between two looks of the policy; environments that can skip the images in between do.
+        perturb: Perturbations as kind:severity, comma-separated; see `perturbations`.
 
     Raises:
-        SimulationError: If the environment, its package or a field is unknown.
+        SimulationError: If the environment, its package or a field is unknown, or it cannot be perturbed.
     """
     if name == "metaworld":
         try:
@@ -37,12 +45,21 @@ def make_env_config(
     kind = ALIASES.get(name, name)
     if kind not in choices:
         raise SimulationError(f"environment '{name}' is unknown; choose from metaworld, {', '.join(sorted(choices))}")
+    if kind in LIBERO_KINDS:
+        require_libero(kind)
     known = {field.name for field in fields(choices[kind])}
     values = dict(arguments or {})
     if tasks is not None:
         values["task"] = tasks
     if "render_interval" in known:
         values.setdefault("render_interval", look_every)
+    if perturb and "perturb" not in known:
+        raise SimulationError(
+            f"environment '{name}' cannot be perturbed: only 'metaworld' of this package can; drop --perturb"
+            + (", or evaluate LIBERO's perturbed tasks with --env libero_plus" if name == "libero" else "")
+        )
+    if perturb:
+        values["perturb"] = perturb
     unknown = sorted(set(values) - known)
     if unknown:
         raise SimulationError(

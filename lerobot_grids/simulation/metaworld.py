@@ -32,9 +32,11 @@ from lerobot.envs.utils import freeze_after_episode_end
 
 from lerobot_policy_grids.errors import SimulationError
 
+from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at
+from .perturbations import Perturbation, Perturber, parse_perturbations
+
 # Tasks that a policy which knows the object's position solves and a blind policy does not.
 DEFAULT_TASKS = ("push-v3", "coffee-push-v3")
-CAMERA_POSITION, CAMERA_TARGET, CAMERA_FOVY = (0.6, 0.72, 0.68), (0.0, 0.74, 0.05), 42.0
 OBJECT_POSITION, GOAL_POSITION = slice(4, 7), slice(36, 39)
 
 
@@ -56,21 +58,6 @@ def expand_tasks(tasks: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def look_at(position: tuple[float, ...], target: tuple[float, ...]) -> np.ndarray:
-    """Quaternion [4] of a MuJoCo camera at `position` that looks at `target`, upside down.
-
-    Upside down, because LeRobot's environment turns the corner2 camera's image by 180 degrees.
-    """
-    backward = np.subtract(position, target)
-    backward /= np.linalg.norm(backward)
-    left = -np.cross((0.0, 0.0, 1.0), backward)
-    left /= np.linalg.norm(left)
-    rotation = np.stack([left, np.cross(backward, left), backward], axis=1)
-    quaternion = np.empty(4)
-    mujoco.mju_mat2Quat(quaternion, rotation.flatten())
-    return quaternion
-
-
 @cache
 def _benchmark(task: str) -> metaworld.MT1:
     """The class and the tasks that LeRobot's environment takes, with its seed."""
@@ -86,13 +73,21 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         max_steps: Steps after which an unsuccessful episode ends.
         render_interval: Render an image every this many steps and repeat it in between. A policy that acts
             in chunks of n looks only every n steps.
+        perturbations: What is different from the scene of the demonstrations; the episode's seed decides how.
     """
 
     # What `render` gives is what the policy sees, so that points can be drawn on it.
     renders_observation = True
     _env: Any
 
-    def __init__(self, task: str, size: int = 96, max_steps: int = 200, render_interval: int = 1) -> None:
+    def __init__(
+        self,
+        task: str,
+        size: int = 96,
+        max_steps: int = 200,
+        render_interval: int = 1,
+        perturbations: list[Perturbation] | None = None,
+    ) -> None:
         super().__init__(
             expand_tasks(task)[0],
             obs_type="pixels_agent_pos",
@@ -105,6 +100,8 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         self._steps = 0
         self._frame = np.zeros((size, size, 3), np.uint8)
         self.raw_observation = np.zeros(39)
+        self.perturbations = perturbations or []
+        self._perturber: Perturber | None = None
 
     @property
     def positions(self) -> np.ndarray:
@@ -131,9 +128,14 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         env.model.vis.quality.offsamples = 0
         env.width = env.height = self.size
         env.mujoco_renderer.width = env.mujoco_renderer.height = self.size
+        if self.perturbations:
+            self._perturber = Perturber(self, self.perturbations)
 
     def reset(self, seed: int | None = None, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self._steps = 0
+        self._ensure_env()
+        if self._perturber is not None:
+            self._perturber.begin(self, seed)
         observation, info = super().reset(seed=seed, **kwargs)
         return observation, info
 
@@ -142,18 +144,41 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         return super().step(action)
 
     def render(self) -> np.ndarray:
-        """The camera's image, uint8 [size, size, 3].
+        """The camera's image as the policy sees it, uint8 [size, size, 3].
 
         Raises:
             SimulationError: If OpenGL fails.
         """
         try:
-            return np.ascontiguousarray(super().render())
+            self.use_own_context()
+            image = np.ascontiguousarray(super().render())
         except (RuntimeError, AttributeError, ImportError) as error:
             raise SimulationError(
                 f"rendering with MUJOCO_GL={choose_renderer()} failed ({error}); "
                 "try another: install libosmesa6 and set MUJOCO_GL=osmesa"
             ) from error
+        return image if self._perturber is None else self._perturber.see(image, self._steps)
+
+    def use_own_context(self) -> None:
+        """Make this environment's OpenGL context current.
+
+        gymnasium leaves current the one that was made last, with another environment's textures, or none after another
+        environment was closed: then images are black.
+        """
+        for viewer in self.viewers():
+            viewer.make_context_current()
+
+    def close(self) -> None:
+        """Free the simulator and what it has on the graphics side."""
+        self.use_own_context()
+        for viewer in self.viewers():
+            # gymnasium leaves this to the garbage collector, which would free it in another environment's context.
+            viewer.con.free()
+        super().close()
+
+    def viewers(self) -> list[Any]:
+        """The off-screen viewers that gymnasium made for this environment: none before its first image."""
+        return [] if self._env is None else list(self._env.mujoco_renderer._viewers.values())
 
     def _format_raw_obs(self, raw_obs: np.ndarray) -> dict[str, Any]:
         env: Any = self._env
@@ -175,12 +200,14 @@ class MetaworldConfig(lerobot_configs.MetaworldEnv):
         size: Height and width of the image in pixels.
         max_steps: Steps after which an unsuccessful episode ends.
         render_interval: See `MetaworldEnv`.
+        perturb: Perturbations as kind:severity, comma-separated; see `perturbations`.
     """
 
     task: str = ",".join(DEFAULT_TASKS)
     size: int = 96
     max_steps: int = 200
     render_interval: int = 1
+    perturb: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,15 +215,18 @@ class MetaworldConfig(lerobot_configs.MetaworldEnv):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SimulationError(f"{name}={value!r}; give a whole number of at least 1")
+        expand_tasks(self.task)
+        parse_perturbations(self.perturb)
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
         """One vector environment of `n_envs` copies per task: {task: {0: environment}}."""
+        perturbations = parse_perturbations(self.perturb)
         vector = lerobot_configs._make_vec_env_cls(use_async_envs, n_envs)
         envs: dict[str, dict[int, gymnasium.vector.VectorEnv]] = {}
         for task in expand_tasks(self.task):
             make = freeze_after_episode_end(
-                partial(MetaworldEnv, task, self.size, self.max_steps, self.render_interval)
+                partial(MetaworldEnv, task, self.size, self.max_steps, self.render_interval, perturbations)
             )
             envs[task] = {0: vector([make] * n_envs)}
         return envs

@@ -57,6 +57,14 @@ def test_help_is_quick_and_complete(arguments):
         assert all(name in result.stdout for name in COMMANDS)
 
 
+def test_help_teaches_every_perturbation_and_tampering():
+    from lerobot_grids.simulation.perturbations import KINDS
+    from lerobot_grids.tampering import TAMPERINGS
+
+    words = re.findall(r"[a-z]+", shell("eval", "--help").stdout)
+    assert {*KINDS, *TAMPERINGS} <= set(words)
+
+
 @pytest.mark.parametrize(
     ("code", "forbidden"),
     [
@@ -227,6 +235,13 @@ def test_eval_refuses_damaged_checkpoints(grids_checkpoint, tmp_path, capsys, ho
         (["--env_args={max_steps: 0}"], "max_steps=0"),
         (["--env_args={max_steps: a}"], "max_steps='a'"),
         (["--json=/"], "is a folder"),
+        (["--perturb=fog:1"], "perturbation 'fog' is unknown; choose from camera"),
+        (["--perturb=camera:7"], "one of 1, 2, 3"),
+        (["--env=pusht", "--perturb=camera:1"], "'pusht' cannot be perturbed"),
+        (["--tamper=smell"], "tampering 'smell' is unknown; choose from image"),
+        (["--n_action_steps=99"], "chunks have 16 steps"),
+        (["--env=libero", "--tasks=libero_spatial"], "LIBERO is not installed"),
+        (["--env=libero_plus"], "LIBERO-Plus is not installed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -301,3 +316,11 @@ def test_record_fit_eval(tmp_path, capsys):
     assert (result["num_tokens"], result["num_dense_tokens"], result["total"]["episodes"]) == (4, 144, 1)
     assert (tmp_path / "eval" / "looks.png").is_file()
     assert "95 % interval" in capsys.readouterr().out
+    spoiled = ["--perturb=camera:2,noise:1", "--tamper=state", "--n_action_steps=4", f"--output={tmp_path}/spoiled"]
+    assert main(["eval", f"--policy={output}", *spoiled, *arguments]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["perturb"], result["tamper"], result["n_action_steps"]) == ("camera:2,noise:1", ["state"], 4)
+    assert (tmp_path / "spoiled" / "looks.png").is_file()
+    printed = capsys.readouterr().out
+    assert "perturbed: camera:2,noise:1" in printed
+    assert "tampered with: state" in printed

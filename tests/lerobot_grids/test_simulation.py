@@ -1,5 +1,6 @@
 """MetaWorld: the first image is true, recordings succeed, evaluation counts what happened."""
 
+import gc
 import json
 
 import numpy as np
@@ -39,6 +40,19 @@ def test_same_seed_same_episode(env):
     frames = [env.reset(seed=5)[0] for _ in range(2)]
     assert np.array_equal(frames[0]["pixels"], frames[1]["pixels"])
     assert np.array_equal(frames[0]["agent_pos"], frames[1]["agent_pos"])
+
+
+def test_closing_an_environment_leaves_others_images_alone():
+    """Upstream, an image is black after another environment was closed, or collected as garbage later."""
+    env, other = MetaworldEnv("push-v3"), MetaworldEnv("push-v3")
+    other.reset(seed=1)
+    image = env.reset(seed=5)[0]["pixels"]
+    other.close()
+    assert np.array_equal(env.render(), image)
+    del other
+    gc.collect()
+    assert np.array_equal(env.render(), image)
+    env.close()
 
 
 def test_images_are_skipped_between_looks():

@@ -1,0 +1,71 @@
+"""What perturbations look like, and whether the scripted expert still solves the tasks under them.
+
+python benchmarks/perturbations.py sheet docs/perturbations.png
+python benchmarks/perturbations.py expert benchmarks/results/perturbations/expert.json 10
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lerobot_grids.recording import demonstrate
+from lerobot_grids.simulation.metaworld import DEFAULT_TASKS, MetaworldEnv
+from lerobot_grids.simulation.perturbations import KINDS, SEVERITIES, Perturbation
+from lerobot_grids.view import contact_sheet
+
+SEEDS = (100_000, 100_002)
+SIZE = 144
+
+
+def sheet(path: Path) -> None:
+    """First images of two episodes: a row for each kind, a column for each severity after the unperturbed one."""
+    rows: list[list[np.ndarray]] = []
+    for kind in KINDS:
+        row: list[np.ndarray] = []
+        for seed, task in zip(SEEDS, DEFAULT_TASKS, strict=True):
+            for severity in (0, *SEVERITIES):
+                env = MetaworldEnv(task, SIZE, perturbations=[Perturbation(kind, severity)] if severity else None)
+                observation, _ = env.reset(seed=seed)
+                title = f"{kind}:{severity}" if severity else "unperturbed"
+                # An instruction is seen only if it is written down.
+                row.append(label(observation["pixels"], env.task_description if kind == "instruction" else title))
+                env.close()
+        rows.append(row)
+    contact_sheet(rows, path)
+
+
+def label(image: np.ndarray, title: str) -> np.ndarray:
+    """The image with a title above it."""
+    picture = Image.new("RGB", (image.shape[1], image.shape[0] + 30))
+    picture.paste(Image.fromarray(image), (0, 30))
+    ImageDraw.Draw(picture).multiline_text((4, 2), fill(title, 22), fill=(255, 255, 255), spacing=2)
+    return np.asarray(picture)
+
+
+def expert(path: Path, episodes: int) -> None:
+    """Successes of the scripted expert per task, kind and severity."""
+    warnings.filterwarnings("ignore", "Constant", UserWarning)
+    counts: dict[str, dict[str, int]] = {}
+    for task in DEFAULT_TASKS:
+        for perturbations in ([], *([Perturbation(kind, severity)] for kind in KINDS for severity in SEVERITIES)):
+            # Only the motion matters: one image per episode.
+            env = MetaworldEnv(task, render_interval=10_000, perturbations=perturbations)
+            count = sum(demonstrate(env, seed, noise=0.0) is not None for seed in range(100_000, 100_000 + episodes))
+            env.close()
+            name = str(perturbations[0]) if perturbations else "none"
+            counts.setdefault(task, {})[name] = count
+            print(task, name, f"{count}/{episodes}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"episodes": episodes, "successes": counts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "sheet":
+        sheet(Path(sys.argv[2]))
+    else:
+        expert(Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,144 @@
+"""Spoiling a policy's input while it acts, to see whether it uses that input.
+
+A tampering is no perturbation: it takes an input away, in any environment and for any policy, and has no severity. A
+policy that acts as well without an input never used it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lerobot.utils.constants import OBS_IMAGE, OBS_STATE
+from torch import Tensor
+
+from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.errors import SimulationError
+from lerobot_policy_grids.modeling_grids import GridsPolicy
+
+Observation = dict[str, Any]
+
+# What each takes away, as `eval --help` says it.
+TAMPERINGS = {
+    "image": "every camera is black",
+    "patches": "the 8 x 8 patches of every image are shuffled, anew at each step",
+    "tokens": "the visual tokens are shuffled over the token grid, before they are sampled, anew at each look",
+    "instruction": "the instruction is that of another task, the next of those evaluated",
+    "state": "the robot's state is always the mean of the training data",
+}
+PATCHES = 8
+
+
+def parse_tamperings(text: str | None) -> list[str]:
+    """Names of a comma-separated list; nothing is none.
+
+    Raises:
+        SimulationError: If one is unknown.
+    """
+    names = [part.strip() for part in (text or "").split(",") if part.strip()]
+    unknown = [name for name in names if name not in TAMPERINGS]
+    if unknown:
+        raise SimulationError(f"tampering '{unknown[0]}' is unknown; choose from {', '.join(TAMPERINGS)}")
+    return list(dict.fromkeys(names))
+
+
+def other_instructions(instructions: list[str]) -> list[str]:
+    """For each task of an evaluation, another's instruction: the next different one, round the list.
+
+    Raises:
+        SimulationError: If all tasks have the same instruction.
+    """
+    different = list(dict.fromkeys(instructions))
+    if len(different) < 2:
+        raise SimulationError(
+            f"tampering 'instruction' takes another task's instruction, and every task here says '{different[0]}'; "
+            "evaluate tasks that differ, such as --tasks push-v3,coffee-push-v3"
+        )
+    following = dict(zip(different, [*different[1:], different[0]], strict=True))
+    return [following[instruction] for instruction in instructions]
+
+
+@contextmanager
+def tamper(
+    names: list[str], policy: Any, preprocessor: Any, instruction: str, seed: int
+) -> Iterator[Callable[[Observation], Observation]]:
+    """Spoil a policy's input while the block runs.
+
+    Args:
+        names: Of `TAMPERINGS`.
+        policy: Dense or grids.
+        preprocessor: Its pre-processor, which knows the mean state.
+        instruction: What to say in place of the task's instruction.
+        seed: Of the shuffles.
+
+    Yields:
+        A function that spoils an observation in LeRobot's names, before the policy's pre-processor.
+
+    Raises:
+        UnsupportedPolicyError: If "tokens" are to be shuffled in a policy without a token grid.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def spoil(observation: Observation) -> Observation:
+        spoiled = dict(observation)
+        for key, value in observation.items():
+            if key.startswith(OBS_IMAGE):
+                if "image" in names:
+                    spoiled[key] = torch.zeros_like(value)
+                elif "patches" in names:
+                    spoiled[key] = shuffle_patches(value, random)
+            elif key == OBS_STATE and "state" in names:
+                spoiled[key] = mean_state(preprocessor).to(value).expand_as(value)
+            elif key == "task" and "instruction" in names:
+                spoiled[key] = [instruction] * len(value)
+        return spoiled
+
+    with ExitStack() as stack:
+        if "tokens" in names:
+            stack.enter_context(_shuffled_tokens(policy, random))
+        yield spoil
+
+
+def shuffle_patches(images: Tensor, random: torch.Generator) -> Tensor:
+    """Images [b, c, h, w] with their 8 x 8 patches in another order. Rows and columns that are left over stay."""
+    height, width = (size // PATCHES for size in images.shape[-2:])
+    whole = images[..., : height * PATCHES, : width * PATCHES]
+    tiles = whole.unflatten(-1, (PATCHES, width)).unflatten(-3, (PATCHES, height))
+    # [b, c, row, y, column, x] -> [b, c, row and column, y, x]
+    tiles = tiles.transpose(-3, -2).flatten(-4, -3)
+    tiles = tiles[..., torch.randperm(PATCHES**2, generator=random), :, :]
+    shuffled = images.clone()
+    shuffled[..., : height * PATCHES, : width * PATCHES] = (
+        tiles.unflatten(-3, (PATCHES, PATCHES)).transpose(-3, -2).flatten(-2, -1).flatten(-3, -2)
+    )
+    return shuffled
+
+
+def mean_state(preprocessor: Any) -> Tensor:
+    """The training data's mean robot state [d], from the policy's normalisation.
+
+    Raises:
+        SimulationError: If the pre-processor holds none.
+    """
+    for step in preprocessor.steps:
+        statistics = (getattr(step, "stats", None) or {}).get(OBS_STATE, {})
+        if "mean" in statistics:
+            return torch.as_tensor(statistics["mean"], dtype=torch.float32)
+    raise SimulationError("tampering 'state' needs the mean state, and the policy's pre-processor holds none")
+
+
+@contextmanager
+def _shuffled_tokens(policy: Any, random: torch.Generator) -> Iterator[None]:
+    if isinstance(policy, GridsPolicy):
+        source = policy.adapter.feature_source(policy.base)
+    else:
+        source = get_adapter(policy.config.type).feature_source(policy)
+
+    def shuffle(module: Any, inputs: Any, features: Tensor) -> Tensor:
+        return features[:, torch.randperm(features.shape[1], generator=random).to(features.device)]
+
+    handle = source.register_forward_hook(shuffle)
+    try:
+        yield
+    finally:
+        handle.remove()
