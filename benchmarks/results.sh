@@ -54,4 +54,4 @@ for name in $(cut -d'|' -f1 <<<"$WAYS"); do
     compared+=("$name=${runs%,}")
 done
 lerobot-grids compare "${compared[@]}" --episodes "$EPISODES" --workers "$WORKERS" --output compare
-lerobot-grids compare --config "$RECIPES/untrained.yaml" --episodes "$EPISODES" --workers "$WORKERS" --output untrained
+lerobot-grids compare --config "$RECIPES/untrained.yaml" --episodes "$((EPISODES / 4))" --workers "$WORKERS" --output untrained
