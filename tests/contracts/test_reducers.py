@@ -10,12 +10,12 @@ BEFORE_TRUNK = ("grids", "uniform", "pool", "random", "merge")
 IN_TRUNK = ("fastv", "sparsevlm")
 
 
-def with_trunk(family, cameras=1, **options):
-    """A dense policy whose trunk lets tokens be dropped inside."""
-    policy = family.policy(cameras, **options)
-    if policy.config.type.startswith("pi0"):
+def with_trunk(family, cameras=1, trained=False, **options):
+    """A dense policy whose trunk lets tokens be dropped inside, also while it is trained."""
+    kind = family.policy().config.type
+    if kind == "pi0_fast" or (trained and kind.startswith("pi0")):
         pytest.skip("its trunk cannot be reached from outside")
-    return policy
+    return family.policy(cameras, **options)
 
 
 @pytest.mark.parametrize("reducer", BEFORE_TRUNK)
@@ -43,33 +43,70 @@ def test_the_trunk_gets_k_tokens_per_camera(family, reducer):
 @pytest.mark.parametrize("reducer", IN_TRUNK)
 def test_a_trunk_that_cannot_be_reached_is_refused(family, reducer):
     policy = family.policy()
-    if not policy.config.type.startswith("pi0"):
-        pytest.skip("its trunk can be reached")
-    with pytest.raises(UnsupportedPolicyError, match="inside the trunk"):
-        wrap(policy, 4, reducer=reducer)
+    if policy.config.type == "pi0_fast":
+        with pytest.raises(UnsupportedPolicyError, match="inside the trunk of a 'pi0_fast'"):
+            wrap(policy, 4, reducer=reducer)
+    elif policy.config.type.startswith("pi0"):
+        with pytest.raises(UnsupportedPolicyError, match="only when it acts"):
+            wrap(policy, 4, reducer=reducer).forward(family.batch(policy))
 
 
 @pytest.mark.parametrize("reducer", IN_TRUNK)
-def test_all_tokens_in_the_trunk_are_the_dense_policy(family, reducer):
+def test_all_tokens_in_the_trunk_act_as_the_dense_policy(family, reducer):
     policy = with_trunk(family, cameras=2)
     batch = family.batch(policy)
-    loss, chunk, gradients = run(policy, family, batch)
+    chunk = act(policy, family, batch)
     wrapped = wrap(policy, family.tokens_per_camera, reducer=reducer)
-    loss_k, chunk_k, gradients_k = run(wrapped, family, batch)
+    torch.testing.assert_close(act(wrapped, family, batch), chunk, atol=ROUNDING, rtol=0)
+    restored = wrapped.detach()
+    assert torch.equal(act(restored, family, batch), chunk)
+
+
+@pytest.mark.parametrize("reducer", IN_TRUNK)
+def test_all_tokens_in_the_trunk_train_as_the_dense_policy(family, reducer):
+    policy = with_trunk(family, cameras=2, trained=True)
+    batch = family.batch(policy)
+    loss, _, gradients = run(policy, family, batch)
+    loss_k, _, gradients_k = run(wrap(policy, family.tokens_per_camera, reducer=reducer), family, batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
-    torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
     assert gradients.keys() == gradients_k.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_k[name], gradient, atol=ROUNDING, rtol=0, msg=name)
-    restored = wrapped.detach()
-    assert torch.equal(run(restored, family, batch)[1], chunk)
+
+
+@pytest.mark.parametrize("cameras", [1, 2])
+def test_pi_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras):
+    """What is dropped after the first layers could as well have stayed, with nothing attending to it."""
+    policy = with_trunk(family, cameras)
+    if not policy.config.type.startswith("pi0"):
+        pytest.skip("has a test of its own")
+    batch = family.batch(policy)
+    wrapped = wrap(policy, 5, reducer="fastv")
+    chosen = []
+    wrapped.reducer.register_forward_hook(lambda module, inputs, output: chosen.append(output.places))
+    chunk = act(wrapped, family, batch)
+    (kept,) = chosen
+    policy = wrapped.detach()
+    dropped = torch.ones(len(kept), cameras * family.tokens_per_camera, dtype=torch.bool).scatter(1, kept, False)
+    model = policy.model.paligemma_with_expert
+
+    def mask(layer, args, kwargs):
+        columns = torch.zeros(len(dropped), kwargs["attention_mask"].shape[-1], dtype=torch.bool)
+        columns[:, : dropped.shape[1]] = dropped
+        kwargs["attention_mask"] = kwargs["attention_mask"].masked_fill(columns[:, None, None], -2.0e38)
+        return args, kwargs
+
+    for layers in (model.paligemma.model.language_model.layers, model.gemma_expert.model.layers):
+        for layer in layers[max(1, min(2, len(layers) // 2)) :]:
+            layer.register_forward_pre_hook(mask, with_kwargs=True)
+    torch.testing.assert_close(act(policy, family, batch), chunk, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])
 @pytest.mark.parametrize("cameras", [1, 2])
 def test_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras, special_tokens):
     """What is dropped after the first layers could as well have stayed, with nothing attending to it."""
-    policy = with_trunk(family, cameras, add_image_special_tokens=special_tokens)
+    policy = with_trunk(family, cameras, trained=True, add_image_special_tokens=special_tokens)
     batch = family.batch(policy)
     wrapped = wrap(policy, 5, reducer="fastv")
     chosen = []
@@ -110,7 +147,7 @@ def test_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras, special_
 
 
 def test_denoising_steps_do_not_lengthen_the_cache(family):
-    policy = with_trunk(family, num_steps=4)
+    policy = with_trunk(family, trained=True, num_steps=4)
     batch = family.batch(policy)
     wrapped = wrap(policy, 5, reducer="fastv")
     vlm, lengths = policy.model.vlm_with_expert, []
@@ -130,6 +167,5 @@ def test_denoising_steps_do_not_lengthen_the_cache(family):
 
 
 def test_layers_that_see_everything_must_leave_some(family):
-    policy = with_trunk(family)
-    with pytest.raises(BudgetError, match=r"full_layers=2, but the trunk has 2 layers; choose 1 \.\. 1"):
-        wrap(policy, 5, reducer="fastv", full_layers=2)
+    with pytest.raises(BudgetError, match=r"full_layers=\d, but the trunk has \d layers; choose 1 \.\. \d"):
+        wrap(with_trunk(family), 5, reducer="fastv", full_layers=8)

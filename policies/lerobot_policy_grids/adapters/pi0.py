@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..anchors import Region
+from . import pi0_trunk
 from .base import Adapter, Prediction, Stages, centred_region, refuse_second_attach
 from .layout import TokenLayout
 from .positions import keep_positions, release_positions
@@ -50,11 +51,18 @@ class PI0Adapter(Adapter):
         policy._preprocess_images = partial(_preprocess_images, policy, seam)
         paligemma.get_image_features = partial(_get_image_features, paligemma)
 
+    def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
+        if hasattr(policy.config, "max_decoding_steps"):
+            # Decoding runs the layers of the prefix again for each token.
+            super().attach_to_trunk(policy, seam)
+        pi0_trunk.attach(policy, seam)
+
     def keep_positions(self, policy: Any, seam: Seam) -> None:
         keep_positions(policy.model.paligemma_with_expert, seam, 0, 0)
 
     def detach(self, policy: Any) -> None:
         release_positions(policy.model.paligemma_with_expert)
+        pi0_trunk.detach(policy)
         vars(policy).pop("_preprocess_images", None)
         vars(_paligemma(policy)).pop("get_image_features", None)
 

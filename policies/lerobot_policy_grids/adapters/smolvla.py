@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from ..anchors import Region
 from ..errors import UnsupportedPolicyError
+from . import smolvla_trunk
 from .base import Adapter, Prediction, Stages, refuse_second_attach
 from .layout import TokenLayout
 from .positions import keep_positions, release_positions
 from .seam import Seam
-
-TRUNK_LAYERS = ("forward_attn_layer", "forward_cross_attn_layer")
 
 
 class SmolVLAAdapter(Adapter):
@@ -71,13 +70,7 @@ class SmolVLAAdapter(Adapter):
         vlm.embed_image = partial(_embed_image, vlm)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
-        from . import smolvla_trunk as trunk  # reducers know adapters
-
-        vlm = policy.model.vlm_with_expert
-        pruning = trunk.TrunkPruning(policy, seam)
-        policy.prepare_images = partial(trunk.prepare_images, policy, pruning, policy.prepare_images)
-        for name in TRUNK_LAYERS:
-            setattr(vlm, name, partial(trunk.run_layer, pruning, partial(getattr(type(vlm), name), vlm)))
+        smolvla_trunk.attach(policy, seam, *special_tokens(policy))
 
     def keep_positions(self, policy: Any, seam: Seam) -> None:
         keep_positions(policy.model.vlm_with_expert, seam, *special_tokens(policy))
@@ -85,8 +78,8 @@ class SmolVLAAdapter(Adapter):
     def detach(self, policy: Any) -> None:
         release_positions(policy.model.vlm_with_expert)
         vars(policy).pop("prepare_images", None)
-        for name in ("embed_image", *TRUNK_LAYERS):
-            vars(policy.model.vlm_with_expert).pop(name, None)
+        smolvla_trunk.detach(policy)
+        vars(policy.model.vlm_with_expert).pop("embed_image", None)
 
     def stages(self, policy: Any) -> Stages:
         vlm = policy.model.vlm_with_expert.get_vlm_model()
