@@ -94,10 +94,9 @@ class TrunkPruning:
         )
         if pruned is None:
             return prefix
-        others = torch.ones(self._length, dtype=torch.bool, device=prefix.device)
-        others[visual] = False
-        rest = others.nonzero().flatten().expand(len(prefix), -1)
-        index = torch.cat([visual[pruned.places], rest], dim=1)
+        # By numbers, not by a mask: the meta device, on which costs are counted, has no values.
+        others = torch.tensor(sorted(set(range(self._length)) - set(self._visual)), device=prefix.device)
+        index = torch.cat([visual[pruned.places], others.expand(len(prefix), -1)], dim=1)
         states = torch.cat([pruned.tokens.to(prefix.dtype), prefix[:, others]], dim=1)
         order = index.argsort(dim=-1)
         self._kept = index.gather(1, order)
