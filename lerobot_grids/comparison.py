@@ -159,8 +159,8 @@ def compare(
     result = ComparisonResult(protocol, device_name(device or "cpu"), torch.get_num_threads())
     by_name = {name: [evaluations[run.path] for run in runs if run.name == name] for name in methods}
     reference = next(iter(by_name.values()))
-    for name, found in by_name.items():
-        result.methods.append(_summarise(name, found, None if found is reference else reference))
+    for name, ours in by_name.items():
+        result.methods.append(_summarise(name, ours, None if ours is reference else reference))
     if costs:
         for method, row in zip(methods.values(), result.methods, strict=True):
             row.gflops, row.latency_ms = _costs(_load(method, method.policies[0], device), make_env())

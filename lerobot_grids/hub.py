@@ -5,27 +5,26 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from lerobot_policy_grids.base_weights import fetch_base
 from lerobot_policy_grids.checkpoint import atomic_folder, find_checkpoint, require_complete, resolve_checkpoint, sweep
-from lerobot_policy_grids.errors import CheckpointError, GridsError, HubError, OutputExistsError
+from lerobot_policy_grids.commit import commit_folder
+from lerobot_policy_grids.errors import CheckpointError, HubError, OutputExistsError
 from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, size_limit
 from lerobot_policy_grids.formats import write_full
-from lerobot_policy_grids.hub_errors import explain
+from lerobot_policy_grids.hub_errors import asking_the_hub
 from lerobot_policy_grids.manifest import REPOSITORY, read_manifest, sha256_of, verify_manifest
 from lerobot_policy_grids.trust import check_processors, check_published
 
+from .cache_sweep import sweep_incomplete
 from .publishing import Description, Format, prepare
-
-# Of checkpoints in other formats, which would be taken for this one if they stayed beside it.
-OTHER_CHECKPOINTS = ("train_config.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,6 @@ class Pulled:
     folder: Path
     commit: str
     format: str
-
-
-@contextmanager
-def asking_the_hub(what: str) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into a `HubError` that says what was tried, why it failed, what to do."""
-    try:
-        yield
-    except GridsError:
-        raise
-    except Exception as error:  # the Hub client's errors share no base class
-        raise HubError(f"{what}: {explain(error)}") from error
 
 
 def parse_repository(text: str) -> tuple[str, str | None]:
@@ -129,7 +117,12 @@ def push(
             deleted=[],
             card=(staging / CARD_FILE).read_text(encoding="utf-8"),
         )
-        return pushed if dry_run else _commit(staging, pushed, private, tag)
+        step = "" if description is None or description.step is None else f" of step {description.step}"
+        message = f"{pushed.format} checkpoint{step}, lerobot-grids {version('lerobot_policy_grids')}"
+        if dry_run:
+            return pushed
+        done = commit_folder(staging, repo_id, message, private=private, tag=tag)
+        return replace(pushed, deleted=done.deleted, commit=done.commit)
 
 
 @contextmanager
@@ -146,34 +139,6 @@ def _staging(folder: Path) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _commit(staging: Path, pushed: Pushed, private: bool, tag: str | None) -> Pushed:
-    api, repo_id = HfApi(), pushed.repo_id
-    with asking_the_hub(f"{repo_id} cannot be pushed to"):
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        info = api.model_info(repo_id)
-        if private and not info.private:
-            raise HubError(f"{repo_id} exists and is public; make it private in its settings, or drop --private")
-        if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
-            raise HubError(f"{repo_id} has a tag '{tag}' already; choose another, or delete that one first")
-        there = {file.rfilename for file in info.siblings or []}
-        stale = sorted(
-            name for name in there - pushed.files.keys() if size_limit(name) is not None or name in OTHER_CHECKPOINTS
-        )
-        operations: list[Any] = [CommitOperationAdd(name, str(staging / name)) for name in pushed.files]
-        operations += [CommitOperationDelete(name) for name in stale]
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=f"{pushed.format} checkpoint, lerobot-grids {version('lerobot_policy_grids')}",
-            # Refused if somebody else pushed in between.
-            parent_commit=info.sha,
-        )
-    if tag is not None:
-        with asking_the_hub(f"{repo_id} was pushed as {commit.oid}, but cannot be tagged"):
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    return Pushed(repo_id, pushed.format, pushed.files, stale, pushed.card, commit.oid)
 
 
 def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
@@ -205,6 +170,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
             if limit is not None and (file.size or 0) > limit:
                 raise CheckpointError(f"{source}: {file.rfilename} has {file.size} bytes, expected at most {limit}")
         names = [file.rfilename for file in files]
+        sweep_incomplete(repo_id)
         cached = Path(
             snapshot_download(repo_id, revision=info.sha, allow_patterns=names or ["-"], force_download=force)
         )
@@ -217,6 +183,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
         check_processors(folder)
         manifest = verify_manifest(folder)
         if manifest is not None and manifest.base is not None:
+            sweep_incomplete(manifest.base.repo_id)
             fetch_base(manifest.base)
     return Pulled(target, str(info.sha), "full" if manifest is None else manifest.format)
 

@@ -1,6 +1,5 @@
 """What a push consists of: the checkpoint's own files and a card, and nothing that says who or where you are."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -8,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from huggingface_hub import get_token
-from safetensors import SafetensorError, safe_open
 
 from lerobot_grids_cards import DistanceRow, Measurements, PolicyFacts, SuccessRow, read_measurements, render
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, require_complete, resolve_checkpoint
 from lerobot_policy_grids.errors import CheckpointError, GridsError
+from lerobot_policy_grids.facts import read_facts
 from lerobot_policy_grids.files import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PICTURE_FILE, WEIGHTS_FILE, read_json
 from lerobot_policy_grids.formats import write_adapter, write_full
 from lerobot_policy_grids.manifest import read_manifest, write_manifest
+from lerobot_policy_grids.outgoing import check_outgoing, scrub_config
 from lerobot_policy_grids.trust import REFUSED, check_processors, check_published
 
 Format = Literal["auto", "adapter", "full"]
@@ -44,9 +42,6 @@ TRAINING_OPTIONS = (
     "trainer.precision",
 )
 
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
-_PATH = re.compile(rb"""(?:^|[\s"'`(=])(/(?:[\w.-]+/)+[\w.-]*|~/[\w.-]+|[A-Za-z]:\\{1,2}\w+)""", re.MULTILINE)
-
 
 @dataclass(frozen=True)
 class Description:
@@ -57,12 +52,14 @@ class Description:
         dataset: Hub id of the training data.
         licence: Identifier as the Hub spells it.
         template: A jinja2 template instead of the project's.
+        step: Training step of a checkpoint that is trained further.
     """
 
     results: tuple[Path, ...] = ()
     dataset: str | None = None
     licence: str | None = None
     template: Path | None = None
+    step: int | None = None
 
 
 def prepare(source: Path, staging: Path, repo_id: str, format: Format, description: Description) -> None:
@@ -89,7 +86,7 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
         raise CheckpointError(f"{source} was replaced by its training run while it was read; push again")
     manifest = read_manifest(staging)
     assert manifest is not None  # just written
-    _scrub_config(staging / CONFIG_FILE)
+    scrub_config(staging)
     for result in description.results:
         picture = result.parent / PICTURE_FILE
         if picture.is_file():
@@ -98,10 +95,7 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
     text = _card(source, staging, repo_id, description)
     (staging / CARD_FILE).write_text(text, encoding="utf-8")
     _check_loadable(source, staging)
-    for path in sorted(staging.iterdir()):
-        if path.suffix == ".safetensors":
-            _require_finite(path)
-        _refuse_private(path)
+    check_outgoing(staging)
 
 
 def _write_format(source: Path, staging: Path, format: Format) -> None:
@@ -128,37 +122,14 @@ def _check_loadable(source: Path, staging: Path) -> None:
         raise CheckpointError(f"{seen}others could not load it from the Hub") from error
 
 
-def _scrub_config(path: Path) -> None:
-    """Take out where the policy was loaded from and pushed to before."""
-    content = read_json(path)
-    for config in filter(None, (content, content.get("base"))):
-        for name in ("pretrained_path", "pretrained_revision", "repo_id", "private"):
-            if name in config:
-                config[name] = None
-    path.write_text(json.dumps(content, indent=4))
-
-
 def _card(source: Path, staging: Path, repo_id: str, description: Description) -> str:
-    config = read_json(staging / CONFIG_FILE)
-    manifest = read_manifest(staging)
-    assert manifest is not None
-    grids = config["type"] == "grids"
-    dense = config["base"] if grids else config
-    cameras = [name for name, feature in (config["input_features"] or {}).items() if feature["type"] == "VISUAL"]
-    facts = PolicyFacts(
+    training = {} if description.step is None else {"saved at step": str(description.step)}
+    facts = read_facts(
+        staging,
         repo_id=repo_id,
-        family=dense["type"],
-        num_tokens=_tokens(config) if grids else None,
-        num_tokens_max=config["num_tokens_max"] if grids else None,
-        cameras=cameras,
-        format=manifest.format,
-        base_repo_id=config.get("base_repo_id"),
-        base_revision=config.get("base_revision"),
-        base_sha256=None if manifest.base is None else manifest.base.sha256,
         dataset=description.dataset,
         licence=description.licence,
-        training=_training(source),
-        picture=(staging / PICTURE_FILE).is_file(),
+        training=training | _training(source),
     )
     measurements = _measurements(source, facts, description)
     options: dict[str, Any] = {} if description.template is None else {"template": description.template}
@@ -166,10 +137,6 @@ def _card(source: Path, staging: Path, repo_id: str, description: Description) -
         return render(facts, measurements, **options)
     except Exception as error:  # jinja2 raises what the template meets
         raise GridsError(f"the card cannot be rendered: {error!r}; correct the template") from error
-
-
-def _tokens(config: dict[str, Any]) -> int:
-    return 0 if config["reducer"] == "blind" else config["num_tokens"]
 
 
 def _measurements(source: Path, facts: PolicyFacts, description: Description) -> Measurements:
@@ -214,32 +181,3 @@ def _training(source: Path) -> dict[str, str]:
         if value is not None and re.fullmatch(r"[\w.,:@+ -]{1,80}", str(value)):
             shown[name] = str(value)
     return shown
-
-
-def _require_finite(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dictionary)
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise CheckpointError(f"{path.name}: '{name}' holds NaN or infinity; push an earlier checkpoint")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error}); save the checkpoint again") from error
-
-
-def _refuse_private(path: Path) -> None:
-    """Raise `GridsError` if a file, or the header of a weights file, holds a token or a path of this machine."""
-    data = path.read_bytes() if path.suffix != ".safetensors" else _header(path)
-    token = get_token()
-    if _TOKEN.search(data) or (token and token.encode() in data):
-        raise GridsError(f"{path.name} holds an access token; revoke it, remove it from the checkpoint, then push")
-    home = str(Path.home()).encode() + b"/"
-    found = _PATH.search(data) if path.suffix in (".json", ".md", ".safetensors") else None
-    if found or home in data:
-        seen = found[1].decode() if found else "your home folder"
-        raise GridsError(f"{path.name} names {seen}, a path of this machine; remove it from the checkpoint, then push")
-
-
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import installing
+
 SIZE, EPISODES, FRAMES = 96, 6, 24
 
 
@@ -101,3 +103,14 @@ def grids_checkpoint(dataset, dense_checkpoint, tmp_path_factory) -> Path:
         torch.nn.init.normal_(parameter, std=0.1)
     built.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    return installing.build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Path:
+    """Commands of an environment with the wheel alone."""
+    return installing.install(wheel, tmp_path_factory.mktemp("environment"))

@@ -3,38 +3,14 @@
 import ast
 import subprocess
 import sys
-import sysconfig
 import tomllib
-import venv
 import zipfile
 from pathlib import Path
 
-import pytest
+import installing
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"lerobot_grids", "lerobot_policy_grids", "lerobot_grids_cli", "lerobot_grids_cards"}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    (path,) = folder.glob("*.whl")
-    return path
-
-
-@pytest.fixture(scope="module")
-def fresh_python(wheel, tmp_path_factory) -> Path:
-    """A new environment with the wheel alone; dependencies are borrowed from this one, our source is not."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False)
-    site = next((folder / "lib").glob("python*")) / "site-packages"
-    # A path line in a .pth file does not process that folder's own .pth files, so our editable install stays out.
-    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    return folder / "bin" / "python"
 
 
 def test_wheel_holds_the_four_packages_and_their_data(wheel):
@@ -63,21 +39,24 @@ def test_distribution_name_is_what_lerobot_looks_for(wheel):
     assert any(line.startswith("License-Expression: Apache-2.0") for line in lines)
 
 
-def test_lerobot_finds_the_installed_wheel(fresh_python, tmp_path):
+def test_lerobot_finds_the_installed_wheel(installed, tmp_path):
     code = (
         "from lerobot.utils.import_utils import register_third_party_plugins; register_third_party_plugins()\n"
         "from lerobot.configs import PreTrainedConfig\n"
         "from lerobot.policies.factory import get_policy_class\n"
-        "import lerobot_policy_grids\n"
-        "print(lerobot_policy_grids.__file__)\n"
         "print('grids' in PreTrainedConfig.get_known_choices(), get_policy_class('grids').__name__)"
     )
     result = subprocess.run(
-        [fresh_python, "-c", code], capture_output=True, text=True, timeout=180, cwd=tmp_path, check=True
+        [installed / "python", "-c", f"{installing.WHERE}\n{code}"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=tmp_path,
+        env=installing.without_source(),
+        check=True,
     )
-    *_, where, what = result.stdout.splitlines()
-    assert str(fresh_python.parents[1]) in where
-    assert what == "True GridsPolicy"
+    assert result.stdout.splitlines()[0] == str(installed.parent)
+    assert result.stdout.splitlines()[-1] == "True GridsPolicy"
 
 
 def test_no_loose_modules_in_the_shelves():

@@ -19,6 +19,7 @@ from lerobot_grids.hub import check_login, push
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import parse_tokens, source_type
 from lerobot_grids.publishing import Description
+from lerobot_grids.push_callback import PushCheckpoint
 from lerobot_grids.recipes import recipe_for
 from lerobot_policy_grids.errors import GridsError, OutputExistsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
@@ -61,8 +62,7 @@ class FitCLI(LightningCLI):
         options = self.config
         tokens = None if options.tokens is None else parse_tokens(options.tokens)
         require_at_least(1, steps=options.steps, batch_size=options.batch_size, save_every=options.save_every)
-        if options.push is not None:
-            check_login(options.push)
+        check_push(options)
         recipe = recipe_for(source_type(options.policy))
         parts = [options.reducer, None if options.reducer == "blind" else tokens, options.resolution]
         label = "-".join(str(part) for part in parts if part is not None) or "grids"
@@ -105,6 +105,8 @@ class FitCLI(LightningCLI):
             callbacks.append(TrainedWeightsAverage(options.ema))
         # After the average, whose state of the same step it saves.
         callbacks.append(RunCheckpoint(self.output, every_n_steps=every))
+        if options.push_every is not None:
+            callbacks.append(PushCheckpoint(self.output, options.push, options.push_every, dataset_on_hub(options)))
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
         if options.trainer.logger is None:
@@ -120,6 +122,31 @@ class FitCLI(LightningCLI):
         # RunCheckpoint stands in for Lightning's own checkpoints.
         kwargs |= {"enable_checkpointing": False, "default_root_dir": self.output}
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+
+def check_push(options: Any) -> None:
+    """Refuse, before training, a push that could not be done as it was asked for.
+
+    Raises:
+        GridsError: If --push_every does not go with --push and --save_every.
+        HubError: If --push names no repository, or nobody is logged in.
+    """
+    every = options.push_every
+    require_at_least(1, push_every=every)
+    if every is not None and options.push is None:
+        raise GridsError(f"--push_every {every} without --push; say where to, --push user/name, or drop it")
+    if every is not None and every % options.save_every:
+        raise GridsError(
+            f"--push_every {every} with --save_every {options.save_every}: what is pushed must have been saved; "
+            "give a multiple"
+        )
+    if options.push is not None:
+        check_login(options.push)
+
+
+def dataset_on_hub(options: Any) -> str | None:
+    """The dataset as a card may name it; None for a folder, whose name may look like a repository's."""
+    return None if Path(options.dataset).exists() else options.dataset
 
 
 def find_resumable(output: Path) -> Path:
@@ -236,10 +263,8 @@ def _run(arguments: list[str]) -> None:
 
 def _push(cli: FitCLI) -> None:
     options = cli.config
-    # A folder's name may look like a repository's.
-    dataset = None if Path(options.dataset).exists() else options.dataset
     try:
-        pushed = push(cli.output, options.push, description=Description(dataset=dataset))
+        pushed = push(cli.output, options.push, description=Description(dataset=dataset_on_hub(options)))
     except GridsError as error:
         raise GridsError(
             f"{error}; the policy is saved, push it with lerobot-grids push {cli.output} {options.push}"

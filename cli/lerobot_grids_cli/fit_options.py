@@ -49,5 +49,8 @@ class FitOptions:
     """Dataset feature names to the policy's, where they differ: '{"observation.image": "observation.images.top"}'."""
     push: str | None = None
     """Repository on the Hub, user/name, to push the trained policy to; made, and public, if it does not exist."""
+    push_every: int | None = None
+    """With --push: also push every so many steps, what was saved there, so a multiple of --save_every. Training waits
+    for it; a push that fails is a warning, except the last one's. Each is one commit on top of the one before."""
     resume: bool = False
     """Go on with the run in --output from its last checkpoint."""

@@ -28,6 +28,7 @@ class PolicyFacts:
         licence: Identifier as the Hub spells it, if one was given.
         training: Options of the training run, in words.
         picture: Whether looks.png lies beside the card.
+        tags: Of the author, besides the project's.
     """
 
     repo_id: str
@@ -43,6 +44,7 @@ class PolicyFacts:
     licence: str | None = None
     training: dict[str, str] = field(default_factory=dict)
     picture: bool = False
+    tags: list[str] = field(default_factory=list)
 
 
 def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMPLATE) -> str:
@@ -89,6 +91,7 @@ def _metadata(facts: PolicyFacts, measurements: Measurements) -> ModelCardData:
             "lerobot",
             facts.family,
             *(["grids", "token-reduction"] if facts.num_tokens is not None else []),
+            *facts.tags,
         ],
         # The client writes it out where no result needs it.
         model_name=facts.repo_id.split("/")[-1] if results else None,

@@ -6,7 +6,7 @@ On the "meta" device they take no memory and compute no values: enough to count 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,28 @@ def make_config(family: str, cameras: int, size: int | None = None, dtype: str =
     return PreTrainedConfig.get_choice_class(kind)(**options)
 
 
-def instantiate(config: PreTrainedConfig, device: str) -> Any:
-    """Build the policy on a device ("meta" for none) with random weights, in evaluation mode."""
-    config.device = device
-    with _offline(config), torch.device(device), _no_initialisation(), _default_dtype(config):
-        policy = build(config).eval()
+def construct(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], Any]) -> Any:
+    """Construct a dense policy in the precision it has, its weights undefined: made in float32, π0 would need 16 GB.
+
+    Args:
+        config: Of the policy.
+        make: What constructs it.
+    """
+    with _no_initialisation(), _default_dtype(config):
+        policy = make(config)
     if hasattr(policy.model, "paligemma_with_expert"):
         # What LeRobot keeps in float32 besides the parts of PaliGemma, which it converts itself.
         for name, module in policy.model.named_children():
             if name != "paligemma_with_expert":
                 module.float()
+    return policy
+
+
+def instantiate(config: PreTrainedConfig, device: str) -> Any:
+    """Build the policy on a device ("meta" for none) with random weights, in evaluation mode."""
+    config.device = device
+    with _offline(config), torch.device(device):
+        policy = construct(config, build).eval()
     if config.type == "pi0_fast":
         # Decoded tokens are looked up on the CPU; random ones mean nothing.
         policy.detokenize_actions = _no_actions
@@ -98,6 +110,16 @@ def _no_actions(tokens: Tensor, action_horizon: int, action_dim: int) -> Tensor:
     return torch.zeros(len(tokens), action_horizon, action_dim, device=tokens.device)
 
 
+def write_smolvlm(folder: Path) -> None:
+    """Make a folder with what SmolVLA asks of `HuggingFaceTB/SmolVLM2-500M-Video-Instruct`, sizes and a tokenizer."""
+    shutil.copytree(VLM_FOLDER, folder)
+    sizes, content = json.loads(SMOLVLM2_500M.read_text()), json.loads((folder / "config.json").read_text())
+    content["scale_factor"] = sizes["scale_factor"]
+    for part in ("text_config", "vision_config"):
+        content[part] |= sizes[part]
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 @contextmanager
 def _offline(config: Any) -> Iterator[None]:
     """While a policy is constructed, answer from here what LeRobot would ask the Hub."""
@@ -105,12 +127,7 @@ def _offline(config: Any) -> Iterator[None]:
         name = config.vlm_model_name
         with tempfile.TemporaryDirectory() as folder:
             vlm = Path(folder) / "vlm"
-            shutil.copytree(VLM_FOLDER, vlm)
-            sizes, content = json.loads(SMOLVLM2_500M.read_text()), json.loads((vlm / "config.json").read_text())
-            content["scale_factor"] = sizes["scale_factor"]
-            for part in ("text_config", "vision_config"):
-                content[part] |= sizes[part]
-            (vlm / "config.json").write_text(json.dumps(content))
+            write_smolvlm(vlm)
             config.vlm_model_name = str(vlm)
             try:
                 yield
@@ -145,7 +162,7 @@ def _no_initialisation() -> Iterator[None]:
 
 @contextmanager
 def _default_dtype(config: Any) -> Iterator[None]:
-    """Build a bfloat16 policy in bfloat16: made in float32 first, π0 would need 16 GB for a moment."""
+    """What is made in this block is made in bfloat16, if the policy is."""
     saved = torch.get_default_dtype()
     if getattr(config, "dtype", "float32") == "bfloat16":
         torch.set_default_dtype(torch.bfloat16)

@@ -1,5 +1,8 @@
 """What the Hub's refusals mean, in words a user can act on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import httpx
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -11,6 +14,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from .errors import GridsError, HubError
 
 # First match wins: the client's errors inherit from each other.
 _MEANINGS: tuple[tuple[type[BaseException], str], ...] = (
@@ -29,6 +34,17 @@ _STATUS = {
     412: "somebody else changed the repository meanwhile; look at what, then run this again",
     429: "too many requests; wait a few minutes",
 }
+
+
+@contextmanager
+def asking_the_hub(what: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into a `HubError` that says what was tried, why it failed, what to do."""
+    try:
+        yield
+    except GridsError:
+        raise
+    except Exception as error:  # the Hub client's errors share no base class
+        raise HubError(f"{what}: {explain(error)}") from error
 
 
 def explain(error: BaseException) -> str:

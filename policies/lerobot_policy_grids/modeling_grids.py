@@ -236,6 +236,29 @@ class GridsPolicy(PreTrainedPolicy):
             (save_directory / name).unlink(missing_ok=True)
         super()._save_pretrained(save_directory, state_dict=state_dict)
 
+    def push_model_to_hub(
+        self,
+        cfg: Any,
+        peft_model: Any | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        dataset_meta: Any | None = None,
+    ) -> None:
+        """Push the trained policy as lerobot-train asks for it: one commit, without paths of this machine.
+
+        Args:
+            cfg: LeRobot's training configuration.
+            peft_model: PEFT's wrapper, where the policy was trained through one; it is merged.
+            state_dict: The whole state, where it is sharded.
+            dataset_meta: Not used; LeRobot's own card shows it.
+
+        Raises:
+            GridsError: If it is not fit to be pushed, or the Hub refuses.
+        """
+        # Only here: acting needs no cards.
+        from .training_push import push_trained
+
+        push_trained(self, cfg, peft_model, state_dict)
+
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> Self:
         """Load a grids checkpoint: a folder, the output folder of a run, or a repository on the Hub.

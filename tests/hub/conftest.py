@@ -8,7 +8,8 @@ import torch
 from huggingface_hub import constants
 
 from comparing import BASE
-from loopback_hub import TOKEN, LoopbackHub
+from loopback_endpoints import TOKEN
+from loopback_hub import LoopbackHub
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The commands in fresh processes, with an unmodified client that knows the Hub from its environment alone."""
+"""The installed wheel's commands in fresh processes; the unmodified client learns of the Hub from its environment."""
 
 import json
 import os
@@ -11,24 +11,39 @@ from pathlib import Path
 import pytest
 import torch
 
+import installing
 from comparing import act
 from lerobot_policy_grids import GridsPolicy
-from loopback_hub import TOKEN
+from loopback_endpoints import TOKEN
 
 REPO = "me/push-16"
+HELPERS = str(Path(__file__).parents[1] / "helpers")
+# With as many threads as the tests have: sums are rounded in another order with more.
+ACT = """
+import torch
+from comparing import act
+from lerobot_policy_grids import GridsPolicy
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.save([act(GridsPolicy.from_pretrained(source)) for source in sys.argv[2:]], sys.argv[1])
+"""
 
 
 @pytest.fixture
-def shell(hub, tmp_path):
-    """Run an installed command; everything it printed is kept."""
-    environment = os.environ | hub.environment(tmp_path / "home")
+def shell(hub, installed, tmp_path):
+    """Run a command of an environment that has the wheel alone; everything it printed is kept."""
+    environment = installing.without_source() | hub.environment(tmp_path / "home")
+
+    def find(name):
+        # LeRobot's commands are borrowed: their own first line names the Python of the tests.
+        own = installed / name
+        return [own] if own.exists() else [installed / "python", Path(sys.executable).with_name(name)]
 
     class Shell:
         printed = ""
 
         def start(self, name, *arguments):
             return subprocess.Popen(
-                [Path(sys.executable).with_name(name), *map(str, arguments)],
+                [*find(name), *map(str, arguments)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -58,7 +73,7 @@ def shell(hub, tmp_path):
     return Shell()
 
 
-def test_push_pull_act_in_fresh_processes(hub, shell, trained, tmp_path):
+def test_push_pull_act_in_fresh_processes(hub, shell, installed, trained, tmp_path):
     """Killed while it pushes and while it pulls, then through; by our commands, LeRobot's, and from Python."""
     hub.fail("PUT", "/upload/", "never")
     shell.kill_at("PUT /upload/", "lerobot-grids", "push", trained.parent, REPO)
@@ -70,20 +85,23 @@ def test_push_pull_act_in_fresh_processes(hub, shell, trained, tmp_path):
     assert [path.name for path in trained.parent.iterdir()] == ["pretrained_model"]
 
     hub.fail("GET", "resolve/.*/grids_adapter", "never")
-    shell.kill_at("GET /me/push-16/resolve", "lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
+    wanted = f"GET /{REPO}/resolve/{commit}/grids_adapter"
+    shell.kill_at(wanted, "lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+    leftovers = list((tmp_path / "home").rglob("*.incomplete"))
+    assert leftovers
+    for path in leftovers:
+        os.utime(path, (0, 0))
     shell("lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
+    assert not [path for path in leftovers if path.exists()]
     shell("lerobot-grids", "merge", tmp_path / "pulled", tmp_path / "merged")
 
     # Its base is in the cache now.
     hub.repositories.pop("lab/dense")
-    code = (
-        "import sys, torch; from comparing import act; from lerobot_policy_grids import GridsPolicy\n"
-        "torch.set_num_threads(2); torch.save([act(GridsPolicy.from_pretrained(p)) for p in sys.argv[2:]], sys.argv[1])"
-    )
     program = tmp_path / "program.py"
-    program.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'helpers')!r})\n{code}")
-    shell("python", program, tmp_path / "actions.pt", tmp_path / "pulled", tmp_path / "merged", REPO)
+    program.write_text(f"{installing.WHERE}\nsys.path.append({HELPERS!r})\n{ACT}")
+    output = shell("python", program, tmp_path / "actions.pt", tmp_path / "pulled", tmp_path / "merged", REPO)
+    assert str(installed.parent) in output.splitlines()
     expected = act(GridsPolicy.from_pretrained(trained))
     for actions in torch.load(tmp_path / "actions.pt", weights_only=True):
         assert torch.equal(actions, expected)

@@ -1,9 +1,11 @@
 """A run that starts from the Hub and ends there."""
 
+import re
+
 import pytest
 from safetensors.torch import load_file
 
-from comparing import BASE
+from comparing import BASE, assert_same_bits
 from lerobot_grids.evaluation import load_policy
 from lerobot_grids_cli.fit_lightning import fit
 from lerobot_policy_grids.errors import GridsError, HubError
@@ -16,9 +18,10 @@ REPO, SECOND = "me/first", "me/second"
 def train(dataset, tmp_path):
     """Two steps of the reducer alone."""
 
-    def run(policy, push, **options):
-        output = tmp_path / push.replace("/", "-")
-        flags = {"dataset": dataset, "policy": policy, "push": push, "output": output, "steps": 2, "batch_size": 4}
+    def run(policy, push=None, **options):
+        output = tmp_path / (push or "not pushed").replace("/", "-")
+        flags = {"dataset": dataset, "policy": policy, "output": output, "steps": 2, "batch_size": 4}
+        flags |= {"push": push} if push else {}
         flags |= {"model.train": "reducer", "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
         fit([f"--{name}={value}" for name, value in (flags | options).items()])
         return output
@@ -65,3 +68,58 @@ def test_what_cannot_be_pushed_is_said_before_training(hub, train, monkeypatch, 
     with pytest.raises(HubError, match=message):
         train("tiny", repository, tokens=4)
     assert not list(tmp_path.glob("me-*"))
+
+
+def test_every_so_many_steps_what_was_saved_is_pushed(hub, dense_checkpoint, train, capsys):
+    hub.add_folder(BASE, dense_checkpoint)
+    options = {"tokens": 16, "steps": 5, "save_every": 1, "trainer.accumulate_grad_batches": 2}
+    output = train(BASE, REPO, push_every=2, **options)
+    printed = capsys.readouterr().out
+    commits = hub.repositories[REPO].commits[1:]
+    assert [re.sub(", lerobot-grids.*", "", commit.message) for commit in commits] == [
+        "adapter checkpoint of step 2",
+        "adapter checkpoint of step 4",
+        "adapter checkpoint",
+    ]
+    assert [line for line in printed.splitlines() if line.startswith("pushed step")] == [
+        f"pushed step {step} to {REPO}@{commit.oid}" for step, commit in zip((2, 4), commits, strict=False)
+    ]
+    cards = [commit.files["README.md"].decode() for commit in commits]
+    assert "| saved at step | 2 |" in cards[0]
+    assert "saved at step" not in cards[2]
+    assert len({commit.files["grids_adapter.safetensors"] for commit in commits}) == 3
+    # The policies that were built for the pushes drew random numbers, but none of the training.
+    alone = train(BASE, **options)
+    weights = [load_file(folder / "pretrained_model" / "model.safetensors") for folder in (output, alone)]
+    assert_same_bits(*weights)
+
+
+def test_a_last_step_that_is_a_multiple_is_pushed_once(hub, train, capsys):
+    train("tiny", REPO, tokens=4, save_every=2, push_every=2)
+    assert "pushed step" not in capsys.readouterr().out
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_failed_push_on_the_way_is_a_line(hub, train, capsys):
+    hub.fail("POST", "/commit/", 403)
+    train("tiny", REPO, tokens=4, steps=3, save_every=1, push_every=1)
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if "warning" in line]
+    assert line.startswith(f"warning: step 1 was not pushed to {REPO}: {REPO} cannot be pushed to: your token may not")
+    assert line.endswith("training goes on, the next push is 1 steps from here or at the end")
+    assert "pushed step 2" in printed.out
+    assert "pushed full checkpoint" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"push_every": 500}, "--push_every 500 without --push; say where to"),
+        ({"push": REPO, "push_every": 750}, "--push_every 750 with --save_every 500: .* give a multiple"),
+        ({"push": REPO, "push_every": 0}, "--push_every 0; give at least 1"),
+    ],
+)
+def test_a_push_that_cannot_be_done_as_asked_is_refused(hub, train, tmp_path, options, message):
+    with pytest.raises(GridsError, match=message):
+        train("tiny", tokens=4, **options)
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]

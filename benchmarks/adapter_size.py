@@ -1,0 +1,131 @@
+"""An adapter beside its base, as files: their sizes, and how long it takes to verify the base by its SHA-256.
+
+    python benchmarks/adapter_size.py pi0|smolvla [--dtype bfloat16] [--cameras 2] [--folder FOLDER] [--json_file FILE]
+
+The family's real architecture with random weights, wrapped with the default sampler at K = 16, no network. Base and
+policy are laid out as the Hub's client keeps them, the adapter is written and loaded by the code that `push` and
+`from_pretrained` use. π0 in bfloat16 needs 17 GB of memory, mapped files included, and 18 GB of disk for a while.
+"""
+
+import gc
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from jsonargparse import auto_cli
+
+COMMIT, VLM = "0" * 40, "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+
+
+def snapshot(cache: Path, repo_id: str) -> Path:
+    """Folder of a repository in the client's cache, at COMMIT, which is also its main."""
+    home = cache / f"models--{repo_id.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(COMMIT)
+    return home / "snapshots" / COMMIT
+
+
+def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, object]:
+    """Sizes in bytes and times in seconds."""
+    # Read when the client is imported.
+    os.environ |= {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    import torch
+    from lerobot.policies.factory import get_policy_class
+
+    from lerobot_grids.profiling.architectures import construct, instantiate, make_config, write_smolvlm
+    from lerobot_policy_grids import GridsConfig, GridsPolicy
+    from lerobot_policy_grids.base_weights import fetch_base
+    from lerobot_policy_grids.formats import write_adapter
+    from lerobot_policy_grids.manifest import verify_manifest
+
+    source, adapter, base = folder / "policy", folder / "adapter", snapshot(folder / "cache", f"random/{family}")
+    adapter.mkdir()
+    write_smolvlm(snapshot(folder / "cache", VLM))
+    torch.manual_seed(0)
+    dense = instantiate(make_config(family, cameras, dtype=dtype), "cpu")
+    dense.save_pretrained(base)
+    options = {"num_tokens": 16, "base_repo_id": f"random/{family}", "base_revision": COMMIT}
+    policy = GridsPolicy(GridsConfig(base=dense.config, device="cpu", **options), base=dense)
+    for parameter in policy.reducer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = {name: value.clone() for name, value in policy.reducer.state_dict().items()}
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    policy.save_pretrained(source)
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        (source / f"{name}.json").write_text(json.dumps({"name": name, "steps": []}))
+    del dense, policy
+    gc.collect()
+
+    def make_class(kind: str) -> Any:
+        real = get_policy_class(kind)
+        return real if kind == "grids" else lambda config, **options: construct(config, partial(real, **options))
+
+    # Constructed without initialising what is loaded anyway, in the memory that its weights have.
+    with patch("lerobot_policy_grids.modeling_grids.get_policy_class", make_class):
+        write_adapter(source, adapter)
+        gc.collect()
+        (source / "model.safetensors").unlink()
+        manifest = verify_manifest(adapter)
+        assert manifest is not None
+        assert manifest.base is not None
+        start = time.perf_counter()
+        fetch_base(manifest.base)
+        verify_base_s = time.perf_counter() - start
+        loaded = GridsPolicy.from_pretrained(adapter)
+    assert all(torch.equal(value, loaded.reducer.state_dict()[name]) for name, value in expected.items())
+    files = {path.name: path.stat().st_size for path in sorted(adapter.iterdir())}
+    base_bytes = (base / "model.safetensors").stat().st_size
+    return {
+        "policy": family,
+        "dtype": dtype,
+        "cameras": cameras,
+        "num_tokens": 16,
+        "base_parameters": parameters,
+        "adapter_parameters": sum(value.numel() for value in expected.values()),
+        "base_bytes": base_bytes,
+        "adapter_files": files,
+        "adapter_bytes": sum(files.values()),
+        "share": sum(files.values()) / base_bytes,
+        "verify_base_s": verify_base_s,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def processor() -> str:
+    """Its name as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main(
+    family: str, dtype: str = "bfloat16", cameras: int = 2, folder: str | None = None, json_file: str | None = None
+) -> None:
+    """Measure one family.
+
+    Args:
+        family: pi0 or smolvla.
+        dtype: Of the π policies' trunk; SmolVLA is made in float32.
+        cameras: Number of cameras.
+        folder: Where to put the files meanwhile; they are removed.
+        json_file: File for the result.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        result = measure(family, "float32" if family == "smolvla" else dtype, cameras, Path(place))
+    print(json.dumps(result, indent=2))
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
+    assert result["share"] < 0.02, "the adapter has 2 % of its base or more"
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=True)

@@ -1,0 +1,80 @@
+"""What cannot be pushed or pulled is said in words, and nothing is begun."""
+
+import pytest
+
+from lerobot_grids.hub import check_login, parse_repository, pull, push
+from lerobot_policy_grids.errors import HubError, OutputExistsError
+from loopback_endpoints import READ_TOKEN, TOKEN
+from published import ADAPTER, REPO
+
+
+@pytest.mark.parametrize(
+    ("token", "repository", "message"),
+    [
+        (TOKEN, "other/repo", "your token may not do that"),
+        (READ_TOKEN, REPO, "your token may not do that"),
+        ("hf_nobody", REPO, "your token is not valid"),
+    ],
+)
+def test_who_may_not_push(hub, trained, monkeypatch, token, repository, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError, match=f"{repository} cannot be pushed to: {message}") as caught:
+        push(trained, repository)
+    assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["repo", "a/b/c", "../x", "/etc/x", "~/x", "https://hub/x", "me/a..b", "me/x y"])
+def test_what_is_no_repository(name):
+    with pytest.raises(HubError, match="is no repository"):
+        parse_repository(name)
+
+
+def test_a_push_names_no_revision(hub, trained):
+    with pytest.raises(HubError, match="names a revision"):
+        push(trained, f"{REPO}@v1")
+
+
+def test_without_a_login_nothing_is_begun(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(HubError, match="hf auth login"):
+        check_login(REPO)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda hub: hub.repositories.pop(REPO), "it does not exist, or is private"),
+        (lambda hub: setattr(hub.repositories[REPO], "gated", True), "its owner must grant you access"),
+        (lambda hub: hub.fail("GET", "api/models", 500, 9), "the Hub answered 500"),
+    ],
+)
+def test_why_a_pull_failed_is_said(hub, trained, tmp_path, change, message):
+    push(trained, REPO)
+    change(hub)
+    with pytest.raises(HubError, match=f"{REPO} cannot be pulled: {message}"):
+        pull(REPO, tmp_path / "pulled")
+    with pytest.raises(HubError, match="no such revision") if message.endswith("500") else pytest.raises(HubError):
+        hub.faults.clear()
+        pull(f"{REPO}@v9", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_an_unreachable_hub_is_said(trained, tmp_path, hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="cannot be reached; check the network"):
+        pull(REPO, tmp_path / "pulled")
+
+
+def test_an_existing_folder_is_kept_unless_forced(hub, trained, tmp_path):
+    push(trained, REPO)
+    (tmp_path / "pulled").mkdir()
+    (tmp_path / "pulled" / "mine").touch()
+    with pytest.raises(OutputExistsError, match="replace it with --force"):
+        pull(REPO, tmp_path / "pulled")
+    with pytest.raises(OutputExistsError, match="is no checkpoint, and --force replaces nothing else"):
+        pull(REPO, tmp_path / "pulled", force=True)
+    (tmp_path / "pulled" / "config.json").touch()
+    pull(REPO, tmp_path / "pulled", force=True)
+    assert {path.name for path in (tmp_path / "pulled").iterdir()} == ADAPTER
