@@ -52,6 +52,8 @@ class GridsModule(lightning.LightningModule):
         anchored: Whether coordinates start at anchors (the default) or, as in the paper, freely near the centre.
         interpolation: How the feature map is read: "bilinear" (the default) or "nearest".
         geometry_width: Hidden units of the geometry embedding, 0 for none. Defaults to 256.
+        position_ids: How the trunk numbers visual tokens: "consecutive" (the default), or "dense", as if
+            all were there.
         full_layers: Layers of the trunk that see every token, of fastv and sparsevlm. Defaults to 2, or to half of a
             trunk with fewer than four.
         resolution: Side in pixels of the square that images are brought to. Defaults to the policy's own.
@@ -89,6 +91,7 @@ class GridsModule(lightning.LightningModule):
         anchored: bool | None = None,
         interpolation: str | None = None,
         geometry_width: int | None = None,
+        position_ids: str | None = None,
         full_layers: int | None = None,
         resolution: int | None = None,
         budget: str = "constant",
@@ -123,6 +126,7 @@ class GridsModule(lightning.LightningModule):
             anchored=anchored,
             interpolation=interpolation,
             geometry_width=geometry_width,
+            position_ids=position_ids,
             full_layers=full_layers,
             resolution=resolution,
             num_tokens_max=num_tokens_max,

@@ -18,6 +18,7 @@ def compare(
     costs: bool = True,
     output: str = "outputs/compare",
     env_args: dict[str, Any] | None = None,
+    perturb: str | None = None,
 ) -> None:
     """Set policies side by side on the same episodes: success, tokens, FLOPs, milliseconds, and paired tests.
 
@@ -38,6 +39,7 @@ def compare(
         costs: Whether to count FLOPs and measure milliseconds. Leave the machine alone meanwhile.
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
         env_args: More fields of the environment's configuration.
+        perturb: Perturb MetaWorld as kind:severity, comma-separated, as in `eval`.
     """
     from functools import partial
     from pathlib import Path
@@ -69,12 +71,13 @@ def compare(
         )
     folder = Path(output)
     require_writable(folder / "compare.json")
-    tasks_of = task_names(make_env_config(env, tasks, env_args))
+    make_env = partial(make_env_config, env, tasks, env_args, perturb=perturb)
+    tasks_of = task_names(make_env())
     total = episodes * len(tasks_of) * sum(len(method.policies) for method in chosen.values())
     with counting_bar("comparing", total, "episodes") as bar:
         result = compare_methods(
             chosen,
-            partial(make_env_config, env, tasks, env_args),
+            make_env,
             folder,
             episodes=episodes,
             seed=seed,
@@ -82,7 +85,7 @@ def compare(
             device=device,
             workers=workers,
             costs=costs,
-            protocol={"env": env, "tasks": ",".join(tasks_of)} | (env_args or {}),
+            protocol={"env": env, "tasks": ",".join(tasks_of), "perturb": perturb} | (env_args or {}),
             on_evaluation=lambda name, count: bar.advance(count, name),
         )
     result.save(folder / "compare.json")

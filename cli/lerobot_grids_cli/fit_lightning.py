@@ -214,7 +214,7 @@ def _describe_tokens(module: GridsModule) -> str:
         return "all visual tokens per camera"
     if policy.num_tokens == 0:
         return "no visual tokens"
-    text = f"{policy.config.num_tokens} visual tokens per camera"
+    text = f"{policy.config.num_tokens} visual tokens per camera by '{policy.config.reducer}'"
     if policy.config.token_budget != "constant":
         text += f" (budget in training: {policy.config.token_budget}, up to {policy.config.max_tokens})"
     if module.distillation is not None:

@@ -36,7 +36,7 @@ from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at
 from .perturbations import Perturbation, Perturber, parse_perturbations
 
 # Tasks that a policy which knows the object's position solves and a blind policy does not.
-DEFAULT_TASKS = ("push-v3", "coffee-push-v3")
+DEFAULT_TASKS = ("push-v3", "coffee-push-v3", "sweep-into-v3", "hand-insert-v3")
 OBJECT_POSITION, GOAL_POSITION = slice(4, 7), slice(36, 39)
 
 

@@ -14,6 +14,7 @@ from .errors import BudgetError, CheckpointError, GridsError
 from .sampler import CONTEXTS
 
 REDUCER_NAMES = ("grids", "uniform", "pool", "random", "merge", "fastv", "sparsevlm", "blind")
+POSITION_IDS = ("consecutive", "dense")
 INTERPOLATIONS = ("bilinear", "nearest")
 # Fields of PreTrainedConfig that wrapper and base must agree on; LeRobot sets them on the wrapper.
 SHARED_FIELDS = ("n_obs_steps", "input_features", "output_features", "device", "use_amp")
@@ -60,6 +61,10 @@ class GridsConfig(PreTrainedConfig):
     interpolation: str = field(
         default="bilinear", metadata={"help": f"How the feature map is read between cells: one of {INTERPOLATIONS}."}
     )
+    position_ids: str = field(
+        default="consecutive",
+        metadata={"help": f"How the trunk numbers visual tokens: one of {POSITION_IDS}, dense as if all were there."},
+    )
     full_layers: int | None = field(
         default=None,
         metadata={"help": "Layers of the trunk that see every token, of fastv and sparsevlm. Defaults to the first 2."},
@@ -93,6 +98,8 @@ class GridsConfig(PreTrainedConfig):
             raise GridsError(
                 f"interpolation '{self.interpolation}' is unknown; choose one of {', '.join(INTERPOLATIONS)}"
             )
+        if self.position_ids not in POSITION_IDS:
+            raise GridsError(f"position_ids '{self.position_ids}' is unknown; choose one of {', '.join(POSITION_IDS)}")
         _ = self.budget  # refuses what cannot be read
         self.share_with_base()
 

@@ -106,6 +106,8 @@ class GridsPolicy(PreTrainedPolicy):
         self.adapter.attach(base, self.seam)
         if self.reducer.in_trunk:
             self.adapter.attach_to_trunk(base, self.seam)
+        elif config.position_ids == "dense":
+            self.adapter.keep_positions(base, self.seam)
         self.to(config.device)
 
     @property

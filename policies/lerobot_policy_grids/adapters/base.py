@@ -79,8 +79,12 @@ class Adapter(ABC):
         )
 
     @abstractmethod
+    def keep_positions(self, policy: Any, seam: Seam) -> None:
+        """From now on the trunk of `policy` numbers its tokens as if all visual tokens were there."""
+
+    @abstractmethod
     def detach(self, policy: Any) -> None:
-        """Undo `attach`; the policy is then bit-identical to what it was. Harmless when nothing is attached."""
+        """Undo all of this; the policy is then bit-identical to what it was. Harmless when nothing is attached."""
 
     @abstractmethod
     def stages(self, policy: Any) -> Stages:

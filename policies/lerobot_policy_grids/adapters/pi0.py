@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..anchors import Region
 from .base import Adapter, Prediction, Stages, centred_region, refuse_second_attach
 from .layout import TokenLayout
+from .positions import keep_positions, release_positions
 from .seam import Seam
 
 
@@ -49,7 +50,11 @@ class PI0Adapter(Adapter):
         policy._preprocess_images = partial(_preprocess_images, policy, seam)
         paligemma.get_image_features = partial(_get_image_features, paligemma)
 
+    def keep_positions(self, policy: Any, seam: Seam) -> None:
+        keep_positions(policy.model.paligemma_with_expert, seam, 0, 0)
+
     def detach(self, policy: Any) -> None:
+        release_positions(policy.model.paligemma_with_expert)
         vars(policy).pop("_preprocess_images", None)
         vars(_paligemma(policy)).pop("get_image_features", None)
 

@@ -24,6 +24,8 @@ class Seam:
         self._get_reducer = get_reducer
         self.layout = layout
         self._kept: list[Tensor] | None = None
+        # Of each camera in the last call, where somebody wants to know; a list from then on.
+        self.coordinates: list[Tensor] | None = None
 
     def tokens(
         self,
@@ -47,6 +49,7 @@ class Seam:
         cameras = present_cameras(self.layout.cameras, batch)
         images = images[: len(cameras)]
         reducer: Any = self._get_reducer()
+        self._remember([])
         if reducer is not None and reducer.num_tokens == 0:
             return [image.new_zeros(len(image), 0, self.layout.width) for image in images]
         dense = self._encode(encode, images)
@@ -62,15 +65,23 @@ class Seam:
         )
         counts = [reducer.tokens_of(camera) for camera in cameras]
         if len(set(counts)) == 1:
-            return list(reducer(maps, context, counts[0]).tokens.chunk(len(cameras)))
+            sampled = reducer(maps, context, counts[0])
+            self._remember(list(sampled.coordinates.chunk(len(cameras))))
+            return list(sampled.tokens.chunk(len(cameras)))
         size = len(images[0])
         contexts = [
             {name: value[i * size : (i + 1) * size] for name, value in context.items()} for i in range(len(counts))
         ]
-        return [
-            reducer(part, its_context, count).tokens
+        each = [
+            reducer(part, its_context, count)
             for part, its_context, count in zip(maps.split(size), contexts, counts, strict=True)
         ]
+        self._remember([sampled.coordinates for sampled in each])
+        return [sampled.tokens for sampled in each]
+
+    def _remember(self, coordinates: list[Tensor]) -> None:
+        if self.coordinates is not None:
+            self.coordinates = [camera.detach() for camera in coordinates]
 
     @property
     def full_layers(self) -> int | None:

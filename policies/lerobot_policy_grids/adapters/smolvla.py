@@ -18,6 +18,7 @@ from ..anchors import Region
 from ..errors import UnsupportedPolicyError
 from .base import Adapter, Prediction, Stages, refuse_second_attach
 from .layout import TokenLayout
+from .positions import keep_positions, release_positions
 from .seam import Seam
 
 TRUNK_LAYERS = ("forward_attn_layer", "forward_cross_attn_layer")
@@ -78,7 +79,11 @@ class SmolVLAAdapter(Adapter):
         for name in TRUNK_LAYERS:
             setattr(vlm, name, partial(trunk.run_layer, pruning, partial(getattr(type(vlm), name), vlm)))
 
+    def keep_positions(self, policy: Any, seam: Seam) -> None:
+        keep_positions(policy.model.vlm_with_expert, seam, *special_tokens(policy))
+
     def detach(self, policy: Any) -> None:
+        release_positions(policy.model.vlm_with_expert)
         vars(policy).pop("prepare_images", None)
         for name in ("embed_image", *TRUNK_LAYERS):
             vars(policy.model.vlm_with_expert).pop(name, None)
@@ -103,6 +108,14 @@ class SmolVLAAdapter(Adapter):
         left = 1 - int(width / ratio) / target_width
         top = 1 - int(height / ratio) / target_height
         return left, top, 1.0, 1.0
+
+
+def special_tokens(policy: Any) -> tuple[int, int]:
+    """Tokens in front of and behind each camera's visual tokens in the prefix."""
+    model = policy.model
+    if not model.add_image_special_tokens:
+        return 0, 0
+    return len(model.global_image_start_token), len(model.image_end_token)
 
 
 def _prepare_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -49,11 +49,9 @@ class TrunkPruning:
 
     def begin(self, policy: Any, tokens: list[Tensor], batch: dict[str, Tensor]) -> None:
         """Note where in the prefix `embed_prefix` will put the visual tokens of each camera, and the instruction."""
-        model = policy.model
-        before, after = (
-            len(token) if model.add_image_special_tokens else 0
-            for token in (model.global_image_start_token, model.image_end_token)
-        )
+        from .smolvla import special_tokens  # which imports this module on use
+
+        before, after = special_tokens(policy)
         self.cameras = len(tokens)
         self.visual, end = [], 0
         for image in tokens:

@@ -1,0 +1,75 @@
+"""Position ids of the dense prefix for a reduced one.
+
+A trunk numbers the tokens it gets. With k of N visual tokens that would be 0 .. k - 1, and everything after them would
+move up by N - k: the trunk meets the instruction at other distances than it was trained with. Here each visual token
+has the id of its place on the dense grid, a fraction between two of them, and what follows stays where it was. At
+k = N these are the dense ids exactly. Qwen-VL's multimodal positions can be sampled in the same way.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .seam import Seam
+
+
+def keep_positions(trunk: nn.Module, seam: Seam, before: int, after: int) -> None:
+    """From now on a trunk numbers its tokens as if all visual tokens were there.
+
+    Args:
+        trunk: Its `forward` takes inputs_embeds=[prefix, suffix], position_ids and past_key_values by name.
+        seam: Knows where the visual tokens were read.
+        before: Special tokens in front of each camera's.
+        after: And behind them.
+    """
+    seam.coordinates = []
+    trunk.forward = partial(_forward, trunk, seam, before, after)
+
+
+def release_positions(trunk: nn.Module) -> None:
+    """Undo `keep_positions`. Harmless when it was not done."""
+    vars(trunk).pop("forward", None)
+
+
+def dense_positions(
+    positions: Tensor, coordinates: list[Tensor], token_grid: tuple[int, int], before: int, after: int
+) -> Tensor:
+    """The ids that the tokens of a reduced prefix, and of what follows it, have in the dense one.
+
+    Args:
+        positions: int64 [b, p], consecutive, the visual tokens of all cameras first.
+        coordinates: float32 [b, k, 2] of each camera, (x, y) in [0, 1].
+        token_grid: (H, W).
+        before: Special tokens in front of each camera's.
+        after: And behind them.
+
+    Returns:
+        float32 [b, p].
+    """
+    height, width = token_grid
+    result = positions.float()
+    end = 0
+    for camera in coordinates:
+        start = end + before
+        end = start + camera.shape[1]
+        column = camera[..., 0] * width - 0.5
+        row = (camera[..., 1] * height - 0.5).round().clamp(0, height - 1)
+        result[:, end:] += height * width - camera.shape[1]
+        result[:, start:end] = result[:, start : start + 1] + row * width + column.clamp(0, width - 1)
+        end += after
+    return result
+
+
+def _forward(trunk: Any, seam: Seam, before: int, after: int, *args: Any, **kwargs: Any) -> Any:
+    coordinates = seam.coordinates
+    if coordinates:
+        positions, prefix = kwargs["position_ids"], kwargs["inputs_embeds"][0]
+        if prefix is not None and kwargs.get("past_key_values") is None:
+            positions = dense_positions(positions, coordinates, seam.layout.token_grid, before, after)
+        else:
+            dropped = sum(seam.layout.num_dense_tokens - camera.shape[1] for camera in coordinates)
+            positions = positions + torch.tensor(dropped, device=positions.device)
+        kwargs["position_ids"] = positions
+    return type(trunk).forward(trunk, *args, **kwargs)

@@ -1,0 +1,73 @@
+"""Position ids as if all visual tokens were there."""
+
+import pytest
+import torch
+
+from driving import ROUNDING, act, run, train_offsets, wrap
+from lerobot_policy_grids.adapters.positions import dense_positions
+
+
+def spy(trunk, seen):
+    """Collect the position ids that the trunk's own forward gets, after any rewriting."""
+    original = type(trunk).forward
+
+    def forward(self, *args, **kwargs):
+        seen.append((kwargs["inputs_embeds"][0] is not None, kwargs["position_ids"]))
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def test_at_all_tokens_they_are_the_dense_ones(family):
+    policy = family.policy(cameras=2)
+    batch = family.batch(policy)
+    loss, chunk, _ = run(policy, family, batch)
+    wrapped = wrap(policy, family.tokens_per_camera, position_ids="dense")
+    loss_k, chunk_k, _ = run(wrapped, family, batch)
+    torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("cameras", [1, 2])
+def test_what_follows_the_images_stays_where_it_was(family, cameras, monkeypatch):
+    policy = family.policy(cameras)
+    batch = family.batch(policy)
+    trunk, seen = family.trunk(policy), []
+    monkeypatch.setattr(type(trunk), "forward", spy(trunk, seen))
+    policy.forward(dict(batch))
+    act(policy, family, batch)
+    dense = list(seen)
+    seen.clear()
+    wrapped = wrap(policy, 4, position_ids="dense")
+    wrapped.forward(dict(batch))
+    act(wrapped, family, batch)
+    assert len(seen) == len(dense) > 1
+    visual, all_visual = 4 * cameras, family.tokens_per_camera * cameras
+    starts = wrapped.reducer.anchor_cells[wrapped.reducer._raster_order(4)]
+    cells = starts[:, 1] * wrapped.reducer.token_grid[1] + starts[:, 0]
+    for (prefix, ours), (_, theirs) in zip(seen, dense, strict=True):
+        if prefix and ours.shape[1] > 1:
+            kept = torch.cat([cells + camera * family.tokens_per_camera for camera in range(cameras)])
+            assert torch.equal(ours[:, :visual], theirs[:, :all_visual][:, kept].float())
+            assert torch.equal(ours[:, visual:], theirs[:, all_visual:].float())
+        else:
+            assert torch.equal(ours, theirs)
+
+
+def test_it_matters_and_is_undone(family):
+    policy = family.policy()
+    batch = family.batch(policy)
+    before = act(policy, family, batch)
+    here = act(train_offsets(wrap(policy, 4)), family, batch)
+    policy.config.device = "cpu"
+    wrapped = wrap(family.policy(), 4, position_ids="dense")
+    there = act(train_offsets(wrapped), family, batch)
+    assert not torch.equal(here, there)
+    restored = wrapped.detach()
+    torch.testing.assert_close(act(restored, family, batch), before, atol=ROUNDING, rtol=0)
+
+
+def test_between_two_cells_is_between_their_ids():
+    coordinates = torch.tensor([[[0.5 / 12, 0.5 / 12], [1.0 / 12, 0.5 / 12], [1.0, 1.0]]])
+    ids = dense_positions(torch.arange(9)[None], [coordinates], (12, 12), before=2, after=1)
+    assert ids.tolist() == [[0, 1, 2, 2.5, 145, 146, 147, 148, 149]]
