@@ -115,6 +115,7 @@ def compare(
     seed: int = 100_000,
     batch_size: int = 10,
     device: str | None = None,
+    tampering: list[str] | None = None,
     workers: int = 1,
     costs: bool = True,
     protocol: dict[str, Any] | None = None,
@@ -133,6 +134,7 @@ def compare(
         seed: Seed of the first episode.
         batch_size: Episodes that run side by side.
         device: Where policies run; None keeps each checkpoint's own.
+        tampering: What is spoiled in the policies' input, of `tampering.TAMPERINGS`.
         workers: Policies that are evaluated at the same time, each in a process of its own.
         costs: Whether to count FLOPs and measure milliseconds, too, when nothing else runs.
         protocol: What else an evaluation that is read back must have in common with this one.
@@ -149,7 +151,7 @@ def compare(
     ]
     kept = [(run, found) for run in runs if (found := _kept(run)) is not None]
     there = {run.path for run, _ in kept}
-    act = partial(_evaluate, make_env=make_env, batch_size=batch_size, device=device)
+    act = partial(_evaluate, make_env=make_env, batch_size=batch_size, device=device, tampering=tampering)
     evaluations: dict[Path, Evaluation] = {}
     for run, evaluation in chain(kept, _map(act, [run for run in runs if run.path not in there], workers)):
         evaluations[run.path] = evaluation
@@ -187,7 +189,13 @@ def _map(act: Callable[[_Run], Evaluation], runs: list[_Run], workers: int) -> I
             raise
 
 
-def _evaluate(run: _Run, make_env: Callable[..., EnvConfig], batch_size: int, device: str | None) -> Evaluation:
+def _evaluate(
+    run: _Run,
+    make_env: Callable[..., EnvConfig],
+    batch_size: int,
+    device: str | None,
+    tampering: list[str] | None,
+) -> Evaluation:
     loaded = _load(run.method, run.policy, device)
     evaluation = evaluate(
         loaded,
@@ -196,6 +204,7 @@ def _evaluate(run: _Run, make_env: Callable[..., EnvConfig], batch_size: int, de
         seed=run.protocol["seed"],
         batch_size=batch_size,
         source=run.policy,
+        tampering=tampering,
     )
     evaluation.save(run.path, asked=run.asked)
     return evaluation

@@ -19,6 +19,7 @@ def compare(
     output: str = "outputs/compare",
     env_args: dict[str, Any] | None = None,
     perturb: str | None = None,
+    tamper: str | None = None,
 ) -> None:
     """Set policies side by side on the same episodes: success, tokens, FLOPs, milliseconds, and paired tests.
 
@@ -40,6 +41,7 @@ def compare(
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
         env_args: More fields of the environment's configuration.
         perturb: Perturb MetaWorld as kind:severity, comma-separated, as in `eval`.
+        tamper: Spoil the policies' input, as in `eval`.
     """
     from functools import partial
     from pathlib import Path
@@ -49,6 +51,7 @@ def compare(
     from lerobot_grids.comparison_report import draw_methods, markdown, print_methods
     from lerobot_grids.progress import counting_bar, require_writable
     from lerobot_grids.simulation.environments import make_env_config, task_names
+    from lerobot_grids.tampering import parse_tamperings
     from lerobot_policy_grids.errors import GridsError
 
     require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
@@ -83,9 +86,10 @@ def compare(
             seed=seed,
             batch_size=batch_size,
             device=device,
+            tampering=parse_tamperings(tamper),
             workers=workers,
             costs=costs,
-            protocol={"env": env, "tasks": ",".join(tasks_of), "perturb": perturb} | (env_args or {}),
+            protocol={"env": env, "tasks": ",".join(tasks_of), "perturb": perturb, "tamper": tamper} | (env_args or {}),
             on_evaluation=lambda name, count: bar.advance(count, name),
         )
     result.save(folder / "compare.json")
