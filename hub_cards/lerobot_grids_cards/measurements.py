@@ -109,7 +109,13 @@ def read_measurements(paths: list[Path], is_own: Callable[[str], bool]) -> Measu
 
 def _read_success(content: dict[str, Any], is_own: Callable[[str], bool], found: Measurements) -> None:
     own = is_own(content["policy"])
-    rows = content["tasks"] if len(content["tasks"]) == 1 else [*content["tasks"], content["total"]]
+    # A suite stands for its tasks, of which LIBERO has forty.
+    parts = content.get("suites") or content["tasks"]
+    rows = parts if len(parts) == 1 else [*parts, content["total"]]
+    # Success in a changed scene, or with a spoiled input, is another figure.
+    condition = ", ".join(
+        filter(None, (content.get("perturb"), *(f"{name} spoiled" for name in content.get("tamper") or ())))
+    )
     for row in rows:
         seeds = sorted(set(row["seeds"]))
         found.successes.append(
@@ -117,7 +123,7 @@ def _read_success(content: dict[str, Any], is_own: Callable[[str], bool], found:
                 policy=Path(content["policy"]).name,
                 own=own,
                 tokens=content["num_tokens"],
-                task=row["task"],
+                task=f"{row['task']} ({condition})" if condition else row["task"],
                 successes=row["successes"],
                 episodes=row["episodes"],
                 low=row["interval"][0],

@@ -88,3 +88,20 @@ def test_a_dense_policy_and_a_template_of_ones_own(tmp_path):
     assert metadata(card)["tags"] == ["robotics", "lerobot", "pi0"]
     (tmp_path / "mine.md").write_text("---\n{{ card_data }}\n---\n# {{ facts.family }}, mine")
     assert render(dense, Measurements(), tmp_path / "mine.md").endswith("# pi0, mine\n")
+
+
+def test_success_in_a_changed_scene_is_called_so(tmp_path):
+    content = json.loads((RESULTS / "demo" / "grids16.json").read_text())
+    content |= {"perturb": "camera:2", "tamper": ["state"]}
+    (tmp_path / "grids16.json").write_text(json.dumps(content))
+    card = render(FACTS, read_measurements([tmp_path / "grids16.json"], lambda policy: True))
+    assert "| all (camera:2, state spoiled) | 94/100 |" in card
+    assert metadata(card)["model-index"][0]["results"][0]["dataset"]["name"] == "push-v3 (camera:2, state spoiled)"
+
+
+def test_a_suite_stands_for_its_tasks(tmp_path):
+    content = json.loads((RESULTS / "demo" / "grids16.json").read_text())
+    content["suites"] = [content["total"] | {"task": "libero_goal"}]
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    rows = read_measurements([tmp_path / "r.json"], lambda policy: True).successes
+    assert [row.task for row in rows] == ["libero_goal"]
