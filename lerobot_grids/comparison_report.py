@@ -4,6 +4,8 @@ from pathlib import Path
 
 from .comparison import ComparisonResult, MethodResult
 
+MARKERS = "osD^vP*X"
+
 
 def header(result: ComparisonResult) -> list[str]:
     """Names of the table's columns."""
@@ -62,7 +64,7 @@ def draw_methods(result: ComparisonResult, path: Path) -> None:
     if result.methods[0].latency_ms is not None:
         axes_of.append((f"milliseconds per action chunk on {result.device}", "latency_ms", "linear"))
     figure, axes = pyplot.subplots(
-        1, len(axes_of), figsize=(6.5 * len(axes_of), 5), sharey=True, squeeze=False, layout="constrained"
+        1, len(axes_of), figsize=(7.5 * len(axes_of), 6), sharey=True, squeeze=False, layout="constrained"
     )
     colours = pyplot.get_cmap("tab20")
     for axis, (label, name, scale) in zip(axes[0], axes_of, strict=True):
@@ -76,14 +78,19 @@ def draw_methods(result: ComparisonResult, path: Path) -> None:
             places[value] = shift + 1
             low, high = row.interval
             axis.errorbar(
-                [value * (1 + 0.05 * shift) if value else 0.06 * shift],
+                [value * (1 + 0.09 * shift) if value else 0.06 * shift],
                 [100 * row.rate],
                 yerr=[[100 * (row.rate - low)], [100 * (high - row.rate)]],
-                fmt="o",
+                fmt=MARKERS[number % len(MARKERS)],
+                markersize=7,
                 color=colours(number % 20),
                 label=row.name,
             )
         axis.set_xscale(scale)
+        if name == "num_tokens":
+            counts = sorted({row.num_tokens for row in result.methods if row.num_tokens is not None})
+            axis.set_xticks(counts, [str(count) for count in counts], minor=False)
+            axis.set_xticks([], minor=True)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
