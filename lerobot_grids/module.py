@@ -66,6 +66,8 @@ class GridsModule(lightning.LightningModule):
             that stays frozen it is its own teacher, otherwise a frozen copy of it is.
         distill_temperature: Softens the teacher's logits (π0-FAST).
         distill_features: Weight of the distance between the trunks' last hidden states.
+        freeze_vision: Whether the vision tower and its projector stay as they are, so that only what reads their tokens
+            is trained. SmolVLA's own default freezes its tower.
         gradient_checkpointing: Whether activations are computed again in backward, for less memory.
         accelerator: Lightning's accelerator, whose memory "auto" looks at (linked from the trainer).
         lora_rank: Rank of the low-rank adapters.
@@ -102,6 +104,7 @@ class GridsModule(lightning.LightningModule):
         teacher: str | None = None,
         distill_temperature: float = 1.0,
         distill_features: float = 0.0,
+        freeze_vision: bool = False,
         gradient_checkpointing: bool = False,
         accelerator: str = "auto",
         lora_rank: int = 16,
@@ -148,6 +151,9 @@ class GridsModule(lightning.LightningModule):
         if teacher is not None and max(self.distill) == 0:
             raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill 0.5, say")
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
+        # What is never used must not wait for a gradient.
+        if freeze_vision or getattr(self.policy, "num_tokens", 1) == 0:
+            self._freeze_vision()
         grids = isinstance(self.policy, GridsPolicy)
         # What a run must have in common with the one it goes on from; the names are the options'.
         self.identity: dict[str, Any] = {
@@ -158,6 +164,7 @@ class GridsModule(lightning.LightningModule):
             "num_tokens_max": self.policy.config.max_tokens if grids else None,
             "budget": budget,
             "train": self.trainable.train,
+            "freeze_vision": freeze_vision,
             "lora_rank": lora_rank,
             "distill": list(self.distill),
             "seed": seed,
@@ -191,11 +198,13 @@ class GridsModule(lightning.LightningModule):
             add_lora(self.policy.base, lora_rank)
         elif choice.train == "reducer":
             self.policy.base.requires_grad_(False)
-        if self.policy.num_tokens == 0:
-            # What is never used must not wait for a gradient.
-            self.policy.adapter.stages(self.policy.base).vision.requires_grad_(False)
-            self.policy.adapter.stages(self.policy.base).projector.requires_grad_(False)
         return choice
+
+    def _freeze_vision(self) -> None:
+        base = self.policy.base if isinstance(self.policy, GridsPolicy) else self.policy
+        stages = get_adapter(base.config.type).stages(base)
+        stages.vision.requires_grad_(False)
+        stages.projector.requires_grad_(False)
 
     def _add_position_loss(self, meta: LeRobotDatasetMetadata) -> None:
         source: nn.Module

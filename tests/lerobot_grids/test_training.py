@@ -391,3 +391,13 @@ def test_a_terminated_run_says_so_and_can_go_on(tmp_path, dataset):
     assert "terminated; go on with --resume" in error
     assert (output / "training_state" / "last.ckpt").is_file()
     assert load_policy(str(output)).policy.num_tokens == 4
+
+
+@pytest.mark.parametrize("tokens", [9, "dense"])
+def test_a_frozen_vision_tower_stays_as_it_is(dataset, tokens):
+    module = GridsModule(load_metadata(str(dataset)), policy="tiny", tokens=tokens, freeze_vision=True)
+    trained = {name for name, parameter in module.policy.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert not any("vision_model" in name or "connector" in name for name in trained)
+    assert any("lm_expert" in name for name in trained)
+    assert any("reducer" in name for name in trained) == (tokens != "dense")
