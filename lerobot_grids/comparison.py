@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -14,11 +15,15 @@ import torch
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import OBS_STATE
 
+from lerobot_policy_grids.checkpoint import require_complete
 from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.manifest import sha256_of
 
 from .evaluation import Evaluation, LoadedPolicy, evaluate, load_policy
+from .policies import find_source
 from .profiling.compare import device_name
 from .profiling.measure import count_flops, measure_latency
+from .progress import write_json
 from .simulation.environments import task_names
 from .statistics import Paired, paired_comparison, wilson_interval
 
@@ -39,6 +44,10 @@ class Method:
     reducer: str | None = None
     resolution: int | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.policies, str) or not self.policies:
+            raise GridsError(f"policies: {self.policies!r}; give a list of checkpoints, such as [outputs/base]")
+
 
 @dataclass
 class MethodResult:
@@ -51,10 +60,12 @@ class MethodResult:
         by_seed: Success rate of each training seed over all tasks.
         successes: Over all tasks and training seeds.
         episodes: Over all tasks and training seeds.
-        interval: 95 % Wilson interval of the success rate.
+        interval: 95 % Wilson interval of the success rate over episodes; training seeds count as repetitions of the same
+            ones.
         paired: Against the first method, on the same episodes; None for the first.
         gflops: Of one action chunk, counted; None where it was not.
         latency_ms: Median of one action chunk at batch 1; None where it was not measured.
+        device: Where it was measured.
     """
 
     name: str
@@ -67,6 +78,7 @@ class MethodResult:
     paired: Paired | None
     gflops: float | None = None
     latency_ms: float | None = None
+    device: str | None = None
 
     @property
     def rate(self) -> float:
@@ -79,15 +91,13 @@ class ComparisonResult:
     """Results of all methods, the first being what the others are compared with."""
 
     protocol: dict[str, Any]
-    device: str
     threads: int
     torch: str = torch.__version__
     methods: list[MethodResult] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -99,11 +109,13 @@ class _Run:
     policy: str
     protocol: dict[str, Any]
     path: Path
+    weights: str
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What is evaluated, as it is saved."""
-        return self.protocol | asdict(self.method) | {"policies": self.policy}
+        """What is evaluated, as it is saved; an option that was left out is as if it had been None."""
+        asked = self.protocol | asdict(self.method) | {"policies": self.policy, "weights": self.weights}
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 def compare(
@@ -141,11 +153,16 @@ def compare(
         on_evaluation: Called with (method, its episodes) for each evaluation that is there.
 
     Raises:
-        GridsError: If a policy cannot be loaded, or a kept evaluation is of something else.
+        GridsError: If a policy cannot be loaded, methods have unequal numbers of policies, or a kept evaluation is of
+            something else.
     """
-    protocol = {"episodes": episodes, "seed": seed} | (protocol or {})
+    if len({len(method.policies) for method in methods.values()}) > 1:
+        counts = ", ".join(f"{name} {len(method.policies)}" for name, method in methods.items())
+        raise GridsError(f"methods have unequal numbers of checkpoints ({counts}); give each one per training seed")
+    protocol = {"episodes": episodes, "seed": seed, "batch_size": batch_size} | (protocol or {})
+    # Before hours of evaluation.
     runs = [
-        _Run(name, method, policy, protocol, folder / f"{name}-{number}.json")
+        _Run(name, method, policy, protocol, folder / f"{name}-{number}.json", _fingerprint(policy))
         for name, method in methods.items()
         for number, policy in enumerate(method.policies)
     ]
@@ -158,14 +175,16 @@ def compare(
         if on_evaluation is not None:
             on_evaluation(run.name, evaluation.total.episodes)
 
-    result = ComparisonResult(protocol, device_name(device or "cpu"), torch.get_num_threads())
+    result = ComparisonResult(protocol, torch.get_num_threads())
     by_name = {name: [evaluations[run.path] for run in runs if run.name == name] for name in methods}
     reference = next(iter(by_name.values()))
     for name, ours in by_name.items():
         result.methods.append(_summarise(name, ours, None if ours is reference else reference))
     if costs:
         for method, row in zip(methods.values(), result.methods, strict=True):
-            row.gflops, row.latency_ms = _costs(_load(method, method.policies[0], device), make_env())
+            loaded = _load(method, method.policies[0], device)
+            row.gflops, row.latency_ms = _costs(loaded, make_env())
+            row.device = device_name(str(loaded.policy.config.device))
     return result
 
 
@@ -184,7 +203,14 @@ def _map(act: Callable[[_Run], Evaluation], runs: list[_Run], workers: int) -> I
         try:
             for future in as_completed(pending):
                 yield pending[future], future.result()
+        except BrokenProcessPool as error:
+            raise GridsError(
+                "a process that evaluated was killed, perhaps for its memory; use fewer --workers, what is done is kept"
+            ) from error
         except BaseException:
+            # Without waiting for what is half done.
+            for process in list(pool._processes.values()):
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -223,13 +249,22 @@ def _kept(run: _Run) -> Evaluation | None:
         evaluation, was = Evaluation.from_dict(found), found["asked"]
     except (ValueError, KeyError, TypeError) as error:
         raise GridsError(f"{run.path} cannot be read ({error!r}); remove it to evaluate again") from error
-    for name, value in run.asked.items():
-        if was.get(name) != value:
+    for name in [*run.asked, *was]:
+        then, now = was.get(name), run.asked.get(name)
+        if then != now:
             raise GridsError(
-                f"{run.path} was evaluated with {name}={was.get(name)}, now {value}; "
-                "remove it, or choose another folder"
+                f"{run.path} was evaluated with {name}={then}, now {now}; remove it, or choose another folder"
             )
     return evaluation
+
+
+def _fingerprint(policy: str) -> str:
+    """Of a checkpoint's weights, so that one that was trained again is not taken for what it was."""
+    folder = find_source(policy)
+    if not isinstance(folder, Path):
+        raise GridsError(f"'{policy}' is a family with random weights; give the checkpoint folder of a trained policy")
+    require_complete(folder)
+    return "+".join(sha256_of(path)[:16] for path in sorted(folder.glob("*.safetensors")))
 
 
 def _summarise(name: str, evaluations: list[Evaluation], reference: list[Evaluation] | None) -> MethodResult:
@@ -242,12 +277,10 @@ def _summarise(name: str, evaluations: list[Evaluation], reference: list[Evaluat
     successes, episodes = sum(total.successes for total in totals), sum(total.episodes for total in totals)
     paired = None
     if reference is not None:
-        # Seed by seed; a reference of fewer seeds is met again.
-        ours = [outcome for total in totals for outcome in total.outcomes]
-        met = [reference[number % len(reference)].total for number in range(len(totals))]
+        met = [evaluation.total for evaluation in reference]
         if any(mine.seeds != other.seeds for mine, other in zip(totals, met, strict=True)):
             raise GridsError(f"'{name}' was not evaluated on the first method's episodes; remove its results")
-        paired = paired_comparison(ours, [outcome for total in met for outcome in total.outcomes])
+        paired = paired_comparison([mine.outcomes for mine in totals], [other.outcomes for other in met])
     return MethodResult(
         name,
         evaluations[0].num_tokens,
@@ -255,7 +288,7 @@ def _summarise(name: str, evaluations: list[Evaluation], reference: list[Evaluat
         [total.success_rate for total in totals],
         successes,
         episodes,
-        wilson_interval(successes, episodes),
+        wilson_interval(successes / len(totals), episodes // len(totals)),
         paired,
     )
 

@@ -62,7 +62,7 @@ def draw_methods(result: ComparisonResult, path: Path) -> None:
 
     axes_of = [("visual tokens per camera", "num_tokens", "symlog")]
     if result.methods[0].latency_ms is not None:
-        axes_of.append((f"milliseconds per action chunk on {result.device}", "latency_ms", "linear"))
+        axes_of.append((f"milliseconds per action chunk on {result.methods[0].device}", "latency_ms", "linear"))
     figure, axes = pyplot.subplots(
         1, len(axes_of), figsize=(7.5 * len(axes_of), 6), sharey=True, squeeze=False, layout="constrained"
     )
@@ -78,7 +78,7 @@ def draw_methods(result: ComparisonResult, path: Path) -> None:
             places[value] = shift + 1
             low, high = row.interval
             axis.errorbar(
-                [value * (1 + 0.09 * shift) if value else 0.06 * shift],
+                [value * 1.05 ** ((shift + 1) // 2 * (-1) ** shift) if value else 0.06 * shift],
                 [100 * row.rate],
                 yerr=[[100 * (row.rate - low)], [100 * (high - row.rate)]],
                 fmt=MARKERS[number % len(MARKERS)],

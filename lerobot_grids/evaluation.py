@@ -1,6 +1,5 @@
 """Closed-loop success of a policy in simulation, through LeRobot's own evaluation code."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpo
 from lerobot_policy_grids.trust import check_processors
 
 from .policies import find_source, set_resolution, wrap
+from .progress import write_json
 from .statistics import wilson_interval
 from .tampering import other_instructions, tamper
 from .view import contact_sheet, draw_points, watch_coordinates
@@ -61,6 +61,8 @@ class Evaluation:
         n_action_steps: Steps of a chunk that are executed before the policy looks again.
         perturb: Perturbations as kind:severity, comma-separated; empty for none.
         tamper: What was spoiled in the policy's input.
+        reducer: What reduced the tokens of a dense policy without training; empty for nothing.
+        resolution: Side in pixels at which a dense policy saw its images without training; None for its own.
     """
 
     policy: str
@@ -72,6 +74,8 @@ class Evaluation:
     n_action_steps: int | None = None
     perturb: str = ""
     tamper: list[str] = field(default_factory=list)
+    reducer: str = ""
+    resolution: int | None = None
 
     @property
     def suites(self) -> list[TaskResult]:
@@ -88,9 +92,8 @@ class Evaluation:
 
     def save(self, path: Path, **more: Any) -> None:
         """Write everything, and what else is given, as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         sums = {"suites": [asdict(suite) for suite in self.suites], "total": asdict(self.total)}
-        path.write_text(json.dumps(asdict(self) | sums | more, indent=2) + "\n")
+        write_json(path, asdict(self) | sums | more)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Evaluation":
@@ -114,11 +117,13 @@ def _together(name: str, tasks: list[TaskResult]) -> TaskResult:
 
 @dataclass
 class LoadedPolicy:
-    """A policy ready to act, with its processors."""
+    """A policy ready to act, with its processors, and what was done to it without training."""
 
     policy: Any
     preprocessor: Any
     postprocessor: Any
+    reducer: str = ""
+    resolution: int | None = None
 
     @property
     def renames(self) -> dict[str, str]:
@@ -174,6 +179,9 @@ def load_policy(
     if resolution is not None:
         set_resolution(source, config, resolution)
     policy = build(config)
+    # Before a forward pass fails on an image that gives no whole grid.
+    if resolution is not None:
+        get_adapter(kind).layout(policy)
     load_checkpoint(policy, folder)
     if reducer is not None:
         policy = wrap(policy, 16 if num_tokens is None else num_tokens, reducer)
@@ -183,7 +191,7 @@ def load_policy(
         _set_action_steps(policy, n_action_steps)
     policy.to(config.device)
     policy.eval()
-    return LoadedPolicy(policy, *load_processors(folder, config, rename_map))
+    return LoadedPolicy(policy, *load_processors(folder, config, rename_map), reducer or "", resolution)
 
 
 def _set_action_steps(policy: Any, steps: int) -> None:
@@ -306,6 +314,8 @@ def evaluate(
         n_action_steps=getattr(loaded.policy.config, "n_action_steps", None),
         perturb=getattr(env_config, "perturb", ""),
         tamper=tampering or [],
+        reducer=loaded.reducer,
+        resolution=loaded.resolution,
     )
     with _opened(env_config, min(batch_size, episodes), result.tamper) as tasks:
         if on_start is not None:

@@ -90,6 +90,8 @@ def set_resolution(source: str, config: PreTrainedConfig, side: int) -> None:
     """
     if isinstance(config, GridsConfig):
         raise GridsError(f"{source} is a grids checkpoint, made for its own image size; drop --resolution")
+    if side < 1:
+        raise GridsError(f"--resolution {side}; give the side of a square in pixels")
     setattr(config, get_adapter(config.type).resolution_field, (side, side))
 
 
@@ -196,6 +198,8 @@ def build_policy(
         set_resolution(source, config, resolution)
 
     policy: Any = build(config)
+    if resolution is not None:
+        get_adapter(config.type).layout(policy)
     if folder is not None:
         load_checkpoint(policy, folder)
     if isinstance(policy, GridsPolicy):

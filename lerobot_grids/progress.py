@@ -57,12 +57,14 @@ def require_writable(path: Path) -> None:
         raise PermissionError(f"{path.parent} is not writable; choose another folder")
 
 
-def write_json(path: str | None, content: dict[str, Any]) -> None:
-    """Write `content` where a path was given."""
+def write_json(path: str | Path | None, content: dict[str, Any]) -> None:
+    """Write `content` where a path was given, all of it or nothing."""
     if path is not None:
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(file)
 
 
 def wide_console() -> Console:

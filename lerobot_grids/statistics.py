@@ -3,12 +3,17 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+# Random sign flips of a test over several training seeds.
+FLIPS = 9999
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a proportion.
 
     Args:
-        successes: Number of successes.
+        successes: Number of successes, or its mean over repetitions of the same trials.
         trials: Number of trials, at least 1.
         z: Normal quantile; the default gives 95 %.
 
@@ -29,11 +34,11 @@ class Paired:
     """How one way of acting fares against another on the same episodes.
 
     Attributes:
-        wins: Episodes in which only it succeeded.
+        wins: Episodes in which only it succeeded, over all training seeds.
         losses: Episodes in which only the other did.
         difference: Of the success rates, in [-1, 1].
-        interval: Its 95 % interval.
-        p: Two-sided p-value of McNemar's exact test: how likely so uneven wins and losses are if both are as good.
+        interval: Its 95 % interval over episodes, for these trained policies.
+        p: Two-sided p-value: how likely so uneven wins and losses are if both are as good.
     """
 
     wins: int
@@ -43,26 +48,35 @@ class Paired:
     p: float
 
 
-def paired_comparison(ours: list[bool], theirs: list[bool], z: float = 1.959964) -> Paired:
+def paired_comparison(ours: list[list[bool]], theirs: list[list[bool]], z: float = 1.959964) -> Paired:
     """Compare outcomes of the same episodes.
 
-    The interval is Agresti and Min's (Statistics in Medicine, 2005): Wald's with half an observation added to each of
-    the four cells.
+    With one training seed: McNemar's exact test, and Agresti and Min's interval (Statistics in Medicine, 2005), which is
+    Wald's with half an observation added to each of the four cells. With several, an episode's outcomes hang together:
+    its differences are averaged over the seeds, the interval is normal over episodes, and the test flips the sign of
+    whole episodes at random.
 
     Args:
-        ours: Outcome of each episode.
-        theirs: The other's, episode by episode.
+        ours: Outcomes of each training seed, episode by episode.
+        theirs: The other's, seed by seed and episode by episode.
         z: Normal quantile; the default gives 95 %.
     """
-    if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"{len(ours)} outcomes beside {len(theirs)} cannot be paired")
-    pairs = list(zip(ours, theirs, strict=True))
-    wins, losses = pairs.count((True, False)), pairs.count((False, True))
-    uneven = wins + losses
-    tail = sum(math.comb(uneven, i) for i in range(min(wins, losses) + 1)) / 2**uneven
-    n, gain, cost = len(pairs) + 2, wins + 0.5, losses + 0.5
-    centre = (gain - cost) / n
-    half = z * math.sqrt(gain + cost - (gain - cost) ** 2 / n) / n
-    difference = (wins - losses) / len(pairs)
-    interval = max(-1.0, centre - half), min(1.0, centre + half)
-    return Paired(wins, losses, difference, interval, min(1.0, 2 * tail))
+    mine, others = np.array(ours, dtype=float), np.array(theirs, dtype=float)
+    if mine.shape != others.shape or not mine.size:
+        raise ValueError(f"outcomes of shape {mine.shape} beside {others.shape} cannot be paired")
+    apart = mine - others
+    wins, losses, difference = int((apart > 0).sum()), int((apart < 0).sum()), float(apart.mean())
+    if len(mine) == 1:
+        uneven = wins + losses
+        tail = sum(math.comb(uneven, i) for i in range(min(wins, losses) + 1)) / 2**uneven
+        n, gain, cost = apart.size + 2, wins + 0.5, losses + 0.5
+        centre = (gain - cost) / n
+        half = z * math.sqrt(gain + cost - (gain - cost) ** 2 / n) / n
+        p = min(1.0, 2 * tail)
+    else:
+        each = apart.mean(0)
+        centre, half = difference, z * float(each.std(ddof=1)) / math.sqrt(each.size)
+        signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(FLIPS, each.size))
+        extreme = np.abs((signs * each).mean(1)) >= abs(difference) - 1e-12
+        p = (1 + int(extreme.sum())) / (1 + FLIPS)
+    return Paired(wins, losses, difference, (max(-1.0, centre - half), min(1.0, centre + half)), p)

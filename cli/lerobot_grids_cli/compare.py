@@ -43,6 +43,7 @@ def compare(
         perturb: Perturb MetaWorld as kind:severity, comma-separated, as in `eval`.
         tamper: Spoil the policies' input, as in `eval`.
     """
+    import re
     from functools import partial
     from pathlib import Path
 
@@ -57,17 +58,23 @@ def compare(
     require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
     chosen: dict[str, Method] = {}
     for text in policies or []:
-        name, _, paths = text.rpartition("=")
+        name, _, paths = text.partition("=")
+        if name in chosen:
+            raise GridsError(f"'{name}' is given twice; give each method its own name")
         if not name or not paths:
             raise GridsError(f"--policies {text}; give NAME=CHECKPOINT, such as dense=outputs/base")
         chosen[name] = Method(paths.split(","))
     for name, options in (methods or {}).items():
+        if name in chosen:
+            raise GridsError(f"'{name}' is given twice; give each method its own name")
         try:
             chosen[name] = Method(**options)
         except TypeError as error:
             raise GridsError(
                 f"methods: '{name}' has {', '.join(options)}; it takes policies, tokens, reducer, resolution"
             ) from error
+    if odd := [name for name in chosen if not re.fullmatch(r"[\w.-]+", name)]:
+        raise GridsError(f"method '{odd[0]}'; results are kept under that name: use letters, digits, dots and dashes")
     if len(chosen) < 2:
         raise GridsError(
             f"{len(chosen)} policies given; give at least two, such as dense=outputs/base grids=outputs/grids16"

@@ -7,6 +7,20 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .measurements import ALL_TASKS, Measurements
 
+# How a card says what a reducer does; a name that is not here is said plainly.
+REDUCERS = {
+    "grids": "read at places that it chooses itself (GridS, [arXiv 2605.11817](https://arxiv.org/abs/2605.11817))",
+    "uniform": "read at a fixed lattice",
+    "pool": "averages of blocks of the image",
+    "random": "drawn at random for every image",
+    "merge": "merged from all by likeness (Token Merging, [arXiv 2210.09461](https://arxiv.org/abs/2210.09461))",
+    "fastv": "left after the trunk's first layers by attention (FastV, [arXiv 2403.06764](https://arxiv.org/abs/2403.06764))",
+    "sparsevlm": (
+        "left after the trunk's first layers by the instruction (SparseVLM, "
+        "[arXiv 2410.04417](https://arxiv.org/abs/2410.04417))"
+    ),
+    "blind": "so that it sees nothing: a floor to compare with",
+}
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -18,6 +32,7 @@ class PolicyFacts:
         repo_id: Where it is pushed to.
         family: LeRobot's type of the dense policy.
         num_tokens: K; None for a dense policy.
+        reducer: How tokens are reduced, by its name in `--reducer`.
         num_tokens_max: Largest K that it can serve.
         cameras: Names of its images.
         format: "adapter" or "full".
@@ -45,6 +60,7 @@ class PolicyFacts:
     training: dict[str, str] = field(default_factory=dict)
     picture: bool = False
     tags: list[str] = field(default_factory=list)
+    reducer: str = "grids"
 
 
 def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMPLATE) -> str:
@@ -53,10 +69,14 @@ def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMP
     Args:
         facts: Of the checkpoint.
         measurements: Of it, and of what it is compared with.
-        template: A jinja2 template; it gets `card_data`, `facts` and `measurements`.
+        template: A jinja2 template; it gets `card_data`, `facts`, `measurements` and `reducers`.
     """
     card = ModelCard.from_template(
-        _metadata(facts, measurements), template_path=str(template), facts=facts, measurements=measurements
+        _metadata(facts, measurements),
+        template_path=str(template),
+        facts=facts,
+        measurements=measurements,
+        reducers=REDUCERS,
     )
     return str(card).rstrip() + "\n"
 
@@ -90,7 +110,7 @@ def _metadata(facts: PolicyFacts, measurements: Measurements) -> ModelCardData:
             "robotics",
             "lerobot",
             facts.family,
-            *(["grids", "token-reduction"] if facts.num_tokens is not None else []),
+            *([facts.reducer, "token-reduction"] if facts.num_tokens is not None else []),
             *facts.tags,
         ],
         # The client writes it out where no result needs it.

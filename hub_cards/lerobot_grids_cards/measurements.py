@@ -108,14 +108,16 @@ def read_measurements(paths: list[Path], is_own: Callable[[str], bool]) -> Measu
 
 
 def _read_success(content: dict[str, Any], is_own: Callable[[str], bool], found: Measurements) -> None:
-    own = is_own(content["policy"])
+    changed = [f"by {content['reducer']} without training"] if content.get("reducer") else []
+    changed += [f"at {content['resolution']} px without training"] if content.get("resolution") else []
+    # What was reduced without training is not the policy that was pushed.
+    own = is_own(content["policy"]) and not changed
     # A suite stands for its tasks, of which LIBERO has forty.
     parts = content.get("suites") or content["tasks"]
     rows = parts if len(parts) == 1 else [*parts, content["total"]]
     # Success in a changed scene, or with a spoiled input, is another figure.
-    condition = ", ".join(
-        filter(None, (content.get("perturb"), *(f"{name} spoiled" for name in content.get("tamper") or ())))
-    )
+    spoiled = [f"{name} spoiled" for name in content.get("tamper") or ()]
+    condition = ", ".join(filter(None, [*changed, content.get("perturb"), *spoiled]))
     for row in rows:
         seeds = sorted(set(row["seeds"]))
         found.successes.append(

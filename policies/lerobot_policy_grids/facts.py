@@ -28,6 +28,7 @@ def read_facts(folder: Path, **known: Any) -> PolicyFacts:
         family=(config["base"] if grids else config)["type"],
         num_tokens=_tokens(config) if grids else None,
         num_tokens_max=config["num_tokens_max"] if grids else None,
+        reducer=config["reducer"] if grids else "",
         cameras=[name for name, feature in features.items() if feature["type"] == "VISUAL"],
         format=FORMATS[0] if manifest is None else manifest.format,
         base_repo_id=config.get("base_repo_id"),

@@ -19,8 +19,11 @@ from .configuration_grids import GridsConfig
 from .errors import BudgetError, CheckpointError, GridsError
 from .files import ADAPTER_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from .manifest import verify_manifest
+from .reducer import Reducer
 from .reducers import make_reducer
 
+# Draws after which an elastic budget has shown what it draws.
+MANY_STEPS = 1000
 # Arguments of `from_pretrained` that are meant for the Hub's client.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -133,6 +136,8 @@ class GridsPolicy(PreTrainedPolicy):
             BudgetError: If there are no tokens to budget, or none to come down from.
         """
         config, budget = self.config, self.config.budget
+        for k in self._coming_budgets():
+            self.reducer.check_budget(k)
         if self.num_tokens == 0:
             if budget.schedule != "constant" or config.camera_tokens:
                 raise BudgetError("a blind policy has no visual tokens: drop token budget and camera_tokens")
@@ -141,6 +146,15 @@ class GridsPolicy(PreTrainedPolicy):
                 f"token budget '{budget.text}' has nothing to come down from: num_tokens_max is {config.max_tokens}, "
                 "as num_tokens; give a larger num_tokens_max, or start from the dense policy"
             )
+
+    def _coming_budgets(self) -> set[int]:
+        """What the reducer will be asked for, where it cannot serve everything."""
+        if type(self.reducer).check_budget is Reducer.check_budget:
+            return set()
+        # Elastic budgets have no last step.
+        steps = self.config.token_budget_steps or MANY_STEPS
+        budgets = {self.config.num_tokens} | {self.config.budget.at(step) for step in range(steps)}
+        return {min(k, limit) for k in budgets for limit in (k, *self.config.camera_tokens.values())}
 
     def train(self, mode: bool = True) -> Self:
         """As of any module. In training the token budget is that of the step, otherwise `num_tokens`."""

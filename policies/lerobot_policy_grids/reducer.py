@@ -6,9 +6,11 @@ x = (i + 0.5) / w.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .errors import BudgetError, TokenGridError
@@ -24,6 +26,12 @@ class Sampled(NamedTuple):
 
     tokens: Tensor
     coordinates: Tensor
+
+
+def in_float32(tensor: Tensor) -> AbstractContextManager[None]:
+    """In this block autocast does not round: which tokens are kept must not depend on it."""
+    # The meta device, on which costs are counted, knows no autocast.
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class Reducer(nn.Module):
@@ -79,7 +87,11 @@ class Reducer(nn.Module):
                 f"num_tokens={value}, but this policy serves 1 .. {self.num_tokens_max} tokens per camera; "
                 "choose a budget in that range, or train with a larger num_tokens_max"
             )
+        self.check_budget(int(value))
         self._num_tokens = int(value)
+
+    def check_budget(self, num_tokens: int) -> None:
+        """Raise `BudgetError` if this reducer cannot serve a budget of 1 .. num_tokens_max; most serve all."""
 
     def tokens_of(self, camera: int) -> int:
         """Tokens that a camera gets under the present budget."""

@@ -17,13 +17,12 @@ Differs from the published reference:
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .anchors import WHOLE, Region, anchor_cells
-from .reducer import Reducer, Sampled
+from .reducer import Reducer, Sampled, in_float32
 
 # Beyond this the sigmoid is 0 or 1 in float32, and its exponential stays finite.
 MAX_OFFSET = 60.0
@@ -180,9 +179,7 @@ class GridSampler(Reducer):
             TokenGridError: If the map's grid is not `token_grid`.
         """
         self.check_grid(feature_map)
-        # The meta device, on which costs are counted, knows no autocast.
-        device = feature_map.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        with in_float32(feature_map):
             pixels, coordinates = self._predict(feature_map, context or {}, num_tokens or self.num_tokens)
             if self.interpolation == "nearest":
                 pixels = pixels.round()

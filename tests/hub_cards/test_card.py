@@ -105,3 +105,23 @@ def test_a_suite_stands_for_its_tasks(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(content))
     rows = read_measurements([tmp_path / "r.json"], lambda policy: True).successes
     assert [row.task for row in rows] == ["libero_goal"]
+
+
+def test_what_was_reduced_without_training_is_not_this_policy(tmp_path):
+    content = json.loads((RESULTS / "demo" / "grids16.json").read_text()) | {"reducer": "fastv"}
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    card = render(FACTS, read_measurements([tmp_path / "r.json"], lambda policy: True))
+    assert "this policy" not in card
+    assert "all (by fastv without training) | 94/100" in card
+
+
+@pytest.mark.parametrize(("reducer", "says"), [("pool", "averages of blocks"), ("blind", "sees nothing")])
+def test_a_card_says_what_reduces(reducer, says):
+    tokens = 0 if reducer == "blind" else 16
+    facts = PolicyFacts("me/x", "pi0", tokens, 16, ["observation.images.top"], "full", reducer=reducer)
+    card = render(facts, Measurements())
+    assert f"**{tokens} visual tokens**, " in card
+    assert says in card
+    assert "GridS, [arXiv" not in card
+    assert ("policy.num_tokens =" in card) == (reducer != "blind")
+    assert reducer in metadata(card)["tags"]

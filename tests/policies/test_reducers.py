@@ -64,14 +64,15 @@ def test_letterbox_padding_is_left_out(kind, feature_map):
 
 def test_random_keeps_a_new_subset_for_every_image(feature_map):
     cells = torch.arange(144.0).view(1, 12, 12, 1).expand(3, -1, -1, -1)
-    reducer = RandomReducer((12, 12), 16)
+    reducer = RandomReducer((12, 12), 16).eval()
     torch.manual_seed(1)
     first, second = (reducer(cells).tokens[..., 0] for _ in range(2))
     assert (first.diff(dim=1) > 0).all()
     assert not torch.equal(first, second)
     assert not torch.equal(first[0], first[1])
+    again = RandomReducer((12, 12), 16).eval()
     torch.manual_seed(1)
-    tokens, coordinates = reducer(cells)
+    tokens, coordinates = again(cells)
     assert torch.equal(tokens[..., 0], first)
     assert torch.equal(coordinates, cell_coordinates((12, 12))[first.long()])
     counts = torch.stack([reducer(cells).tokens for _ in range(300)]).long().flatten().bincount(minlength=144)
@@ -177,3 +178,46 @@ def test_sparsevlm_keeps_what_raters_look_at_and_recycles_the_best_of_the_rest()
     for token in tokens[0, :4]:
         assert recycled.min(0).values.le(token + 1e-6).all()
         assert recycled.max(0).values.ge(token - 1e-6).all()
+
+
+@pytest.mark.parametrize("reducer", ["uniform", "pool"])
+def test_budgets_without_a_lattice_are_refused_before_training(reducer):
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    from lerobot_policy_grids import GridsConfig, GridsPolicy, TinySmolVLAConfig
+
+    inputs = {"observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96))}
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    base = TinySmolVLAConfig(device="cpu", input_features=inputs, output_features=outputs)
+
+    def make(**options):
+        return GridsPolicy(GridsConfig(base=base, reducer=reducer, num_tokens=4, num_tokens_max=16, **options))
+
+    policy = make()
+    for budget in ("elastic", "linear"):
+        with pytest.raises(BudgetError, match="no even lattice"):
+            make(token_budget=budget, token_budget_steps=10 if budget == "linear" else 0)
+    with pytest.raises(BudgetError, match="no even lattice"):
+        make(camera_tokens={"observation.image": 7}, token_budget="steps:0=16")
+    with pytest.raises(BudgetError, match="7 tokens make no even lattice"):
+        policy.num_tokens = 7
+    assert policy.num_tokens == 4
+
+
+def test_random_draws_leave_the_policys_noise_alone(feature_map):
+    reducer = RandomReducer((12, 12), 16)
+    torch.manual_seed(5)
+    expected = torch.randn(4)
+    torch.manual_seed(5)
+    reducer(feature_map)
+    assert torch.equal(torch.randn(4), expected)
+
+
+@pytest.mark.parametrize("kind", [MergeReducer, PoolReducer, UniformReducer])
+def test_autocast_does_not_change_what_is_kept(kind, feature_map):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = kind((12, 12), 16)(feature_map)
+    exact = kind((12, 12), 16)(feature_map)
+    torch.testing.assert_close(rounded.tokens, exact.tokens)
+    torch.testing.assert_close(rounded.coordinates, exact.coordinates)

@@ -51,6 +51,7 @@ class Seam:
         reducer: Any = self._get_reducer()
         self._remember([])
         if reducer is not None and reducer.num_tokens == 0:
+            self._remember([image.new_zeros(len(image), 0, 2) for image in images])
             return [image.new_zeros(len(image), 0, self.layout.width) for image in images]
         dense = self._encode(encode, images)
         if reducer is None or reducer.in_trunk:

@@ -7,6 +7,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 
 from ..errors import BudgetError
+from ..reducer import in_float32
 from ..reducers.trunk import Prefix
 from .seam import Seam
 
@@ -129,7 +130,8 @@ def mean_attention(query: Tensor, key: Tensor, visible: Tensor, scale: float) ->
     """
     query, key = query.float(), key.float()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query @ key.transpose(2, 3) * scale
+    with in_float32(query):
+        scores = query @ key.transpose(2, 3) * scale
     weights = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min).softmax(-1).mean(1)
     return weights * visible.diagonal(dim1=1, dim2=2)[..., None]
 

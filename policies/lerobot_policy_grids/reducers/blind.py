@@ -24,6 +24,9 @@ class BlindReducer(nn.Module):
     def num_tokens(self, value: int) -> None:
         raise BudgetError(f"num_tokens={value}, but this policy is blind: it was trained without visual tokens")
 
+    def check_budget(self, num_tokens: int) -> None:
+        """Nothing to check: there is no budget."""
+
     def tokens_of(self, camera: int) -> int:
         """Always 0."""
         return 0

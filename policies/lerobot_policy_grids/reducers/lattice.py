@@ -46,6 +46,21 @@ def _nearest_to_square(num_tokens: int, token_grid: tuple[int, int]) -> tuple[in
     return best if best is not None and stretch(best) <= math.log(MAX_STRETCH) else None
 
 
+def image_cells(token_grid: tuple[int, int], region: Region) -> tuple[slice, slice]:
+    """Rows and columns of the token grid that show the image, and not only letterbox padding."""
+    height, width = token_grid
+    left, top, right, bottom = region
+    first_row, first_column = round(top * height), round(left * width)
+    rows = slice(first_row, max(round(bottom * height), first_row + 1))
+    return rows, slice(first_column, max(round(right * width), first_column + 1))
+
+
+def cells_within(token_grid: tuple[int, int], region: Region) -> tuple[int, int]:
+    """How many rows and columns those are."""
+    rows, columns = image_cells(token_grid, region)
+    return rows.stop - rows.start, columns.stop - columns.start
+
+
 def lattice_coordinates(shape: tuple[int, int], region: Region) -> Tensor:
     """Centres of the cells of a lattice over a part of the image.
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..reducer import Reducer, Sampled
+from ..reducer import Reducer, Sampled, in_float32
 from .cells import cell_coordinates, take
 
 
@@ -66,8 +66,9 @@ class MergeReducer(Reducer):
         tokens = feature_map.flatten(1, 2).float()
         sizes = tokens.new_ones(*tokens.shape[:2], 1)
         places = cell_coordinates(self.token_grid, tokens.device).expand(len(tokens), -1, -1)
-        while (left := tokens.shape[1]) > k:
-            tokens, sizes, places = merge_most_similar(tokens, sizes, places, min(left // 2, left - k))
+        with in_float32(tokens):
+            while (left := tokens.shape[1]) > k:
+                tokens, sizes, places = merge_most_similar(tokens, sizes, places, min(left // 2, left - k))
         height, width = self.token_grid
         raster = (places[..., 1] * height).floor() * width + places[..., 0] * width
         order = raster.argsort(dim=-1, stable=True)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..anchors import WHOLE, Region
 from ..reducer import Reducer, Sampled
-from .lattice import lattice_coordinates, lattice_shape
+from .lattice import cells_within, image_cells, lattice_coordinates, lattice_shape
 
 
 class PoolReducer(Reducer):
@@ -22,17 +22,14 @@ class PoolReducer(Reducer):
     """
 
     def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
+        # Before the budget is set, which they decide about.
+        self.rows, self.columns = image_cells(token_grid, region)
+        self.cells = cells_within(token_grid, region)
         super().__init__(token_grid, num_tokens, **options)
-        height, width = self.token_grid
-        left, top, right, bottom = region
-        # Cells whose centre shows the image.
-        self.rows = slice(round(top * height), max(round(bottom * height), round(top * height) + 1))
-        self.columns = slice(round(left * width), max(round(right * width), round(left * width) + 1))
-        self._shape(num_tokens)
 
-    def _shape(self, num_tokens: int) -> tuple[int, int]:
-        cells = (self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
-        return lattice_shape(num_tokens, cells)
+    def check_budget(self, num_tokens: int) -> None:
+        """Raise `BudgetError` if so many tokens make no even lattice."""
+        lattice_shape(num_tokens, self.cells)
 
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
@@ -45,7 +42,7 @@ class PoolReducer(Reducer):
         """
         self.check_grid(feature_map)
         height, width = self.token_grid
-        shape = self._shape(num_tokens or self.num_tokens)
+        shape = lattice_shape(num_tokens or self.num_tokens, self.cells)
         image = feature_map[:, self.rows, self.columns].permute(0, 3, 1, 2)
         tokens = functional.adaptive_avg_pool2d(image, shape).flatten(2).transpose(1, 2)
         region = (

@@ -1,4 +1,8 @@
-"""Random: keep k of the dense tokens, drawn anew for every image. The floor of all ways of choosing."""
+"""Random: keep k of the dense tokens, drawn anew for every image. The floor of all ways of choosing.
+
+Draws take nothing from torch's random state, though they follow from it: the policy's noise must be the same whatever
+reduces its tokens, or a student and its teacher would not be compared at the same noise.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +16,7 @@ from .cells import cell_coordinates, take
 
 
 class RandomReducer(Reducer):
-    """A random subset of the dense tokens, by torch's global random state.
+    """A random subset of the dense tokens.
 
     Args:
         token_grid: (H, W) of the feature maps.
@@ -29,6 +33,19 @@ class RandomReducer(Reducer):
         self.padding: Tensor
         outside = (x < left) | (x > right) | (y < top) | (y > bottom)
         self.register_buffer("padding", outside.float(), persistent=False)
+        self._looks = 0
+
+    def _draw(self, dense: Tensor) -> Tensor:
+        if dense.is_meta:
+            return dense.new_empty(dense.shape[:2], dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            seed = int(torch.randint(2**31, ()))
+        if not self.training:
+            # A policy that acts without noise leaves the random state as it is.
+            self._looks += 1
+            seed += self._looks
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(dense.shape[:2], generator=generator).to(dense.device)
 
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
@@ -40,7 +57,7 @@ class RandomReducer(Reducer):
         """
         self.check_grid(feature_map)
         dense = feature_map.flatten(1, 2)
-        draws = torch.rand(dense.shape[:2], device=dense.device) + self.padding
+        draws = self._draw(dense) + self.padding
         kept = draws.topk(num_tokens or self.num_tokens, largest=False).indices.sort(-1).values
         places = cell_coordinates(self.token_grid, dense.device).expand(len(dense), -1, -1)
         return Sampled(take(dense, kept), take(places, kept))

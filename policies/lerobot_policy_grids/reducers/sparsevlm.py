@@ -5,7 +5,9 @@ arXiv 2410.04417), section 3:
 - Raters are the instruction's tokens whose similarity to the image is at least the mean over the instruction.
 - A visual token's score is the attention it receives from the raters, averaged over them and over heads.
 - Of the tokens that would be dropped, the best are clustered by density peaks, and each cluster lives on as one token.
-Differs from the paper:
+Differs from the paper and its code:
+- Raters are chosen by the hidden states at the pruning layer, where the authors' code takes the embeddings that enter
+  the trunk.
 - One pruning step to a fixed budget K, of which a quarter are recycled tokens. The paper prunes at several layers, by
   the rank of the attention matrix, so that K varies.
 - A cluster's token is the mean of its members, in the place of the member at its centre.
@@ -14,6 +16,7 @@ Differs from the paper:
 import torch
 from torch import Tensor
 
+from ..reducer import in_float32
 from .cells import take
 from .trunk import Prefix, TrunkReducer, masked_mean, top
 
@@ -26,7 +29,8 @@ NEIGHBOURS = 5
 def raters(prefix: Prefix) -> Tensor:
     """Which instruction tokens rate: bool [b, l] (paper, "relevant text token selection")."""
     mask = prefix.text_mask
-    similarity = prefix.visual.float() @ prefix.text.float().transpose(1, 2)
+    with in_float32(prefix.visual):
+        similarity = prefix.visual.float() @ prefix.text.float().transpose(1, 2)
     similarity = similarity.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
     average = (similarity * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
     # Rounding must not leave a uniform instruction without raters.

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..anchors import WHOLE, Region
 from ..reducer import Reducer, Sampled
 from ..sampler import read_feature_map
-from .lattice import lattice_coordinates, lattice_shape
+from .lattice import cells_within, lattice_coordinates, lattice_shape
 
 
 class UniformReducer(Reducer):
@@ -22,9 +22,13 @@ class UniformReducer(Reducer):
     """
 
     def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
+        # Before the budget is set, which it decides about.
+        self.region, self.cells = region, cells_within(token_grid, region)
         super().__init__(token_grid, num_tokens, **options)
-        self.region = region
-        lattice_shape(num_tokens, self.token_grid)
+
+    def check_budget(self, num_tokens: int) -> None:
+        """Raise `BudgetError` if so many tokens make no even lattice."""
+        lattice_shape(num_tokens, self.cells)
 
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
@@ -37,7 +41,7 @@ class UniformReducer(Reducer):
         """
         self.check_grid(feature_map)
         height, width = self.token_grid
-        shape = lattice_shape(num_tokens or self.num_tokens, self.token_grid)
+        shape = lattice_shape(num_tokens or self.num_tokens, self.cells)
         coordinates = lattice_coordinates(shape, self.region).to(feature_map.device)
         coordinates = coordinates.expand(len(feature_map), -1, -1)
         pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
