@@ -60,8 +60,7 @@ class MethodResult:
         by_seed: Success rate of each training seed over all tasks.
         successes: Over all tasks and training seeds.
         episodes: Over all tasks and training seeds.
-        interval: 95 % Wilson interval of the success rate over episodes; training seeds count as repetitions of the same
-            ones.
+        interval: 95 % Wilson interval of the success rate over episodes, which training seeds only repeat.
         paired: Against the first method, on the same episodes; None for the first.
         gflops: Of one action chunk, counted; None where it was not.
         latency_ms: Median of one action chunk at batch 1; None where it was not measured.

@@ -51,10 +51,10 @@ class Paired:
 def paired_comparison(ours: list[list[bool]], theirs: list[list[bool]], z: float = 1.959964) -> Paired:
     """Compare outcomes of the same episodes.
 
-    With one training seed: McNemar's exact test, and Agresti and Min's interval (Statistics in Medicine, 2005), which is
-    Wald's with half an observation added to each of the four cells. With several, an episode's outcomes hang together:
-    its differences are averaged over the seeds, the interval is normal over episodes, and the test flips the sign of
-    whole episodes at random.
+    With one training seed: McNemar's exact test, and Agresti and Min's interval (Statistics in Medicine, 2005), which
+    is Wald's with half an observation added to each of the four cells. With several, an episode's outcomes hang
+    together: its differences are averaged over the seeds, the interval is normal over episodes, and the test flips
+    the sign of whole episodes at random. How far another training would move the result is in neither.
 
     Args:
         ours: Outcomes of each training seed, episode by episode.

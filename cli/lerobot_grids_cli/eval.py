@@ -43,7 +43,7 @@ def evaluate(
         batch_size: Episodes that run side by side.
         device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
         videos: Episodes of each task to film; 0 for none.
-        output: Folder for films and result.json. Defaults to outputs/eval/<policy>[-tokens][-perturb][-tamper].
+        output: Folder for films and result.json. Defaults to outputs/eval/<policy>, with what else was asked.
         json: Another file for the result.
         rename_map: Names of the environment's observations to the policy's, where they differ.
         env_args: More fields of the environment's configuration, such as '{"max_steps": 300}'.

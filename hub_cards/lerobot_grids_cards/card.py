@@ -71,13 +71,8 @@ def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMP
         measurements: Of it, and of what it is compared with.
         template: A jinja2 template; it gets `card_data`, `facts`, `measurements` and `reducers`.
     """
-    card = ModelCard.from_template(
-        _metadata(facts, measurements),
-        template_path=str(template),
-        facts=facts,
-        measurements=measurements,
-        reducers=REDUCERS,
-    )
+    given = {"facts": facts, "measurements": measurements, "reducers": REDUCERS}
+    card = ModelCard.from_template(_metadata(facts, measurements), template_path=str(template), **given)
     return str(card).rstrip() + "\n"
 
 

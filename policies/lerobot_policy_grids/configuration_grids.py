@@ -68,7 +68,7 @@ class GridsConfig(PreTrainedConfig):
     full_layers: int | None = field(
         default=None,
         metadata={
-            "help": "Layers of the trunk that see every token, of fastv and sparsevlm. Defaults to 2, or half of fewer than 4."
+            "help": "Layers of the trunk that see every token (fastv, sparsevlm). Default: 2, or half of fewer than 4."
         },
     )
     base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})

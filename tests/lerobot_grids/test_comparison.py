@@ -178,5 +178,5 @@ def test_reducing_without_training_is_for_dense_policies(grids_checkpoint, dense
         load_policy(str(dense_checkpoint), num_tokens=16)
     assert load_policy(str(dense_checkpoint), reducer="fastv").policy.num_tokens == 16
     for side in (0, 50):
-        with pytest.raises(GridsError, match="50 x 50 pixels|--resolution 0"):
+        with pytest.raises(GridsError, match=r"50 x 50 pixels|--resolution 0"):
             load_policy(str(dense_checkpoint), resolution=side)
