@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -71,7 +72,7 @@ def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMP
         measurements: Of it, and of what it is compared with.
         template: A jinja2 template; it gets `card_data`, `facts`, `measurements` and `reducers`.
     """
-    given = {"facts": facts, "measurements": measurements, "reducers": REDUCERS}
+    given: dict[str, Any] = {"facts": facts, "measurements": measurements, "reducers": REDUCERS}
     card = ModelCard.from_template(_metadata(facts, measurements), template_path=str(template), **given)
     return str(card).rstrip() + "\n"
 
