@@ -41,7 +41,7 @@ study() {
     for budget in $budgets; do
         local result="$RESULTS/$name-k$budget" at=()
         [ "$budget" = dense ] || at=(--tokens "$budget")
-        [ -e "$result.eval.json" ] || lerobot-grids eval --policy "$run" "${at[@]}" --episodes "$EPISODES" --videos 0 \
+        [ -e "$result.eval.json" ] || lerobot-grids eval --policy "$run" "${at[@]}" --tasks push-v3,coffee-push-v3 --episodes "$EPISODES" --videos 0 \
             --output "$OUT/eval/$name-k$budget" --json "$result.eval.json" >"$OUT/$name.eval.log" 2>&1
         [ -e "$result.validate.json" ] || lerobot-grids validate --policy "$run" --teacher "$BASE" --dataset "$DATASET" \
             "${at[@]}" --frames 128 --json "$result.validate.json" >"$OUT/$name.validate.log" 2>&1
