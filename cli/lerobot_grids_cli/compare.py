@@ -17,6 +17,7 @@ def compare(
     workers: int = 1,
     costs: bool = True,
     output: str = "outputs/compare",
+    json: str | None = None,
     env_args: dict[str, Any] | None = None,
     perturb: str | None = None,
     tamper: str | None = None,
@@ -39,6 +40,7 @@ def compare(
         workers: Checkpoints that are evaluated at the same time, each in a process of its own.
         costs: Whether to count FLOPs and measure milliseconds. Leave the machine alone meanwhile.
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
+        json: Another file for the result.
         env_args: More fields of the environment's configuration.
         perturb: Perturb MetaWorld as kind:severity, comma-separated, as in `eval`.
         tamper: Spoil the policies' input, as in `eval`.
@@ -80,7 +82,8 @@ def compare(
             f"{len(chosen)} policies given; give at least two, such as dense=outputs/base grids=outputs/grids16"
         )
     folder = Path(output)
-    require_writable(folder / "compare.json")
+    for path in (*([Path(json)] if json else []), folder / "compare.json"):
+        require_writable(path)
     make_env = partial(make_env_config, env, tasks, env_args, perturb=perturb)
     tasks_of = task_names(make_env())
     total = episodes * len(tasks_of) * sum(len(method.policies) for method in chosen.values())
@@ -100,6 +103,8 @@ def compare(
             on_evaluation=lambda name, count: bar.advance(count, name),
         )
     result.save(folder / "compare.json")
+    if json is not None:
+        result.save(Path(json))
     (folder / "compare.md").write_text(markdown(result))
     draw_methods(result, folder / "compare.png")
     print_methods(result)
