@@ -1,12 +1,14 @@
 """Regular lattices: where fixed reducers read, whatever the image shows."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..anchors import Region
+from ..anchors import WHOLE, Region
 from ..errors import BudgetError
+from ..reducer import Reducer
 
 # A lattice whose cells are more than this many times longer than wide samples no image evenly.
 MAX_STRETCH = 3.0
@@ -46,21 +48,6 @@ def _nearest_to_square(num_tokens: int, token_grid: tuple[int, int]) -> tuple[in
     return best if best is not None and stretch(best) <= math.log(MAX_STRETCH) else None
 
 
-def image_cells(token_grid: tuple[int, int], region: Region) -> tuple[slice, slice]:
-    """Rows and columns of the token grid that show the image, and not only letterbox padding."""
-    height, width = token_grid
-    left, top, right, bottom = region
-    first_row, first_column = round(top * height), round(left * width)
-    rows = slice(first_row, max(round(bottom * height), first_row + 1))
-    return rows, slice(first_column, max(round(right * width), first_column + 1))
-
-
-def cells_within(token_grid: tuple[int, int], region: Region) -> tuple[int, int]:
-    """How many rows and columns those are."""
-    rows, columns = image_cells(token_grid, region)
-    return rows.stop - rows.start, columns.stop - columns.start
-
-
 def lattice_coordinates(shape: tuple[int, int], region: Region) -> Tensor:
     """Centres of the cells of a lattice over a part of the image.
 
@@ -77,3 +64,40 @@ def lattice_coordinates(shape: tuple[int, int], region: Region) -> Tensor:
     x = left + (torch.arange(columns) + 0.5) / columns * (right - left)
     grid = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([grid[1].flatten(), grid[0].flatten()], dim=-1)
+
+
+class LatticeReducer(Reducer):
+    """A reducer whose k tokens lie on the most even lattice of the image.
+
+    Args:
+        token_grid: (H, W) of the feature maps.
+        num_tokens: K.
+        region: Where the camera image lies in what the vision tower sees; letterbox padding is left out.
+        **options: As of `Reducer`.
+
+    Raises:
+        BudgetError: If a budget makes no even lattice.
+    """
+
+    def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
+        height, width = token_grid
+        left, top, right, bottom = region
+        # Before the budget is set, which they decide about.
+        self.region = region
+        self.rows = _span(top * height, bottom * height)
+        self.columns = _span(left * width, right * width)
+        super().__init__(token_grid, num_tokens, **options)
+
+    def check_budget(self, num_tokens: int) -> None:
+        """Raise `BudgetError` if so many tokens make no even lattice."""
+        self.lattice(num_tokens)
+
+    def lattice(self, num_tokens: int) -> tuple[int, int]:
+        """Rows and columns of the lattice of so many tokens."""
+        cells = (self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
+        return lattice_shape(num_tokens, cells)
+
+
+def _span(start: float, stop: float) -> slice:
+    """The cells that show the image, at least one."""
+    return slice(round(start), max(round(stop), round(start) + 1))

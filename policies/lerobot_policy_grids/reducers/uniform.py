@@ -1,34 +1,16 @@
 """Uniform: read the feature map at a fixed lattice. What coordinates must beat to be worth predicting."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from ..anchors import WHOLE, Region
-from ..reducer import Reducer, Sampled
+from ..reducer import Sampled
 from ..sampler import read_feature_map
-from .lattice import cells_within, lattice_coordinates, lattice_shape
+from .lattice import LatticeReducer, lattice_coordinates
 
 
-class UniformReducer(Reducer):
-    """Bilinear reading at the centres of the most even lattice of k cells.
-
-    Args:
-        token_grid: (H, W) of the feature maps.
-        num_tokens: K.
-        region: Where the camera image lies in what the vision tower sees; the lattice covers only that.
-        **options: As of `Reducer`.
-    """
-
-    def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
-        # Before the budget is set, which it decides about.
-        self.region, self.cells = region, cells_within(token_grid, region)
-        super().__init__(token_grid, num_tokens, **options)
-
-    def check_budget(self, num_tokens: int) -> None:
-        """Raise `BudgetError` if so many tokens make no even lattice."""
-        lattice_shape(num_tokens, self.cells)
+class UniformReducer(LatticeReducer):
+    """Bilinear reading at the centres of the lattice's cells."""
 
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
@@ -41,7 +23,7 @@ class UniformReducer(Reducer):
         """
         self.check_grid(feature_map)
         height, width = self.token_grid
-        shape = lattice_shape(num_tokens or self.num_tokens, self.cells)
+        shape = self.lattice(num_tokens or self.num_tokens)
         coordinates = lattice_coordinates(shape, self.region).to(feature_map.device)
         coordinates = coordinates.expand(len(feature_map), -1, -1)
         pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
