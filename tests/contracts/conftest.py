@@ -27,6 +27,8 @@ class Family(ABC):
 
     image_size: int
     tokens_per_camera: int
+    # When tokens can be dropped inside its trunk: "act", "train".
+    pruned: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, options: dict[str, Any]) -> Any:
@@ -88,6 +90,7 @@ class Family(ABC):
 
 class TinySmolVLA(Family):
     image_size, tokens_per_camera = 96, 144
+    pruned: ClassVar = ("act", "train")
 
     def build(self, features):
         from lerobot_policy_grids import TinySmolVLAConfig
@@ -113,6 +116,7 @@ class Pi(Family):
     image_size, tokens_per_camera = tiny_pi.IMAGE_SIZE, (tiny_pi.IMAGE_SIZE // tiny_pi.PATCH_SIZE) ** 2
 
     bfloat16: ClassVar = {"dtype": "bfloat16"}
+    pruned: ClassVar = ("act",)
 
     def __init__(self, kind: str, **options: Any) -> None:
         self.kind, self.options = kind, options
@@ -161,6 +165,7 @@ class PiFast(Pi):
     """π0-FAST: autoregressive action tokens on PaliGemma."""
 
     folder: Any
+    pruned: ClassVar = ()
 
     def build(self, features):
         self.options |= {
@@ -197,3 +202,25 @@ def family(request, tmp_path_factory) -> Family:
     chosen = FAMILIES[request.param]
     chosen.folder = tmp_path_factory.mktemp("tokenizers")
     return chosen
+
+
+def _families(wanted: Any) -> list[str]:
+    return [name for name, family in FAMILIES.items() if wanted(family.pruned)]
+
+
+@pytest.fixture(params=_families(lambda pruned: "act" in pruned))
+def pruned_family(request) -> Family:
+    """A family in whose trunk tokens can be dropped when it acts."""
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=_families(lambda pruned: "train" in pruned))
+def trained_family(request) -> Family:
+    """A family in whose trunk they can be dropped in training, too."""
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=_families(lambda pruned: pruned == ("act",)))
+def acting_family(request) -> Family:
+    """A family in whose trunk they can be dropped only when it acts."""
+    return FAMILIES[request.param]

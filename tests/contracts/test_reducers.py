@@ -10,14 +10,6 @@ BEFORE_TRUNK = ("grids", "uniform", "pool", "random", "merge")
 IN_TRUNK = ("fastv", "sparsevlm")
 
 
-def with_trunk(family, cameras=1, trained=False, **options):
-    """A dense policy whose trunk lets tokens be dropped inside, also while it is trained."""
-    kind = family.policy().config.type
-    if kind == "pi0_fast" or (trained and kind.startswith("pi0")):
-        pytest.skip("its trunk cannot be reached from outside")
-    return family.policy(cameras, **options)
-
-
 @pytest.mark.parametrize("reducer", BEFORE_TRUNK)
 def test_all_tokens_are_the_dense_policy(family, reducer):
     policy = family.policy(cameras=2)
@@ -41,33 +33,38 @@ def test_the_trunk_gets_k_tokens_per_camera(family, reducer):
 
 
 @pytest.mark.parametrize("reducer", IN_TRUNK)
+def test_a_trunk_that_cannot_be_trained_so_has_no_loss(acting_family, reducer):
+    policy = acting_family.policy()
+    with pytest.raises(UnsupportedPolicyError, match="only when it acts"):
+        wrap(policy, 4, reducer=reducer).forward(acting_family.batch(policy))
+
+
+@pytest.mark.parametrize("reducer", IN_TRUNK)
 def test_a_trunk_that_cannot_be_reached_is_refused(family, reducer):
-    policy = family.policy()
-    if policy.config.type == "pi0_fast":
+    if not family.pruned:
         with pytest.raises(UnsupportedPolicyError, match="inside the trunk of a 'pi0_fast'"):
-            wrap(policy, 4, reducer=reducer)
-    elif policy.config.type.startswith("pi0"):
-        with pytest.raises(UnsupportedPolicyError, match="only when it acts"):
-            wrap(policy, 4, reducer=reducer).forward(family.batch(policy))
+            wrap(family.policy(), 4, reducer=reducer)
+    else:
+        assert wrap(family.policy(), 4, reducer=reducer).num_tokens == 4
 
 
 @pytest.mark.parametrize("reducer", IN_TRUNK)
-def test_all_tokens_in_the_trunk_act_as_the_dense_policy(family, reducer):
-    policy = with_trunk(family, cameras=2)
-    batch = family.batch(policy)
-    chunk = act(policy, family, batch)
-    wrapped = wrap(policy, family.tokens_per_camera, reducer=reducer)
-    torch.testing.assert_close(act(wrapped, family, batch), chunk, atol=ROUNDING, rtol=0)
+def test_all_tokens_in_the_trunk_act_as_the_dense_policy(pruned_family, reducer):
+    policy = pruned_family.policy(cameras=2)
+    batch = pruned_family.batch(policy)
+    chunk = act(policy, pruned_family, batch)
+    wrapped = wrap(policy, pruned_family.tokens_per_camera, reducer=reducer)
+    torch.testing.assert_close(act(wrapped, pruned_family, batch), chunk, atol=ROUNDING, rtol=0)
     restored = wrapped.detach()
-    assert torch.equal(act(restored, family, batch), chunk)
+    assert torch.equal(act(restored, pruned_family, batch), chunk)
 
 
 @pytest.mark.parametrize("reducer", IN_TRUNK)
-def test_all_tokens_in_the_trunk_train_as_the_dense_policy(family, reducer):
-    policy = with_trunk(family, cameras=2, trained=True)
-    batch = family.batch(policy)
-    loss, _, gradients = run(policy, family, batch)
-    loss_k, _, gradients_k = run(wrap(policy, family.tokens_per_camera, reducer=reducer), family, batch)
+def test_all_tokens_in_the_trunk_train_as_the_dense_policy(trained_family, reducer):
+    policy = trained_family.policy(cameras=2)
+    batch = trained_family.batch(policy)
+    loss, _, gradients = run(policy, trained_family, batch)
+    loss_k, _, gradients_k = run(wrap(policy, trained_family.tokens_per_camera, reducer=reducer), trained_family, batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
     assert gradients.keys() == gradients_k.keys()
     for name, gradient in gradients.items():
@@ -75,19 +72,17 @@ def test_all_tokens_in_the_trunk_train_as_the_dense_policy(family, reducer):
 
 
 @pytest.mark.parametrize("cameras", [1, 2])
-def test_pi_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras):
+def test_dropping_in_an_acting_trunk_is_masking_in_it(acting_family, cameras):
     """What is dropped after the first layers could as well have stayed, with nothing attending to it."""
-    policy = with_trunk(family, cameras)
-    if not policy.config.type.startswith("pi0"):
-        pytest.skip("has a test of its own")
-    batch = family.batch(policy)
+    policy = acting_family.policy(cameras)
+    batch = acting_family.batch(policy)
     wrapped = wrap(policy, 5, reducer="fastv")
     chosen = []
     wrapped.reducer.register_forward_hook(lambda module, inputs, output: chosen.append(output.places))
-    chunk = act(wrapped, family, batch)
+    chunk = act(wrapped, acting_family, batch)
     (kept,) = chosen
     policy = wrapped.detach()
-    dropped = torch.ones(len(kept), cameras * family.tokens_per_camera, dtype=torch.bool).scatter(1, kept, False)
+    dropped = torch.ones(len(kept), cameras * acting_family.tokens_per_camera, dtype=torch.bool).scatter(1, kept, False)
     model = policy.model.paligemma_with_expert
 
     def mask(layer, args, kwargs):
@@ -99,26 +94,26 @@ def test_pi_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras):
     for layers in (model.paligemma.model.language_model.layers, model.gemma_expert.model.layers):
         for layer in layers[max(1, min(2, len(layers) // 2)) :]:
             layer.register_forward_pre_hook(mask, with_kwargs=True)
-    torch.testing.assert_close(act(policy, family, batch), chunk, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(act(policy, acting_family, batch), chunk, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])
 @pytest.mark.parametrize("cameras", [1, 2])
-def test_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras, special_tokens):
+def test_dropping_in_the_trunk_is_masking_in_the_trunk(trained_family, cameras, special_tokens):
     """What is dropped after the first layers could as well have stayed, with nothing attending to it."""
-    policy = with_trunk(family, cameras, trained=True, add_image_special_tokens=special_tokens)
-    batch = family.batch(policy)
+    policy = trained_family.policy(cameras, add_image_special_tokens=special_tokens)
+    batch = trained_family.batch(policy)
     wrapped = wrap(policy, 5, reducer="fastv")
     chosen = []
     wrapped.reducer.register_forward_hook(lambda module, inputs, output: chosen.append(output.places))
-    loss, chunk, _ = run(wrapped, family, batch)
+    loss, chunk, _ = run(wrapped, trained_family, batch)
     for_loss, for_chunk = chosen
     assert for_loss.shape == (len(batch["action"]), 5 * cameras)
     policy = wrapped.detach()
     pruning = policy.model.vlm_with_expert
-    n = cameras * family.tokens_per_camera
+    n = cameras * trained_family.tokens_per_camera
     before, after = (2, 1) if special_tokens else (0, 0)
-    length = family.tokens_per_camera + before + after
+    length = trained_family.tokens_per_camera + before + after
     places = torch.tensor([camera * length + before + i for camera in range(cameras) for i in range(n // cameras)])
     assert len(policy.model.global_image_start_token) == 2
 
@@ -140,15 +135,15 @@ def test_dropping_in_the_trunk_is_masking_in_the_trunk(family, cameras, special_
 
     masked(for_loss)
     torch.manual_seed(4)
-    options, _ = family.fix_noise(policy)
+    options, _ = trained_family.fix_noise(policy)
     torch.testing.assert_close(policy.forward(dict(batch), **options)[0], loss, atol=ROUNDING, rtol=0)
     masked(for_chunk)
-    torch.testing.assert_close(act(policy, family, batch), chunk, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(act(policy, trained_family, batch), chunk, atol=ROUNDING, rtol=0)
 
 
-def test_denoising_steps_do_not_lengthen_the_cache(family):
-    policy = with_trunk(family, trained=True, num_steps=4)
-    batch = family.batch(policy)
+def test_denoising_steps_do_not_lengthen_the_cache(trained_family):
+    policy = trained_family.policy(num_steps=4)
+    batch = trained_family.batch(policy)
     wrapped = wrap(policy, 5, reducer="fastv")
     vlm, lengths = policy.model.vlm_with_expert, []
     inner = vlm.forward
@@ -159,13 +154,13 @@ def test_denoising_steps_do_not_lengthen_the_cache(family):
         return result
 
     vlm.forward = forward
-    act(wrapped, family, batch)
+    act(wrapped, trained_family, batch)
     prefix, *steps = lengths
-    assert prefix[0] - prefix[1] == family.tokens_per_camera - 5
+    assert prefix[0] - prefix[1] == trained_family.tokens_per_camera - 5
     assert len(steps) == 4
     assert all(after[1] == prefix[1] for after in steps)
 
 
-def test_layers_that_see_everything_must_leave_some(family):
+def test_layers_that_see_everything_must_leave_some(pruned_family):
     with pytest.raises(BudgetError, match=r"full_layers=\d, but the trunk has \d layers; choose 1 \.\. \d"):
-        wrap(with_trunk(family), 5, reducer="fastv", full_layers=8)
+        wrap(pruned_family.policy(), 5, reducer="fastv", full_layers=8)
