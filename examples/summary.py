@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from lerobot_grids.progress import wide_console
 
 
 def main(paths: list[str]) -> None:
@@ -24,7 +25,7 @@ def main(paths: list[str]) -> None:
             *(f"{task['successes']}/{task['episodes']}" for task in result["tasks"]),
             f"{total['successes']}/{total['episodes']}   {low} - {high} %",
         )
-    Console().print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":
