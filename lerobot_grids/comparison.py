@@ -208,7 +208,7 @@ def _map(act: Callable[[_Run], Evaluation], runs: list[_Run], workers: int) -> I
             ) from error
         except BaseException:
             # Without waiting for what is half done.
-            for process in list(pool._processes.values()):
+            for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
