@@ -9,7 +9,6 @@ k = N these are the dense ids exactly. Qwen-VL's multimodal positions can be sam
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .seam import Seam
@@ -70,6 +69,6 @@ def _forward(trunk: Any, seam: Seam, before: int, after: int, *args: Any, **kwar
             positions = dense_positions(positions, coordinates, seam.layout.token_grid, before, after)
         else:
             dropped = sum(seam.layout.num_dense_tokens - camera.shape[1] for camera in coordinates)
-            positions = positions + torch.tensor(dropped, device=positions.device)
+            positions = positions + dropped
         kwargs["position_ids"] = positions
     return type(trunk).forward(trunk, *args, **kwargs)
