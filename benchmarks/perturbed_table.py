@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from lerobot_grids.statistics import paired_comparison
+from lerobot_grids.evaluation.statistics import paired_comparison
 
 
 def outcomes(folder: Path, name: str) -> list[bool]:

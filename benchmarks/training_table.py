@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from lerobot_grids.statistics import wilson_interval
+from lerobot_grids.evaluation.statistics import wilson_interval
 
 BUDGETS = ("4", "16", "dense")
 NAMES = {"task": "task loss", "base": "as it is", "dense": "trained on"}

@@ -1,19 +1,18 @@
 """GridsModule: trains a policy, dense or with K visual tokens, on demonstrations."""
 
-import math
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning
 import torch
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 
 from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
+from .augmentation import add_state_noise, jitter_images
 from .auxiliary import POSITIONS, PositionLoss
 from .averaging import TrainedWeightsAverage
 from .budget import TokenBudgetScheduler
@@ -21,6 +20,7 @@ from .coordinates import CoordinateMonitor
 from .data import unit_images
 from .distillation import Distillation
 from .lora import add_lora
+from .optimisation import parameter_groups, warmup_cosine
 from .order import seed_of
 from .policies import build_policy, parse_tokens
 from .recipes import TrainableChoice, base_type, choose_trainable, device_memory, recipe_for
@@ -290,50 +290,17 @@ class GridsModule(lightning.LightningModule):
 
     def _prepare(self, batch: dict[str, Any], augment: bool) -> dict[str, Any]:
         """Images to [0, 1], augmentation, then the policy's own pre-processor."""
-        batch = unit_images(batch)
-        images = {key: batch[key] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 4}
-        for key, image in images.items():
-            if augment and self.jitter > 0:
-                shape = (len(image),) + (1,) * (image.ndim - 1)
-                contrast = 1 + self.jitter * (2 * torch.rand(shape, device=image.device) - 1)
-                brightness = self.jitter * (torch.rand(shape, device=image.device) - 0.5)
-                batch[key] = ((image - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
+        batch = jitter_images(unit_images(batch), self.jitter if augment else 0.0)
         prepared: dict[str, Any] = self.built.preprocessor(batch)
-        if augment and self.state_noise > 0 and OBS_STATE in prepared:
-            state = prepared[OBS_STATE]
-            prepared[OBS_STATE] = state + self.state_noise * torch.randn_like(state)
-        return prepared
+        return add_state_noise(prepared, self.state_noise if augment else 0.0)
 
     def configure_optimizers(self) -> Any:
         preset = self.policy.config.get_optimizer_preset()
-        lr, decay = self.lr, preset.weight_decay
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                rate = self.reducer_lr if name.startswith("policy.reducer.") else lr
-                # Norms and biases are not decayed.
-                groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-        if not groups:
-            kind = self.policy.config.reducer
-            raise GridsError(f"nothing is left to train: reducer '{kind}' has no parameters; give --model.train all")
-        optimizer = torch.optim.AdamW(
-            [{"params": params, "lr": rate, "weight_decay": wd} for (rate, wd), params in groups.items()],
-            betas=preset.betas,
-            eps=preset.eps,
-        )
+        groups = parameter_groups(self.named_parameters(), self.lr, self.reducer_lr, preset.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=preset.betas, eps=preset.eps)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(self.recipe.warmup * steps) if self.warmup_steps is None else self.warmup_steps
-        warmup = max(1, min(warmup, steps - 1))
-
-        def share(step: int) -> float:
-            """Of the peak learning rate: linear warm-up, then a cosine down to half a per cent."""
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-            return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * progress))
-
-        # A function of the step alone: a run that is resumed for longer follows the longer schedule.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        scheduler = warmup_cosine(optimizer, warmup, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

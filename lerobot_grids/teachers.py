@@ -12,7 +12,7 @@ from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 from .distillation import DenseTeacher, SelfTeacher, Teacher
-from .evaluation import load_policy, load_processors
+from .evaluation.loading import load_policy, load_processors
 from .policies import TrainablePolicy, find_source
 
 # What teacher and student must agree on besides their type.

@@ -24,7 +24,7 @@ from lerobot_policy_grids.sampler import GridSampler
 
 from .coordinates import CoordinateStatistics
 from .data import LeRobotDataModule, unit_images
-from .evaluation import LoadedPolicy
+from .evaluation.loading import LoadedPolicy
 from .policies import require_cameras
 
 # Noise and time of the flow are the same for every budget and every policy.

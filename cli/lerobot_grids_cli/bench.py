@@ -60,7 +60,7 @@ def bench(
     budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
     import torch
 
-    from lerobot_grids.evaluation import checked_device
+    from lerobot_grids.evaluation.loading import checked_device
 
     if device is not None:
         checked_device(device)

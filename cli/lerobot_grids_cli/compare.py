@@ -49,12 +49,12 @@ def compare(
     from functools import partial
     from pathlib import Path
 
-    from lerobot_grids.comparison import Method
-    from lerobot_grids.comparison import compare as compare_methods
-    from lerobot_grids.comparison_report import draw_methods, markdown, print_methods
+    from lerobot_grids.evaluation.comparison import Method
+    from lerobot_grids.evaluation.comparison import compare as compare_methods
+    from lerobot_grids.evaluation.report import draw_methods, markdown, print_methods
+    from lerobot_grids.evaluation.tampering import parse_tamperings
     from lerobot_grids.progress import counting_bar, require_writable
     from lerobot_grids.simulation.environments import make_env_config, task_names
-    from lerobot_grids.tampering import parse_tamperings
     from lerobot_policy_grids.errors import GridsError
 
     require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)

@@ -57,19 +57,22 @@ def evaluate(
     """
     from pathlib import Path
 
-    from lerobot_grids import evaluation
+    from lerobot_grids.evaluation.films import film
+    from lerobot_grids.evaluation.loading import load_policy, short_name
+    from lerobot_grids.evaluation.rollouts import check_fit
+    from lerobot_grids.evaluation.rollouts import evaluate as run_episodes
+    from lerobot_grids.evaluation.tampering import parse_tamperings
     from lerobot_grids.progress import counting_bar, print_evaluation, require_writable
     from lerobot_grids.simulation.environments import make_env_config
-    from lerobot_grids.tampering import parse_tamperings
 
     require_at_least(1, episodes=episodes, batch_size=batch_size)
     require_at_least(0, videos=videos)
     tampering = parse_tamperings(tamper)
-    name = "-".join(filter(None, (evaluation.short_name(policy, reducer, tokens, resolution), perturb, tamper)))
+    name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), perturb, tamper)))
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
     # What the environment lacks is known before a large checkpoint is loaded.
     make_env_config(env, tasks, env_args, perturb=perturb)
-    loaded = evaluation.load_policy(
+    loaded = load_policy(
         policy,
         device=device,
         num_tokens=tokens,
@@ -80,7 +83,7 @@ def evaluate(
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb)
-    evaluation.check_fit(loaded, env_config)
+    check_fit(loaded, env_config)
     # Before minutes of simulation whose result could not be kept.
     for path in (*([Path(json)] if json else []), folder / "result.json"):
         require_writable(path)
@@ -91,7 +94,7 @@ def evaluate(
             bar.advance(episodes_done - done.get(task, 0), f"{task} {successes}/{episodes_done}")
             done[task] = episodes_done
 
-        result = evaluation.evaluate(
+        result = run_episodes(
             loaded,
             env_config,
             episodes=episodes,
@@ -109,7 +112,7 @@ def evaluate(
     print(f"result: {folder / 'result.json'}")
     if videos:
         filmed = make_env_config(env, tasks, env_args, look_every=1, perturb=perturb)
-        for path in evaluation.film(loaded, filmed, folder, episodes=videos, seed=seed, tampering=tampering):
+        for path in film(loaded, filmed, folder, episodes=videos, seed=seed, tampering=tampering):
             print(f"film:   {path}" if path.suffix == ".mp4" else f"looks:  {path}")
 
 

@@ -36,7 +36,7 @@ def validate(
     from pathlib import Path
 
     from lerobot_grids.data import LeRobotDataModule
-    from lerobot_grids.evaluation import load_policy, token_counts
+    from lerobot_grids.evaluation.loading import load_policy, token_counts
     from lerobot_grids.policies import parse_tokens
     from lerobot_grids.progress import counting_bar, print_validation, require_writable
     from lerobot_grids.teachers import require_alike

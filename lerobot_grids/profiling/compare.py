@@ -12,7 +12,7 @@ import torch
 from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
-from ..evaluation import load_policy
+from ..evaluation.loading import load_policy
 from ..policies import wrap
 from .architectures import FAMILIES, instantiate, make_batch, make_config
 from .measure import Cost, base_of, count_flops, measure_latency, peak_memory_mib, prefix_length

@@ -58,8 +58,8 @@ def test_help_is_quick_and_complete(arguments):
 
 
 def test_help_teaches_every_perturbation_and_tampering():
+    from lerobot_grids.evaluation.tampering import TAMPERINGS
     from lerobot_grids.simulation.perturbations import KINDS
-    from lerobot_grids.tampering import TAMPERINGS
 
     words = re.findall(r"[a-z]+", shell("eval", "--help").stdout)
     assert {*KINDS, *TAMPERINGS} <= set(words)

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from comparing import BASE, assert_same_bits
-from lerobot_grids.evaluation import load_policy
+from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids_cli.fit_lightning import fit
 from lerobot_policy_grids.errors import GridsError, HubError
 from lerobot_policy_grids.manifest import read_manifest

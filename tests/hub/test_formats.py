@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comparing import BASE, act, assert_same_bits, state_of
-from lerobot_grids.evaluation import load_policy
+from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.profiling.architectures import instantiate, make_config
 from lerobot_policy_grids import GridsConfig, GridsPolicy
 from lerobot_policy_grids.adapters import get_adapter

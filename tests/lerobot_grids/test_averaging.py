@@ -6,7 +6,7 @@ import torch
 
 from lerobot_grids.averaging import TrainedWeightsAverage
 from lerobot_grids.data import LeRobotDataModule
-from lerobot_grids.evaluation import load_policy
+from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.module import GridsModule
 from lerobot_policy_grids.errors import GridsError
 

@@ -7,12 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lerobot_grids import comparison
-from lerobot_grids.comparison import Method, compare
-from lerobot_grids.comparison_report import draw_methods, markdown
-from lerobot_grids.evaluation import Evaluation, load_policy, summarise
+from lerobot_grids.evaluation import comparison
+from lerobot_grids.evaluation.comparison import Method, compare
+from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.evaluation.report import draw_methods, markdown
+from lerobot_grids.evaluation.statistics import paired_comparison, wilson_interval
+from lerobot_grids.evaluation.success import Evaluation, summarise
 from lerobot_grids.simulation.environments import make_env_config
-from lerobot_grids.statistics import paired_comparison, wilson_interval
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 
 SHORT = partial(make_env_config, "metaworld", "push-v3", {"max_steps": 16})

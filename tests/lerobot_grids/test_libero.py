@@ -14,7 +14,8 @@ import pytest
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 
-from lerobot_grids.evaluation import evaluate, load_policy
+from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.progress import print_evaluation
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_policy_grids.errors import SimulationError

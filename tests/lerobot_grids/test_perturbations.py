@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lerobot_grids.evaluation import evaluate, film, load_policy
+from lerobot_grids.evaluation.films import film
+from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
 from lerobot_grids.simulation.paraphrases import paraphrase

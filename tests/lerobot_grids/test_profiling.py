@@ -114,7 +114,7 @@ def test_latency_is_split_into_stages_that_add_up():
 
 
 def test_measuring_leaves_the_policy_as_it_was(grids_checkpoint):
-    from lerobot_grids.evaluation import load_policy
+    from lerobot_grids.evaluation.loading import load_policy
 
     policy = load_policy(str(grids_checkpoint)).policy
     batch = make_batch(policy.base, 8, "cpu")

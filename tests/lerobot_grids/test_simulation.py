@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from lerobot_grids.evaluation import evaluate, film, load_policy
+from lerobot_grids.evaluation.films import film
+from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.recording import demonstrate, record
 from lerobot_grids.simulation.environments import make_env_config, task_names
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks

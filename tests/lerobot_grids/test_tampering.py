@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from lerobot_grids.evaluation import evaluate, load_policy
-from lerobot_grids.simulation.environments import make_env_config
-from lerobot_grids.tampering import (
+from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.evaluation.rollouts import evaluate
+from lerobot_grids.evaluation.tampering import (
     TAMPERINGS,
     mean_state,
     other_instructions,
@@ -15,6 +15,7 @@ from lerobot_grids.tampering import (
     shuffle_patches,
     tamper,
 )
+from lerobot_grids.simulation.environments import make_env_config
 from lerobot_policy_grids.errors import SimulationError
 
 

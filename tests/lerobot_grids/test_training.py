@@ -17,7 +17,7 @@ from lerobot.policies.factory import get_policy_class
 
 from lerobot_grids.callbacks import RunCheckpoint
 from lerobot_grids.data import LeRobotDataModule, load_metadata
-from lerobot_grids.evaluation import load_policy
+from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.module import GridsModule
 from lerobot_grids.policies import build_policy, parse_tokens
 from lerobot_grids.recipes import RECIPES, choose_trainable, recipe_for, training_bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lerobot_grids.data import LeRobotDataModule
-from lerobot_grids.evaluation import load_policy
+from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.validation import budgets_of, held_out_share, validate
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids.errors import BudgetError

@@ -15,7 +15,7 @@ import torch
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids.evaluation import load_policy
+from lerobot_grids.evaluation.loading import load_policy
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint import find_checkpoint, read_config
 from lerobot_policy_grids.errors import CheckpointError, GridsError

@@ -19,13 +19,15 @@ from lerobot_policy_grids.checkpoint import require_complete
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.manifest import sha256_of
 
-from .evaluation import Evaluation, LoadedPolicy, evaluate, load_policy
-from .policies import find_source
-from .profiling.compare import device_name
-from .profiling.measure import count_flops, measure_latency
-from .progress import write_json
-from .simulation.environments import task_names
+from ..policies import find_source
+from ..profiling.compare import device_name
+from ..profiling.measure import count_flops, measure_latency
+from ..progress import write_json
+from ..simulation.environments import task_names
+from .loading import LoadedPolicy, load_policy
+from .rollouts import evaluate
 from .statistics import Paired, paired_comparison, wilson_interval
+from .success import Evaluation
 
 
 @dataclass

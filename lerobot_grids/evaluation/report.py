@@ -34,7 +34,7 @@ def print_methods(result: ComparisonResult) -> None:
     """Show the table."""
     from rich.table import Table
 
-    from .progress import wide_console
+    from ..progress import wide_console
 
     table = Table(title=f"{', '.join(f'{name} {value}' for name, value in result.protocol.items())}")
     for number, name in enumerate(header(result)):

@@ -1,0 +1,1 @@
+"""Closed-loop success in simulation: loading, rollouts, films, and methods beside each other."""
