@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Policies trained in several ways from one dense policy, set beside each other on the same episodes.
-#   bash benchmarks/study.sh main|ablations [FOLDER]
+#   bash benchmarks/study.sh main|few-tokens|frozen-vision|ablations [FOLDER]
 #   with SEEDS="0 1 2" STEPS=300 EPISODES=100 BASE=tiny_metaworld WORKERS=2 in the environment, these being the defaults
 # The ways are lines of benchmarks/ways/*.txt. Hours on 2 cores; what is done is not done again. The table is
 # FOLDER/compare/compare.md.

@@ -50,7 +50,8 @@ class GridsModule(lightning.LightningModule):
             random, merge, fastv, sparsevlm, or blind for no visual tokens at all.
         condition_on: What the coordinates depend on, any of image, language, state, camera. Defaults to all.
         anchored: Whether coordinates start at anchors (the default) or, as in the paper, freely near the centre.
-        interpolation: How the feature map is read: "bilinear" (the default) or "nearest".
+        interpolation: How the feature map is read: "antialiased" (the default), the mean around each coordinate;
+            "bilinear", as in the paper, between four cells; or "nearest".
         geometry_width: Hidden units of the geometry embedding, 0 for none. Defaults to 256.
         position_ids: How the trunk numbers visual tokens: "consecutive" (the default), or "dense", as if
             all were there.

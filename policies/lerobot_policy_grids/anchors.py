@@ -67,3 +67,10 @@ def anchor_cells(height: int, width: int, num_tokens: int, region: Region = WHOL
     """
     order = torch.tensor(anchor_order(height, width, region)[:num_tokens], dtype=torch.int64)
     return torch.stack([order % width, order // width], dim=-1)
+
+
+def cells_within(height: int, width: int, region: Region) -> int:
+    """How many cells of a grid have their centre in a region."""
+    left, top, right, bottom = region
+    rows = sum(top <= (row + 0.5) / height <= bottom for row in range(height))
+    return rows * sum(left <= (column + 0.5) / width <= right for column in range(width))

@@ -11,11 +11,11 @@ from lerobot.configs.types import NormalizationMode
 from .base_choice import GRIDS_TYPE, BasePolicyChoice
 from .budget import GRAMMAR, TokenBudget
 from .errors import BudgetError, CheckpointError, GridsError
+from .interpolation import INTERPOLATIONS
 from .sampler import CONTEXTS
 
 REDUCER_NAMES = ("grids", "uniform", "pool", "random", "merge", "fastv", "sparsevlm", "blind")
 POSITION_IDS = ("consecutive", "dense")
-INTERPOLATIONS = ("bilinear", "nearest")
 # Fields of PreTrainedConfig that wrapper and base must agree on; LeRobot sets them on the wrapper.
 SHARED_FIELDS = ("n_obs_steps", "input_features", "output_features", "device", "use_amp")
 
@@ -59,7 +59,7 @@ class GridsConfig(PreTrainedConfig):
         metadata={"help": "Whether each coordinate starts at an anchor of its own, or, as in the paper, all freely."},
     )
     interpolation: str = field(
-        default="bilinear", metadata={"help": f"How the feature map is read between cells: one of {INTERPOLATIONS}."}
+        default="antialiased", metadata={"help": f"How the feature map is read: one of {INTERPOLATIONS}."}
     )
     position_ids: str = field(
         default="consecutive",

@@ -11,17 +11,21 @@ Differs from the published reference:
 - Anchors are ordered, so the first k serve any budget k <= num_tokens_max. The reference fixes K.
 - Coordinates are float32 whatever the dtype of the model, and a coordinate of exactly 0 or 1 reads the
   border token. The reference reads zeros there, which happens in bfloat16.
+- A token is the mean around its coordinate, over as many cells as it stands for, and not the value between four
+  cells: few such values miss what lies between them. At k = n both are the same.
 - The pooled features pass a LayerNorm before the coordinate head, which otherwise saturates; language,
   robot state and camera identity may join them as context.
 - The geometry embedding starts at zero, so that at k = n the output equals the dense tokens exactly.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .anchors import WHOLE, Region, anchor_cells
+from .anchors import WHOLE, Region, anchor_cells, cells_within
+from .interpolation import antialiased, bilinear
 from .reducer import Reducer, Sampled, in_float32
 
 # Beyond this the sigmoid is 0 or 1 in float32, and its exponential stays finite.
@@ -29,39 +33,6 @@ MAX_OFFSET = 60.0
 # Of the logits of free coordinates: the reference starts with all points within a tenth of a cell of the centre.
 FREE_SPREAD = 0.02
 CONTEXTS = ("image", "language", "state", "camera")
-
-
-def read_feature_map(feature_map: Tensor, pixels: Tensor) -> Tensor:
-    """Read a feature map at continuous positions by bilinear interpolation.
-
-    Equal to `F.grid_sample(align_corners=False, padding_mode="border")` at (pixels + 0.5) / (w, h), but
-    exact at whole numbers, and it gathers from the channels-last layout that vision towers produce.
-
-    Args:
-        feature_map: [b, h, w, c], any float dtype; interpolated in float32.
-        pixels: float32 [b, k, 2], (column, row) in cells: 0 is the centre of the first cell, w - 1 of the
-            last. Positions outside are read at the border.
-
-    Returns:
-        [b, k, c] in the feature map's dtype.
-    """
-    height, width = feature_map.shape[1:3]
-    flat = feature_map.flatten(1, 2)
-    limit = pixels.new_tensor([width - 1, height - 1])
-    pixels = pixels.clamp(min=torch.zeros_like(limit), max=limit)
-    low = pixels.detach().floor()
-    fraction = pixels - low
-    low = low.long()
-    high = torch.minimum(low + 1, limit.long())
-
-    def cell(column: Tensor, row: Tensor) -> Tensor:
-        index = (row * width + column)[..., None].expand(-1, -1, flat.shape[-1])
-        return flat.gather(1, index).float()
-
-    x, y = fraction[..., :1], fraction[..., 1:]
-    top = (1 - x) * cell(low[..., 0], low[..., 1]) + x * cell(high[..., 0], low[..., 1])
-    bottom = (1 - x) * cell(low[..., 0], high[..., 1]) + x * cell(high[..., 0], high[..., 1])
-    return ((1 - y) * top + y * bottom).to(feature_map.dtype)
 
 
 class Float32MLP(nn.Module):
@@ -107,8 +78,9 @@ class GridSampler(Reducer):
         geometry_width: Hidden units of the geometry embedding (paper: 256); 0 for none.
         anchored: Whether each coordinate starts at its anchor. Otherwise, as in the paper, all are predicted freely
             and start close to the centre.
-        interpolation: "bilinear", or "nearest" for the token of the cell that a coordinate lies in, through which no
-            gradient reaches the coordinates.
+        interpolation: "antialiased" for the mean around a coordinate, over as many cells as a token stands for;
+            "bilinear", as in the paper, between the four cells around it; "nearest" for the cell that it lies in,
+            through which no gradient reaches the coordinates.
 
     Raises:
         BudgetError: If a budget is not within 1 .. H * W.
@@ -131,7 +103,7 @@ class GridSampler(Reducer):
         hidden_width: int = 512,
         geometry_width: int = 256,
         anchored: bool = True,
-        interpolation: str = "bilinear",
+        interpolation: str = "antialiased",
     ) -> None:
         super().__init__(token_grid, num_tokens, num_tokens_max=num_tokens_max, camera_limits=camera_limits)
         unknown = sorted(set(condition_on) - set(CONTEXTS))
@@ -153,6 +125,8 @@ class GridSampler(Reducer):
             # Points that start at one place and move alike would stay one point.
             nn.init.normal_(self.coordinate_head.out.bias, std=FREE_SPREAD)
         self.interpolation = interpolation
+        # Cells of the camera image, among which the tokens are shared.
+        self.num_cells = cells_within(height, columns, region)
         self.geometry = Float32MLP(2, geometry_width, width) if geometry_width > 0 else None
 
         # Saved with the weights: offsets mean nothing without the anchors they were learned from.
@@ -181,12 +155,17 @@ class GridSampler(Reducer):
         self.check_grid(feature_map)
         with in_float32(feature_map):
             pixels, coordinates = self._predict(feature_map, context or {}, num_tokens or self.num_tokens)
-            if self.interpolation == "nearest":
-                pixels = pixels.round()
-            tokens = read_feature_map(feature_map, pixels)
+            tokens = self._read(feature_map, pixels)
             if self.geometry is not None:
                 tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
         return Sampled(tokens, coordinates)
+
+    def _read(self, feature_map: Tensor, pixels: Tensor) -> Tensor:
+        """Tokens [b, k, c] at pixels [b, k, 2]."""
+        reach = math.sqrt(self.num_cells / pixels.shape[1])
+        if self.interpolation == "antialiased" and reach > 1:
+            return antialiased(feature_map, pixels, reach)
+        return bilinear(feature_map, pixels.round() if self.interpolation == "nearest" else pixels)
 
     def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
         """Predict where to look: float32 pixels and coordinates, each [b, k, 2]."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..interpolation import bilinear
 from ..reducer import Sampled
-from ..sampler import read_feature_map
 from .lattice import LatticeReducer, lattice_coordinates
 
 
@@ -27,4 +27,4 @@ class UniformReducer(LatticeReducer):
         coordinates = lattice_coordinates(shape, self.region).to(feature_map.device)
         coordinates = coordinates.expand(len(feature_map), -1, -1)
         pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
-        return Sampled(read_feature_map(feature_map, pixels), coordinates)
+        return Sampled(bilinear(feature_map, pixels), coordinates)
