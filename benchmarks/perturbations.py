@@ -14,13 +14,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lerobot_grids.recording import demonstrate
-from lerobot_grids.simulation.metaworld import MetaworldEnv
+from lerobot_grids.simulation.metaworld import DEFAULT_TASKS, MetaworldEnv
 from lerobot_grids.simulation.perturbations import KINDS, SEVERITIES, Perturbation
 from lerobot_grids.view import contact_sheet
 
-TASKS = ("push-v3", "coffee-push-v3")
-SEEDS = (100_000, 100_002)
-SIZE = 144
+SHOWN = {"push-v3": 100_000, "coffee-push-v3": 100_002}
+SIZE, LABEL_HEIGHT = 144, 44
 
 
 def sheet(path: Path) -> None:
@@ -28,7 +27,7 @@ def sheet(path: Path) -> None:
     rows: list[list[np.ndarray]] = []
     for kind in KINDS:
         row: list[np.ndarray] = []
-        for seed, task in zip(SEEDS, TASKS, strict=True):
+        for task, seed in SHOWN.items():
             for severity in (0, *SEVERITIES):
                 env = MetaworldEnv(task, SIZE, perturbations=[Perturbation(kind, severity)] if severity else None)
                 observation, _ = env.reset(seed=seed)
@@ -42,8 +41,8 @@ def sheet(path: Path) -> None:
 
 def label(image: np.ndarray, title: str) -> np.ndarray:
     """The image with a title above it."""
-    picture = Image.new("RGB", (image.shape[1], image.shape[0] + 30))
-    picture.paste(Image.fromarray(image), (0, 30))
+    picture = Image.new("RGB", (image.shape[1], image.shape[0] + LABEL_HEIGHT))
+    picture.paste(Image.fromarray(image), (0, LABEL_HEIGHT))
     ImageDraw.Draw(picture).multiline_text((4, 2), fill(title, 22), fill=(255, 255, 255), spacing=2)
     return np.asarray(picture)
 
@@ -52,7 +51,7 @@ def expert(path: Path, episodes: int) -> None:
     """Successes of the scripted expert per task, kind and severity."""
     warnings.filterwarnings("ignore", "Constant", UserWarning)
     counts: dict[str, dict[str, int]] = {}
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         for perturbations in ([], *([Perturbation(kind, severity)] for kind in KINDS for severity in SEVERITIES)):
             # Only the motion matters: one image per episode.
             env = MetaworldEnv(task, render_interval=10_000, perturbations=perturbations)

@@ -1,0 +1,90 @@
+"""What if the sampler knew where to look? Its four points are put on hand, object and goal, by the simulator.
+
+python benchmarks/oracle.py fit --policy tiny_metaworld --dataset demonstrations --tokens 4 --output oracle4 ...
+python benchmarks/oracle.py eval --policy oracle4 --videos 0 --episodes 50
+
+The commands and options are those of lerobot-grids. The fourth point lies halfway between hand and object.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.utils.constants import OBS_STATE
+from torch import Tensor
+
+from lerobot_grids.auxiliary import POSITIONS
+from lerobot_grids.module import GridsModule
+from lerobot_grids.simulation.camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET
+from lerobot_grids.simulation.metaworld import GOAL_POSITION, OBJECT_POSITION, MetaworldEnv
+from lerobot_grids_cli.main import main
+from lerobot_policy_grids.sampler import GridSampler
+
+
+def project(points: Tensor) -> Tensor:
+    """Places in the camera's image, (x, y) in [0, 1], of points [..., 3] in metres."""
+    backward = np.subtract(CAMERA_POSITION, CAMERA_TARGET)
+    backward /= np.linalg.norm(backward)
+    right = np.cross((0.0, 0.0, 1.0), backward)
+    right /= np.linalg.norm(right)
+    axes = torch.tensor(np.stack([right, np.cross(backward, right), backward]), dtype=torch.float32)
+    seen = (points.float() - torch.tensor(CAMERA_POSITION)) @ axes.T
+    focal = 0.5 / np.tan(np.radians(CAMERA_FOVY) / 2)
+    depth = -seen[..., 2]
+    return torch.stack([0.5 + focal * seen[..., 0] / depth, 0.5 - focal * seen[..., 1] / depth], -1)
+
+
+class Oracle:
+    """Where hand, object and goal are in the batch that comes next, and in the environments that run."""
+
+    def __init__(self) -> None:
+        self.points: Tensor | None = None
+        self.environments: list[MetaworldEnv] = []
+        self.task = ""
+
+    def tell(self, hand: Tensor, thing: Tensor, goal: Tensor) -> None:
+        """Remember positions [b, 3] in metres."""
+        hand, thing, goal = project(hand), project(thing), project(goal)
+        self.points = torch.stack([hand, thing, goal, (hand + thing) / 2], 1).clamp(0, 1)
+
+    def look(self, count: int) -> None:
+        """Ask the simulators of the running task."""
+        running = [env for env in self.environments if env.task == self.task][-count:]
+        raw = torch.tensor(np.stack([env.raw_observation for env in running]))
+        self.tell(raw[:, :3], raw[:, OBJECT_POSITION], raw[:, GOAL_POSITION])
+
+
+def install(oracle: Oracle) -> None:
+    """From now on every sampler of this process does as the oracle says."""
+    prepare, make, observe = GridsModule._prepare, MetaworldEnv.__init__, MetaworldEnv._format_raw_obs
+
+    def prepare_told(self: GridsModule, batch: dict[str, Any], augment: bool) -> dict[str, Any]:
+        positions, state = batch[POSITIONS], batch[OBS_STATE].flatten(1)
+        oracle.tell(state[:, :3], positions[:, :3], positions[:, 3:6])
+        return prepare(self, batch, augment)
+
+    def make_known(self: MetaworldEnv, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        oracle.environments.append(self)
+
+    def observe_known(self: MetaworldEnv, raw_obs: np.ndarray) -> dict[str, Any]:
+        oracle.task = self.task
+        return observe(self, raw_obs)
+
+    def predict(self: GridSampler, feature_map: Tensor, context: Any, k: int) -> tuple[Tensor, Tensor]:
+        if oracle.environments:
+            oracle.look(len(feature_map))
+        assert oracle.points is not None, "the oracle knows MetaWorld's positions only"
+        points = oracle.points[:, :k].to(feature_map.device)
+        return points * self.grid_size - 0.5, points
+
+    GridsModule._prepare = prepare_told  # type: ignore[method-assign]
+    MetaworldEnv.__init__ = make_known  # type: ignore[method-assign]
+    MetaworldEnv._format_raw_obs = observe_known  # type: ignore[method-assign]
+    GridSampler._predict = predict  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    install(Oracle())
+    sys.exit(main(sys.argv[1:]))
