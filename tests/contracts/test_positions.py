@@ -69,5 +69,17 @@ def test_it_matters_and_is_undone(family):
 
 def test_between_two_cells_is_between_their_ids():
     coordinates = torch.tensor([[[0.5 / 12, 0.5 / 12], [1.0 / 12, 0.5 / 12], [1.0, 1.0]]])
-    ids = dense_positions(torch.arange(9)[None], [coordinates], (12, 12), before=2, after=1)
+    ids, moved = dense_positions(torch.arange(9)[None], [coordinates], (12, 12), before=2, after=1)
     assert ids.tolist() == [[0, 1, 2, 2.5, 145, 146, 147, 148, 149]]
+    assert moved.tolist() == [[141]]
+
+
+def test_a_masked_camera_moves_nothing():
+    """Two cameras of two tokens each, of a 2 x 2 grid; each sample lacks another one of them, then comes one word."""
+    coordinates = torch.tensor([[[0.25, 0.25], [0.75, 0.75]]]).expand(2, -1, -1)
+    mask = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 1, 1, 1]])
+    ids, moved = dense_positions(mask.cumsum(1) - 1, [coordinates, coordinates], (2, 2), before=0, after=0)
+    assert ids[0, :2].tolist() == [0, 3]
+    assert ids[1, 2:4].tolist() == [0, 3]
+    assert ids[:, 4].tolist() == [4, 4]
+    assert moved.tolist() == [[2], [2]]

@@ -9,6 +9,7 @@ k = N these are the dense ids exactly. Qwen-VL's multimodal positions can be sam
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .seam import Seam
@@ -34,41 +35,47 @@ def release_positions(trunk: nn.Module) -> None:
 
 def dense_positions(
     positions: Tensor, coordinates: list[Tensor], token_grid: tuple[int, int], before: int, after: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The ids that the tokens of a reduced prefix, and of what follows it, have in the dense one.
 
     Args:
-        positions: int64 [b, p], consecutive, the visual tokens of all cameras first.
+        positions: int64 [b, p], consecutive, the visual tokens of all cameras first. Masked tokens have the id of the
+            last one before them.
         coordinates: float32 [b, k, 2] of each camera, (x, y) in [0, 1].
         token_grid: (H, W).
         before: Special tokens in front of each camera's.
         after: And behind them.
 
     Returns:
-        float32 [b, p].
+        (float32 [b, p], by how much the ids grew at the end, [b, 1]). A camera that is masked in a sample moves nothing
+        there.
     """
     height, width = token_grid
     result = positions.float()
+    moved = torch.zeros_like(result[:, :1])
     end = 0
     for camera in coordinates:
         start = end + before
         end = start + camera.shape[1]
+        last = positions[:, start - 1 : start] if start else torch.full_like(positions[:, :1], -1)
+        seen = positions[:, end - 1 : end] > last
         column = camera[..., 0] * width - 0.5
         row = (camera[..., 1] * height - 0.5).round().clamp(0, height - 1)
-        result[:, end:] += height * width - camera.shape[1]
-        result[:, start:end] = result[:, start : start + 1] + row * width + column.clamp(0, width - 1)
+        cells = result[:, start : start + 1] + row * width + column.clamp(0, width - 1)
+        result[:, start:end] = torch.where(seen, cells, result[:, start:end])
+        grown = (height * width - camera.shape[1]) * seen
+        result[:, end:] += grown
+        moved += grown
         end += after
-    return result
+    return result, moved
 
 
 def _forward(trunk: Any, seam: Seam, before: int, after: int, *args: Any, **kwargs: Any) -> Any:
-    coordinates = seam.coordinates
-    if coordinates:
+    if seam.coordinates:
         positions, prefix = kwargs["position_ids"], kwargs["inputs_embeds"][0]
         if prefix is not None and kwargs.get("past_key_values") is None:
-            positions = dense_positions(positions, coordinates, seam.layout.token_grid, before, after)
+            positions, seam.moved = dense_positions(positions, seam.coordinates, seam.layout.token_grid, before, after)
         else:
-            dropped = sum(seam.layout.num_dense_tokens - camera.shape[1] for camera in coordinates)
-            positions = positions + dropped
+            positions = positions + seam.moved
         kwargs["position_ids"] = positions
     return type(trunk).forward(trunk, *args, **kwargs)

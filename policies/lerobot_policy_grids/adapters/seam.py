@@ -26,6 +26,8 @@ class Seam:
         self._kept: list[Tensor] | None = None
         # Of each camera in the last call, where somebody wants to know; a list from then on.
         self.coordinates: list[Tensor] | None = None
+        # By how much dense position ids grew in the last prefix, which what is denoised after it follows.
+        self.moved: Tensor | float = 0.0
 
     def tokens(
         self,
