@@ -9,51 +9,24 @@ import time
 from pathlib import Path
 
 import lightning
-import numpy as np
 import pytest
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
 
 from lerobot_grids.callbacks import RunCheckpoint
 from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.module import GridsModule
-from lerobot_grids.policies import build_policy, parse_tokens
+from lerobot_grids.policies import build_policy
 from lerobot_grids.recipes import RECIPES, choose_trainable, recipe_for, training_bytes
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.adapters import ADAPTERS
 from lerobot_policy_grids.errors import (
-    BudgetError,
     CheckpointError,
-    DatasetError,
     GridsError,
     OutputExistsError,
-    UnsupportedPolicyError,
 )
-
-
-def dataset_of(root, image=(96, 96, 3), state=4, note=False):
-    """One short episode with features of these shapes."""
-    features = {
-        "observation.image": {"dtype": "image", "shape": image, "names": ["height", "width", "channels"]},
-        "observation.state": {"dtype": "float32", "shape": (state,), "names": None},
-        "action": {"dtype": "float32", "shape": (4,), "names": None},
-    }
-    if note:
-        features["note"] = {"dtype": "string", "shape": (1,), "names": None}
-    data = LeRobotDataset.create("local/x", fps=10, features=features, root=root, use_videos=False)
-    for _ in range(6):
-        frame = {
-            "observation.image": np.zeros(image, np.uint8),
-            "observation.state": np.zeros(state, np.float32),
-            "action": np.zeros(4, np.float32),
-            "task": "push",
-        }
-        data.add_frame(frame | ({"note": "fine"} if note else {}))
-    data.save_episode()
-    data.finalize()
-    return root
+from recordings import dataset_of
 
 
 def train(dataset, output, steps, seed=0, **options):
@@ -208,52 +181,6 @@ def test_two_cameras_without_positions(two_camera_dataset, tmp_path):
     assert module.policy.config.image_features.keys() == {"observation.images.top", "observation.images.wrist"}
 
 
-def test_a_grids_checkpoint_can_be_trained_on(dataset, grids_checkpoint):
-    built = build_policy(str(grids_checkpoint), 36, load_metadata(str(dataset)))
-    assert built.policy.num_tokens == 36
-    with pytest.raises(BudgetError, match=r"1 \.\. 36"):
-        build_policy(str(grids_checkpoint), 37, load_metadata(str(dataset)))
-    with pytest.raises(BudgetError, match="dense"):
-        build_policy(str(grids_checkpoint), "dense", load_metadata(str(dataset)))
-
-
-def test_what_a_grids_checkpoint_was_built_with_is_kept(dataset, grids_checkpoint):
-    meta = load_metadata(str(dataset))
-    assert build_policy(str(grids_checkpoint), None, meta).policy.num_tokens == 16
-    for options in ({"reducer": "blind"}, {"condition_on": ["image"]}, {"num_tokens_max": 40}):
-        with pytest.raises(GridsError, match="was built with"):
-            build_policy(str(grids_checkpoint), 16, meta, **options)
-
-
-def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path):
-    """Anchors avoid the letterbox of this camera, not of the one the checkpoint was trained with."""
-    meta = load_metadata(str(dataset_of(tmp_path / "wide", image=(48, 96, 3))))
-    policy = build_policy(str(dense_checkpoint), 16, meta).policy
-    assert policy.config.input_features["observation.image"].shape == (3, 48, 96)
-    assert policy.adapter.layout(policy.base).region == (0.0, 0.5, 1.0, 1.0)
-    assert (policy.reducer.anchor_cells[:, 1] >= 6).all()
-
-
-def test_the_commit_of_the_base_is_kept(dataset, dense_checkpoint, tmp_path, monkeypatch):
-    from lerobot_policy_grids import checkpoint
-
-    snapshot = tmp_path / "models--me--base" / "snapshots" / ("ab" * 20)
-    shutil.copytree(dense_checkpoint, snapshot)
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *args, **options: str(snapshot))
-    built = build_policy("me/base@main", 16, load_metadata(str(dataset)))
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    built.save(folder)
-    saved = load_policy(str(folder)).policy.config
-    assert (saved.base_repo_id, saved.base_revision) == ("me/base", "ab" * 20)
-
-
-def test_a_state_too_large_for_the_policy(tmp_path):
-    meta = load_metadata(str(dataset_of(tmp_path / "big", state=40)))
-    with pytest.raises(DatasetError, match=r"state has 40 dimensions, and tiny takes at most 32 \(max_state_dim\)"):
-        build_policy("tiny", 16, meta)
-
-
 def test_text_features_pass_through_the_cache(tmp_path):
     data = LeRobotDataModule(str(dataset_of(tmp_path / "noted", note=True)))
     module = GridsModule(data.meta, tokens=4)
@@ -264,65 +191,9 @@ def test_text_features_pass_through_the_cache(tmp_path):
     assert loss > 0
 
 
-@pytest.mark.parametrize(
-    ("rename_map", "message"),
-    [
-        ({"observation.imagee": "x"}, "rename_map names observation.imagee"),
-        ({"observation.images.wrist": "observation.images.top"}, "to two features"),
-    ],
-)
-def test_rename_maps_that_would_lose_a_feature(two_camera_dataset, rename_map, message):
-    with pytest.raises(DatasetError, match=message):
-        build_policy("tiny", 16, load_metadata(str(two_camera_dataset)), rename_map=rename_map)
-
-
 def test_nothing_left_to_train(dataset, tmp_path):
     with pytest.raises(GridsError, match="nothing is left to train"):
         train(dataset, tmp_path, 1, reducer="blind", train="reducer")
-
-
-def test_other_camera_names_are_an_error_that_says_how_to_rename(two_camera_dataset, dense_checkpoint):
-    meta = load_metadata(str(two_camera_dataset))
-    with pytest.raises(DatasetError, match=r"observation\.images\.top.*rename_map"):
-        build_policy(str(dense_checkpoint), 16, meta)
-    rename = {"observation.images.top": "observation.image"}
-    built = build_policy(str(dense_checkpoint), 16, meta, rename_map=rename)
-    batch = {
-        "observation.images.top": torch.rand(1, 3, 96, 96),
-        "observation.state": torch.zeros(1, 4),
-        "task": ["push"],
-    }
-    assert built.policy.select_action(built.preprocessor(batch)).shape == (1, 4)
-
-
-def test_unknown_policies(dataset, tmp_path):
-    meta = load_metadata(str(dataset))
-    with pytest.raises(UnsupportedPolicyError, match="'pi9' is unknown"):
-        build_policy("pi9", 16, meta)
-    (tmp_path / "config.json").write_text('{"type": "act"}')
-    with pytest.raises(UnsupportedPolicyError, match="'act' has no adapter"):
-        build_policy(str(tmp_path), 16, meta)
-
-
-def test_a_budget_above_the_grid_names_the_grid(dataset):
-    with pytest.raises(BudgetError, match=r"999 tokens per camera.*12 x 12 = 144"):
-        build_policy("tiny", 999, load_metadata(str(dataset)))
-
-
-def test_dense_takes_no_reducer(dataset):
-    with pytest.raises(GridsError, match="drop one"):
-        build_policy("tiny", "dense", load_metadata(str(dataset)), reducer="blind")
-
-
-@pytest.mark.parametrize("text", ["0", "-3", "abc", "1.5", ""])
-def test_what_is_no_budget(text):
-    with pytest.raises(BudgetError, match="no token budget"):
-        parse_tokens(text)
-
-
-def test_budgets():
-    assert parse_tokens("dense") == "dense"
-    assert parse_tokens(" 16 ") == parse_tokens(16) == 16
 
 
 def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset, capsys):
