@@ -9,8 +9,8 @@ Differs from the published reference:
 - Coordinates are an anchor plus a learned offset, sigmoid(logit(anchor) + offset), and offsets start at
   zero. An untrained sampler reads a spread of K cells; the reference starts with all K at the centre.
 - Anchors are ordered, so the first k serve any budget k <= num_tokens_max. The reference fixes K.
-- Coordinates are float32 whatever the dtype of the model, and a coordinate of exactly 0 or 1 reads the
-  border token. The reference reads zeros there, which happens in bfloat16.
+- Coordinates are float32 whatever the dtype of the model, and a coordinate of exactly 0 or 1 is read at the
+  border. The reference reads zeros there, which happens in bfloat16.
 - A token is the mean around its coordinate, over as many cells as it stands for, and not the value between four
   cells: few such values miss what lies between them. At k = n both are the same.
 - The pooled features pass a LayerNorm before the coordinate head, which otherwise saturates; language,
