@@ -25,6 +25,8 @@ class CoordinateStatistics(Metric):
       comes back.
     - "duplicates": share of the points with another one of the same image within half a cell.
     - "drift": mean distance from the anchors, in cells.
+    - "motion": how far points move from image to image: root of a point's variance, mean over points, in cells. Zero if
+      the sampler does not look.
 
     Args:
         token_grid: (H, W) of the feature map.
@@ -36,6 +38,9 @@ class CoordinateStatistics(Metric):
         self.register_buffer("cells", torch.tensor([token_grid[1], token_grid[0]], dtype=torch.float32))
         self.sums: Tensor
         self.add_state("sums", torch.zeros(4), dist_reduce_fx="sum")
+        # Of each point, in cells from its anchor: sums of x and y, of their squares, and how many.
+        self.moves: Tensor
+        self.add_state("moves", torch.zeros(token_grid[0] * token_grid[1], 5), dist_reduce_fx="sum")
         self.images: Tensor
         self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
 
@@ -52,16 +57,17 @@ class CoordinateStatistics(Metric):
         slack = 1e-4
         outside = (cells < 0.5 - slack) | (cells > self.cells - 0.5 + slack)
         apart = torch.cdist(cells, cells) + torch.eye(cells.shape[1], device=cells.device) * self.cells.sum()
-        drift = (cells - anchors * self.cells).norm(dim=-1)
+        moved = cells - anchors * self.cells
         each = torch.stack(
             [
                 spread,
                 outside.any(-1).float().mean(1),
                 (apart.min(-1).values < 0.5).float().mean(1),
-                drift.mean(1),
+                moved.norm(dim=-1).mean(1),
             ]
         )
         self.sums += each.sum(1)
+        self.moves[: cells.shape[1]] += torch.cat([moved, moved.square(), torch.ones_like(moved[..., :1])], -1).sum(0)
         self.images += len(coordinates)
 
     def count(self, reducer: GridSampler, inputs: Any, sampled: Sampled) -> None:
@@ -71,7 +77,10 @@ class CoordinateStatistics(Metric):
     def compute(self) -> dict[str, float]:
         """The means."""
         means = (self.sums / self.images.clamp_min(1)).tolist()
-        return dict(zip(("spread", "border", "duplicates", "drift"), means, strict=True))
+        first, second, count = self.moves[self.moves[:, 4] > 0].split([2, 2, 1], dim=1)
+        variance = (second / count - (first / count).square()).clamp_min(0).sum(1)
+        motion = float(variance.sqrt().mean()) if len(variance) else 0.0
+        return dict(zip(("spread", "border", "duplicates", "drift"), means, strict=True)) | {"motion": motion}
 
 
 class CoordinateMonitor(Callback):

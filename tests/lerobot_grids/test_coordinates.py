@@ -43,6 +43,16 @@ def test_collapse_saturation_and_drift_are_seen():
     assert found["drift"] == pytest.approx((6 + 6 + 12 * 0.499) / 4)
 
 
+def test_motion_is_the_deviation_of_each_point_over_images():
+    anchors, images = torch.rand(5, 2), 0.3 + 0.4 * torch.rand(7, 5, 2)
+    measure = CoordinateStatistics((12, 12))
+    for part in images.split(3):
+        measure.update(part, anchors)
+    expected = (12 * images).var(0, correction=0).sum(-1).sqrt().mean()
+    assert measure.compute()["motion"] == pytest.approx(float(expected), rel=1e-4)
+    assert statistics_of(images[:1].expand(4, -1, -1), anchors)["motion"] == pytest.approx(0, abs=1e-3)
+
+
 def test_a_warning_comes_once(capsys):
     monitor = CoordinateMonitor()
     for _ in range(2):
