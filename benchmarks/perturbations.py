@@ -43,7 +43,9 @@ def label(image: np.ndarray, title: str) -> np.ndarray:
     """The image with a title above it."""
     picture = Image.new("RGB", (image.shape[1], image.shape[0] + LABEL_HEIGHT))
     picture.paste(Image.fromarray(image), (0, LABEL_HEIGHT))
-    ImageDraw.Draw(picture).multiline_text((4, 2), fill(title, 22), fill=(255, 255, 255), spacing=2)
+    ImageDraw.Draw(picture).multiline_text(
+        (4, LABEL_HEIGHT - 3), fill(title, 22), fill=(255, 255, 255), spacing=2, anchor="ld"
+    )
     return np.asarray(picture)
 
 
