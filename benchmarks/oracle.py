@@ -3,7 +3,8 @@
 python benchmarks/oracle.py fit --policy tiny_metaworld --dataset demonstrations --tokens 4 --output oracle4 ...
 python benchmarks/oracle.py eval --policy oracle4 --videos 0 --episodes 50
 
-The commands and options are those of lerobot-grids. The fourth point lies halfway between hand and object.
+The commands and options are those of lerobot-grids. The fourth point lies halfway between hand and object. The camera
+must be where it usually is: --perturb camera would move it.
 """
 
 import sys
@@ -76,6 +77,7 @@ def install(oracle: Oracle) -> None:
         if oracle.environments:
             oracle.look(len(feature_map))
         assert oracle.points is not None, "the oracle knows MetaWorld's positions only"
+        assert k <= 4, "the oracle knows four places"
         points = oracle.points[:, :k].to(feature_map.device)
         return points * self.grid_size - 0.5, points
 

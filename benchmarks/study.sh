@@ -2,8 +2,8 @@
 # Policies trained in several ways from one dense policy, set beside each other on the same episodes.
 #   bash benchmarks/study.sh main|few-tokens|frozen-vision|ablations [FOLDER]
 #   with SEEDS="0 1 2" STEPS=300 EPISODES=100 BASE=tiny_metaworld WORKERS=2 in the environment, these being the defaults
-# The ways are lines of benchmarks/ways/*.txt. Hours on 2 cores; what is done is not done again. The table is
-# FOLDER/compare/compare.md.
+# The ways are lines of benchmarks/ways/*.txt. Hours on 2 cores; what is done with the same options is not done again.
+# The table is FOLDER/compare/compare.md.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -22,12 +22,13 @@ train() {
     set -euo pipefail
     IFS='|' read -r seed name options <<<"$1"
     local run="${name// /}-s$seed"
-    [ -e "$run/done" ] && exit
+    local asked="$BASE $STEPS steps$options"
+    [ "$(cat "$run/done" 2>/dev/null)" = "$asked" ] && exit
     rm -rf "$run"
     # shellcheck disable=SC2086
     lerobot-grids fit --policy "$BASE" --dataset demonstrations $options --steps "$STEPS" --seed "$seed" --model.lr 5e-4 \
         --data.max_val_frames 64 --trainer.enable_progress_bar false --output "$run" >"$run.log" 2>&1
-    touch "$run/done"
+    echo "$asked" >"$run/done"
     echo "$(date +%T) $run"
 }
 export -f train

@@ -9,14 +9,14 @@ from torch import Tensor
 
 def jitter_images(batch: dict[str, Any], strength: float) -> dict[str, Any]:
     """Change brightness and contrast of each image [b, ..., 3, h, w] in [0, 1]; 0 changes nothing."""
-    if strength == 0:
+    if strength <= 0:
         return batch
     return {key: _jitter(value, strength) if _is_image(value) else value for key, value in batch.items()}
 
 
 def add_state_noise(prepared: dict[str, Any], deviation: float) -> dict[str, Any]:
     """Add noise to the normalised robot state, where there is one; 0 adds nothing."""
-    if deviation == 0 or OBS_STATE not in prepared:
+    if deviation <= 0 or OBS_STATE not in prepared:
         return prepared
     state = prepared[OBS_STATE]
     return prepared | {OBS_STATE: state + deviation * torch.randn_like(state)}

@@ -4,6 +4,7 @@ A sampler with budget k reads near the first k anchors, so one checkpoint serves
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -69,8 +70,12 @@ def anchor_cells(height: int, width: int, num_tokens: int, region: Region = WHOL
     return torch.stack([order % width, order // width], dim=-1)
 
 
-def cells_within(height: int, width: int, region: Region) -> int:
-    """How many cells of a grid have their centre in a region."""
+def region_cells(height: int, width: int, region: Region) -> tuple[slice, slice]:
+    """The rows and columns of a grid whose centres lie in a region; at least one of each."""
     left, top, right, bottom = region
-    rows = sum(top <= (row + 0.5) / height <= bottom for row in range(height))
-    return rows * sum(left <= (column + 0.5) / width <= right for column in range(width))
+    return _span(top * height, bottom * height, height), _span(left * width, right * width, width)
+
+
+def _span(start: float, stop: float, cells: int) -> slice:
+    first = min(math.ceil(start - 0.5), cells - 1)
+    return slice(first, max(math.floor(stop + 0.5), first + 1))

@@ -43,7 +43,7 @@ def bilinear(feature_map: Tensor, pixels: Tensor) -> Tensor:
 def antialiased(feature_map: Tensor, pixels: Tensor, reach: float) -> Tensor:
     """Read the mean around each position, weighted by a tent that falls to zero `reach` cells away, per axis.
 
-    Few bilinear readings miss what lies between them; these overlap and miss nothing. It is the filter of
+    Few bilinear readings miss what lies between them; these are as wide as they are apart. It is the filter of
     `F.interpolate(mode="bilinear", antialias=True)`, whose positions are a lattice and whose reach is the lattice's
     spacing. With a reach of 1 it is `bilinear`.
 

@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .anchors import WHOLE, Region, anchor_cells, cells_within
-from .interpolation import antialiased, bilinear
+from .anchors import WHOLE, Region, anchor_cells, region_cells
+from .interpolation import INTERPOLATIONS, antialiased, bilinear
 from .reducer import Reducer, Sampled, in_float32
 
 # Beyond this the sigmoid is 0 or 1 in float32, and its exponential stays finite.
@@ -84,7 +84,7 @@ class GridSampler(Reducer):
 
     Raises:
         BudgetError: If a budget is not within 1 .. H * W.
-        ValueError: If `condition_on` names an unknown context.
+        ValueError: If `condition_on` names an unknown context, or `interpolation` is unknown.
     """
 
     def __init__(
@@ -109,6 +109,8 @@ class GridSampler(Reducer):
         unknown = sorted(set(condition_on) - set(CONTEXTS))
         if unknown:
             raise ValueError(f"condition_on holds {unknown}; expected any of {list(CONTEXTS)}")
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation={interpolation!r}; expected one of {INTERPOLATIONS}")
         height, columns = token_grid
         self.width = width
         self.num_cameras = num_cameras
@@ -125,8 +127,8 @@ class GridSampler(Reducer):
             # Points that start at one place and move alike would stay one point.
             nn.init.normal_(self.coordinate_head.out.bias, std=FREE_SPREAD)
         self.interpolation = interpolation
-        # Cells of the camera image, among which the tokens are shared.
-        self.num_cells = cells_within(height, columns, region)
+        # The camera image, without padding: its cells are shared among the tokens.
+        self.image_cells = region_cells(height, columns, region)
         self.geometry = Float32MLP(2, geometry_width, width) if geometry_width > 0 else None
 
         # Saved with the weights: offsets mean nothing without the anchors they were learned from.
@@ -162,9 +164,12 @@ class GridSampler(Reducer):
 
     def _read(self, feature_map: Tensor, pixels: Tensor) -> Tensor:
         """Tokens [b, k, c] at pixels [b, k, 2]."""
-        reach = math.sqrt(self.num_cells / pixels.shape[1])
+        rows, columns = self.image_cells
+        cells = (rows.stop - rows.start) * (columns.stop - columns.start)
+        reach = math.sqrt(cells / pixels.shape[1])
         if self.interpolation == "antialiased" and reach > 1:
-            return antialiased(feature_map, pixels, reach)
+            corner = pixels.new_tensor([columns.start, rows.start])
+            return antialiased(feature_map[:, rows, columns], pixels - corner, reach)
         return bilinear(feature_map, pixels.round() if self.interpolation == "nearest" else pixels)
 
     def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:

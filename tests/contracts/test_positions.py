@@ -67,6 +67,19 @@ def test_it_matters_and_is_undone(family):
     torch.testing.assert_close(act(restored, family, batch), before, atol=ROUNDING, rtol=0)
 
 
+def test_without_visual_tokens_what_follows_stays_too(family, monkeypatch):
+    policy = family.policy()
+    batch = family.batch(policy)
+    trunk, seen = family.trunk(policy), []
+    monkeypatch.setattr(type(trunk), "forward", spy(trunk, seen))
+    act(policy, family, batch)
+    _, dense = seen[0]
+    seen.clear()
+    act(wrap(policy, 4, reducer="blind", position_ids="dense"), family, batch)
+    _, ours = seen[0]
+    assert torch.equal(ours, dense[:, family.tokens_per_camera :].float())
+
+
 def test_between_two_cells_is_between_their_ids():
     coordinates = torch.tensor([[[0.5 / 12, 0.5 / 12], [1.0 / 12, 0.5 / 12], [1.0, 1.0]]])
     ids, moved = dense_positions(torch.arange(9)[None], [coordinates], (12, 12), before=2, after=1)

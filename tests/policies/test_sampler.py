@@ -85,6 +85,18 @@ def test_coordinates_stay_in_the_image():
     assert coordinates.max() <= 1
 
 
+@pytest.mark.parametrize("region", [(0.0, 0.25, 1.0, 1.0), (0.25, 0.0, 0.75, 1.0), (0.0, 0.3, 1.0, 0.7)])
+@pytest.mark.parametrize("k", [1, 4, 16, 40])
+def test_padding_is_not_read(region, k):
+    height, width = 12, 12
+    left, top, right, bottom = region
+    y, x = ((torch.arange(cells) + 0.5) / cells for cells in (height, width))
+    inside = ((y >= top) & (y <= bottom))[:, None] & ((x >= left) & (x <= right))
+    feature_map = torch.where(inside, 1.0, 1e6)[None, :, :, None].expand(2, -1, -1, 3)
+    tokens = GridSampler((height, width), 3, k, region=region)(feature_map).tokens
+    torch.testing.assert_close(tokens, torch.ones_like(tokens))
+
+
 def test_gradients_reach_the_offsets_through_the_coordinates():
     sampler = GridSampler((6, 9), 8, 5)
     feature_map = torch.randn(2, 6, 9, 8)
@@ -178,6 +190,11 @@ def test_another_token_grid_is_refused():
 def test_unknown_context_is_refused():
     with pytest.raises(ValueError, match="smell"):
         GridSampler((12, 12), 4, 8, condition_on=("smell",))
+
+
+def test_unknown_interpolation_is_refused():
+    with pytest.raises(ValueError, match="bicubic"):
+        GridSampler((4, 4), 8, 4, interpolation="bicubic")
 
 
 def test_repr_says_what_it_does():

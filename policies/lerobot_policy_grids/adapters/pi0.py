@@ -4,7 +4,7 @@ Modifications, from outside, of `lerobot/policies/{pi0,pi05,pi0_fast}` 0.6, whic
 - `policy._preprocess_images` also runs the vision tower, once for all cameras, and the reducer, and returns
   the k sampled features of each camera as if they were its image. There the whole batch is visible.
 - `PaliGemmaModel.get_image_features` projects such features instead of running the tower. Sampling before the
-  linear projector gives the same tokens for less: the map and the convex bilinear weights commute.
+  linear projector gives the same tokens for less: the map and an average commute.
 - Cameras missing from the batch are left out. LeRobot sends a blank image through the tower and masks its tokens;
   nothing attends to them and they advance no position, so the result is the same.
 Everything after that follows from the number of tokens: masks, positions, key-value cache, FAST decoding.

@@ -58,7 +58,8 @@ def dense_positions(
         start = end + before
         end = start + camera.shape[1]
         last = positions[:, start - 1 : start] if start else torch.full_like(positions[:, :1], -1)
-        seen = positions[:, end - 1 : end] > last
+        # Without tokens nothing tells a masked camera.
+        seen = positions[:, end - 1 : end] > last if end > start else torch.ones_like(last, dtype=torch.bool)
         column = camera[..., 0] * width - 0.5
         row = (camera[..., 1] * height - 0.5).round().clamp(0, height - 1)
         cells = result[:, start : start + 1] + row * width + column.clamp(0, width - 1)

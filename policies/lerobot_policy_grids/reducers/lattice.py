@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anchors import WHOLE, Region
+from ..anchors import WHOLE, Region, region_cells
 from ..errors import BudgetError
 from ..reducer import Reducer
 
@@ -80,12 +80,9 @@ class LatticeReducer(Reducer):
     """
 
     def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
-        height, width = token_grid
-        left, top, right, bottom = region
         # Before the budget is set, which they decide about.
         self.region = region
-        self.rows = _span(top * height, bottom * height)
-        self.columns = _span(left * width, right * width)
+        self.rows, self.columns = region_cells(*token_grid, region)
         super().__init__(token_grid, num_tokens, **options)
 
     def check_budget(self, num_tokens: int) -> None:
@@ -96,8 +93,3 @@ class LatticeReducer(Reducer):
         """Rows and columns of the lattice of so many tokens."""
         cells = (self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
         return lattice_shape(num_tokens, cells)
-
-
-def _span(start: float, stop: float) -> slice:
-    """The cells that show the image, at least one."""
-    return slice(round(start), max(round(stop), round(start) + 1))
