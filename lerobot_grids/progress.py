@@ -109,15 +109,16 @@ def print_validation(result: Any) -> None:
     names = ["tokens", "loss", "error, by action"]
     if result.teacher is not None:
         names += ["distance to teacher", "by action"]
-    if result.budgets[0].coordinates:
-        names += result.budgets[0].coordinates
+    # All of them are in the JSON; a terminal is not that wide.
+    shown = [name for name in ("border", "duplicates", "drift", "motion") if name in result.budgets[0].coordinates]
+    names += shown
     for name in names:
         table.add_column(name, justify="right")
     for row in result.budgets:
         cells = ["all" if row.num_tokens is None else str(row.num_tokens), f"{row.loss:.4f}", _numbers(row.error)]
         if result.teacher is not None:
             cells += [f"{row.teacher_distance:.3f}", _numbers(row.teacher_distance_by_action)]
-        table.add_row(*cells, *(f"{value:.2f}" for value in row.coordinates.values()))
+        table.add_row(*cells, *(f"{row.coordinates[name]:.2f}" for name in shown))
     console = wide_console()
     console.print(table)
     console.print("error and distance: root mean squared; distance in standard deviations, by action in its own units")

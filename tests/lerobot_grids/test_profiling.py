@@ -28,9 +28,11 @@ def gemma(tokens, keys, width, mlp, heads=8, head=256, layers=18):
     return layers * (attention + 3 * linear(tokens, width, mlp))
 
 
-def sampler(images, k, width=1152, language=2048, state=32, cameras=2):
+def sampler(images, k, cells=256, width=1152, language=2048, state=32, cameras=2):
     head = linear(1, width + language + state + cameras, 512, 2 * k)
-    return images * (head + linear(k, 2, 256, width))
+    # Every token is a weighted mean of all cells.
+    read = 2 * k * cells * width
+    return images * (head + linear(k, 2, 256, width) + read)
 
 
 def pi0(cameras, k, dense=256, language=48, chunk=50, steps=10):
