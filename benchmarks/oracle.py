@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lerobot_grids.auxiliary import POSITIONS
 from lerobot_grids.module import GridsModule
-from lerobot_grids.simulation.camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET
+from lerobot_grids.simulation.camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, camera_axes
 from lerobot_grids.simulation.metaworld import GOAL_POSITION, OBJECT_POSITION, MetaworldEnv
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids.sampler import GridSampler
@@ -25,15 +25,10 @@ from lerobot_policy_grids.sampler import GridSampler
 
 def project(points: Tensor) -> Tensor:
     """Places in the camera's image, (x, y) in [0, 1], of points [..., 3] in metres."""
-    backward = np.subtract(CAMERA_POSITION, CAMERA_TARGET)
-    backward /= np.linalg.norm(backward)
-    right = np.cross((0.0, 0.0, 1.0), backward)
-    right /= np.linalg.norm(right)
-    axes = torch.tensor(np.stack([right, np.cross(backward, right), backward]), dtype=torch.float32)
-    seen = (points.float() - torch.tensor(CAMERA_POSITION)) @ axes.T
+    axes = torch.tensor(camera_axes(CAMERA_POSITION, CAMERA_TARGET), dtype=torch.float32)
+    left, down, backward = ((points.float() - torch.tensor(CAMERA_POSITION)) @ axes).unbind(-1)
     focal = 0.5 / np.tan(np.radians(CAMERA_FOVY) / 2)
-    depth = -seen[..., 2]
-    return torch.stack([0.5 + focal * seen[..., 0] / depth, 0.5 - focal * seen[..., 1] / depth], -1)
+    return 0.5 + focal * torch.stack([left, -down], -1) / backward[..., None]
 
 
 class Oracle:

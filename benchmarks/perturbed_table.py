@@ -20,9 +20,8 @@ def main(folder: Path) -> None:
     """Write FOLDER/perturbed.md."""
     clean = json.loads((folder / "none" / "compare.json").read_text())
     names = [method["name"] for method in clean["methods"]]
-    conditions = sorted(
-        (path.parent for path in folder.glob("*/compare.json")), key=lambda path: (path.name != "none", path.name)
-    )
+    folders = [path.parent for path in folder.glob("*/compare.json")]
+    conditions = sorted(folders, key=lambda path: (path.name != "none", path.name))
     lines = [["", *names, *(f"{name}: drop, points" for name in names), "second against first, points"]]
     lines.append(["---"] * len(lines[0]))
     for condition in conditions:
@@ -30,12 +29,9 @@ def main(folder: Path) -> None:
         for name in names:
             here = outcomes(condition, name)
             row.append(f"{sum(here)}/{len(here)}")
-            drop = paired_comparison([here], [outcomes(folder / "none", name)])
-            low, high = drop.interval
-            drops.append(f"{100 * drop.difference:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
+            drops.append(paired_comparison([here], [outcomes(folder / "none", name)]).in_points(0))
         apart = paired_comparison([outcomes(condition, names[1])], [outcomes(condition, names[0])])
-        low, high = apart.interval
-        lines.append([*row, *drops, f"{100 * apart.difference:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"])
+        lines.append([*row, *drops, apart.in_points(0)])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     (folder / "perturbed.md").write_text(text)
     print(text)

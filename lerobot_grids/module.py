@@ -30,6 +30,8 @@ from .teachers import choose_teacher
 VALIDATION_SEED = 0
 # Action chunks take all denoising steps, so only the first batches of a validation compare them.
 CHUNK_BATCHES = 2
+# Of a grids policy's configuration: how it reduces tokens.
+REDUCER_OPTIONS = ("reducer", "condition_on", "anchored", "interpolation", "geometry_width", "position_ids")
 
 
 class GridsModule(lightning.LightningModule):
@@ -160,13 +162,8 @@ class GridsModule(lightning.LightningModule):
         self.identity: dict[str, Any] = {
             "policy": base_type(self.policy.config),
             "tokens": self.policy.config.num_tokens if grids else "dense",
-            "reducer": self.policy.config.reducer if grids else None,
             "resolution": resolution,
-            "condition_on": self.policy.config.condition_on if grids else None,
-            "anchored": self.policy.config.anchored if grids else None,
-            "interpolation": self.policy.config.interpolation if grids else None,
-            "geometry_width": self.policy.config.geometry_width if grids else None,
-            "position_ids": self.policy.config.position_ids if grids else None,
+            **{name: getattr(self.policy.config, name) if grids else None for name in REDUCER_OPTIONS},
             "full_layers": full_layers,
             "camera_tokens": camera_tokens,
             "num_tokens_max": self.policy.config.max_tokens if grids else None,

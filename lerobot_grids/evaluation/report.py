@@ -25,9 +25,7 @@ def cells(row: MethodResult) -> list[str]:
     texts.append(" ".join(f"{100 * rate:.0f}" for rate in row.by_seed))
     if row.paired is None:
         return [*texts, "", ""]
-    low, high = row.paired.interval
-    difference = f"{100 * row.paired.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    return [*texts, difference, f"{row.paired.p:.2g}"]
+    return [*texts, row.paired.in_points(), f"{row.paired.p:.2g}"]
 
 
 def print_methods(result: ComparisonResult) -> None:

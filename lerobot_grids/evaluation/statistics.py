@@ -47,6 +47,11 @@ class Paired:
     interval: tuple[float, float]
     p: float
 
+    def in_points(self, decimals: int = 1) -> str:
+        """The difference and its interval in percentage points, as tables show them."""
+        centre, low, high = (f"{100 * value:+.{decimals}f}" for value in (self.difference, *self.interval))
+        return f"{centre} ({low} to {high})"
+
 
 def paired_comparison(ours: list[list[bool]], theirs: list[list[bool]], z: float = 1.959964) -> Paired:
     """Compare outcomes of the same episodes.

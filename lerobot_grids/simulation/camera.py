@@ -6,8 +6,11 @@ import numpy as np
 CAMERA_POSITION, CAMERA_TARGET, CAMERA_FOVY = (0.6, 0.72, 0.68), (0.0, 0.74, 0.05), 42.0
 
 
-def look_at(position: np.ndarray | tuple[float, ...], target: np.ndarray | tuple[float, ...]) -> np.ndarray:
-    """Quaternion [4] of a MuJoCo camera at `position` that looks at `target`, upside down.
+Point = np.ndarray | tuple[float, float, float]
+
+
+def camera_axes(position: Point, target: Point) -> np.ndarray:
+    """Axes of a MuJoCo camera at `position` that looks at `target`: columns left, down and backward, [3, 3].
 
     Upside down, because LeRobot's environment turns the corner2 camera's image by 180 degrees.
     """
@@ -15,7 +18,11 @@ def look_at(position: np.ndarray | tuple[float, ...], target: np.ndarray | tuple
     backward /= np.linalg.norm(backward)
     left = -np.cross((0.0, 0.0, 1.0), backward)
     left /= np.linalg.norm(left)
-    rotation = np.stack([left, np.cross(backward, left), backward], axis=1)
+    return np.stack([left, np.cross(backward, left), backward], axis=1)
+
+
+def look_at(position: Point, target: Point) -> np.ndarray:
+    """The camera's orientation as a quaternion [4]; see `camera_axes`."""
     quaternion = np.empty(4)
-    mujoco.mju_mat2Quat(quaternion, rotation.flatten())
+    mujoco.mju_mat2Quat(quaternion, camera_axes(position, target).flatten())
     return quaternion

@@ -22,21 +22,17 @@ def bilinear(feature_map: Tensor, pixels: Tensor) -> Tensor:
     Returns:
         [b, k, c] in the feature map's dtype.
     """
-    width = feature_map.shape[2]
+    height, width = feature_map.shape[1:3]
     flat = feature_map.flatten(1, 2)
-    pixels, limit = _inside(feature_map, pixels)
-    low = pixels.detach().floor()
-    fraction = pixels - low
-    low = low.long()
-    high = torch.minimum(low + 1, limit.long())
+    left, right, x = _neighbours(pixels[..., 0], width)
+    above, below, y = _neighbours(pixels[..., 1], height)
 
     def cell(column: Tensor, row: Tensor) -> Tensor:
         index = (row * width + column)[..., None].expand(-1, -1, flat.shape[-1])
         return flat.gather(1, index).float()
 
-    x, y = fraction[..., :1], fraction[..., 1:]
-    top = (1 - x) * cell(low[..., 0], low[..., 1]) + x * cell(high[..., 0], low[..., 1])
-    bottom = (1 - x) * cell(low[..., 0], high[..., 1]) + x * cell(high[..., 0], high[..., 1])
+    top = (1 - x) * cell(left, above) + x * cell(right, above)
+    bottom = (1 - x) * cell(left, below) + x * cell(right, below)
     return ((1 - y) * top + y * bottom).to(feature_map.dtype)
 
 
@@ -55,20 +51,21 @@ def antialiased(feature_map: Tensor, pixels: Tensor, reach: float) -> Tensor:
     Returns:
         [b, k, c] in the feature map's dtype.
     """
-    pixels, _ = _inside(feature_map, pixels)
-    columns, rows = (_tent(pixels[..., axis], feature_map.shape[2 - axis], reach) for axis in (0, 1))
+    height, width = feature_map.shape[1:3]
+    columns, rows = _tent(pixels[..., 0], width, reach), _tent(pixels[..., 1], height, reach)
     weights = (rows[..., :, None] * columns[..., None, :]).flatten(2)
     return (weights @ feature_map.flatten(1, 2).float()).to(feature_map.dtype)
 
 
-def _inside(feature_map: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions within the map, the position of its last cell)."""
-    limit = pixels.new_tensor([feature_map.shape[2] - 1, feature_map.shape[1] - 1])
-    return pixels.clamp(min=torch.zeros_like(limit), max=limit), limit
+def _neighbours(positions: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """On one axis: (the cell before, the cell behind, each int64 [b, k]; how far between them, [b, k, 1])."""
+    positions = positions.clamp(0, cells - 1)
+    low = positions.detach().floor()
+    return low.long(), (low.long() + 1).clamp(max=cells - 1), (positions - low)[..., None]
 
 
-def _tent(centres: Tensor, cells: int, reach: float) -> Tensor:
+def _tent(positions: Tensor, cells: int, reach: float) -> Tensor:
     """Weights [b, k, cells] of the cells of one axis, which add up to 1."""
-    at = torch.arange(cells, device=centres.device, dtype=torch.float32)
-    weights = (1 - (at - centres[..., None]).abs() / reach).clamp_min(0)
+    at = torch.arange(cells, device=positions.device, dtype=torch.float32)
+    weights = (1 - (at - positions.clamp(0, cells - 1)[..., None]).abs() / reach).clamp_min(0)
     return weights / weights.sum(-1, keepdim=True)

@@ -128,7 +128,7 @@ class GridSampler(Reducer):
             nn.init.normal_(self.coordinate_head.out.bias, std=FREE_SPREAD)
         self.interpolation = interpolation
         # The camera image, without padding: its cells are shared among the tokens.
-        self.image_cells = region_cells(height, columns, region)
+        self.image_rows, self.image_columns = region_cells(height, columns, region)
         self.geometry = Float32MLP(2, geometry_width, width) if geometry_width > 0 else None
 
         # Saved with the weights: offsets mean nothing without the anchors they were learned from.
@@ -136,6 +136,9 @@ class GridSampler(Reducer):
         self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max, region))
         self.grid_size: Tensor
         self.register_buffer("grid_size", torch.tensor([columns, height]), persistent=False)
+        self.image_corner: Tensor
+        corner = torch.tensor([self.image_columns.start, self.image_rows.start])
+        self.register_buffer("image_corner", corner, persistent=False)
 
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
@@ -164,12 +167,10 @@ class GridSampler(Reducer):
 
     def _read(self, feature_map: Tensor, pixels: Tensor) -> Tensor:
         """Tokens [b, k, c] at pixels [b, k, 2]."""
-        rows, columns = self.image_cells
-        cells = (rows.stop - rows.start) * (columns.stop - columns.start)
-        reach = math.sqrt(cells / pixels.shape[1])
+        image = feature_map[:, self.image_rows, self.image_columns]
+        reach = math.sqrt(image.shape[1] * image.shape[2] / pixels.shape[1])
         if self.interpolation == "antialiased" and reach > 1:
-            corner = pixels.new_tensor([columns.start, rows.start])
-            return antialiased(feature_map[:, rows, columns], pixels - corner, reach)
+            return antialiased(image, pixels - self.image_corner, reach)
         return bilinear(feature_map, pixels.round() if self.interpolation == "nearest" else pixels)
 
     def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
