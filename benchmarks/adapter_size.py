@@ -39,11 +39,11 @@ def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, ob
     import torch
     from lerobot.policies.factory import get_policy_class
 
+    from lerobot_grids.hub.formats import write_adapter
     from lerobot_grids.profiling.architectures import construct, instantiate, make_config, write_smolvlm
     from lerobot_policy_grids import GridsConfig, GridsPolicy
-    from lerobot_policy_grids.base_weights import fetch_base
-    from lerobot_policy_grids.formats import write_adapter
-    from lerobot_policy_grids.manifest import verify_manifest
+    from lerobot_policy_grids.checkpoint.load import fetch_base
+    from lerobot_policy_grids.checkpoint.manifest import verify_manifest
 
     source, adapter, base = folder / "policy", folder / "adapter", snapshot(folder / "cache", f"random/{family}")
     adapter.mkdir()

@@ -15,12 +15,12 @@ import torch
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from lerobot_grids.auxiliary import POSITIONS
-from lerobot_grids.module import GridsModule
+from lerobot_grids.data.datamodule import POSITIONS
 from lerobot_grids.simulation.camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, camera_axes
 from lerobot_grids.simulation.metaworld import GOAL_POSITION, OBJECT_POSITION, MetaworldEnv
+from lerobot_grids.training.module import GridsModule
 from lerobot_grids_cli.main import main
-from lerobot_policy_grids.sampler import GridSampler
+from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 
 
 def project(points: Tensor) -> Tensor:

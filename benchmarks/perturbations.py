@@ -13,10 +13,10 @@ from textwrap import fill
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lerobot_grids.recording import demonstrate
+from lerobot_grids.evaluation.films import contact_sheet
 from lerobot_grids.simulation.metaworld import DEFAULT_TASKS, MetaworldEnv
 from lerobot_grids.simulation.perturbations import KINDS, SEVERITIES, Perturbation
-from lerobot_grids.view import contact_sheet
+from lerobot_grids.simulation.recording import demonstrate
 
 SHOWN = {"push-v3": 100_000, "coffee-push-v3": 100_002}
 SIZE, LABEL_HEIGHT = 144, 44

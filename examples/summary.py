@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lerobot_grids.progress import wide_console
+from lerobot_grids.console import wide_console
 
 
 def main(paths: list[str]) -> None:

@@ -1,18 +1,13 @@
-"""Where a sampler looks, in numbers, and a warning when it stops looking around."""
+"""Statistics of sampled coordinates: whether points saturate at the border, collapse, or follow the image."""
 
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from rich.console import Console
 from torch import Tensor
 from torchmetrics import Metric
 
-from lerobot_policy_grids.reducer import Sampled
-from lerobot_policy_grids.sampler import GridSampler
-
-# From these shares on a sampler is said to have saturated or collapsed.
-TOO_MANY = 0.5
+from lerobot_policy_grids.reducers.base import Sampled
+from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 
 
 class CoordinateStatistics(Metric):
@@ -26,7 +21,7 @@ class CoordinateStatistics(Metric):
     - "duplicates": share of the points with another one of the same image within half a cell.
     - "drift": mean distance from the anchors, in cells.
     - "motion": how far points move from image to image: root of a point's variance, mean over points, in cells. Zero if
-      the sampler does not look.
+      the points are the same for every image.
 
     Args:
         token_grid: (H, W) of the feature map.
@@ -38,7 +33,7 @@ class CoordinateStatistics(Metric):
         self.register_buffer("cells", torch.tensor([token_grid[1], token_grid[0]], dtype=torch.float32))
         self.sums: Tensor
         self.add_state("sums", torch.zeros(4), dist_reduce_fx="sum")
-        # Of each point, in cells from its anchor: sums of x and y, of their squares, and how many.
+        # Per point, in cells from its anchor: sums of x and y, sums of their squares, and the count.
         self.moves: Tensor
         self.add_state("moves", torch.zeros(token_grid[0] * token_grid[1], 5), dist_reduce_fx="sum")
         self.images: Tensor
@@ -81,43 +76,3 @@ class CoordinateStatistics(Metric):
         variance = (second / count - (first / count).square()).clamp_min(0).sum(1)
         motion = float(variance.sqrt().mean()) if len(variance) else 0.0
         return dict(zip(("spread", "border", "duplicates", "drift"), means, strict=True)) | {"motion": motion}
-
-
-class CoordinateMonitor(Callback):
-    """Log `CoordinateStatistics` at each validation, and warn once when the sampler saturates or collapses."""
-
-    def __init__(self) -> None:
-        self._statistics: CoordinateStatistics | None = None
-        self._hook: Any = None
-        self._warned: set[str] = set()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        reducer = pl_module.policy.reducer
-        if isinstance(reducer, GridSampler):
-            self._statistics = CoordinateStatistics(reducer.token_grid).to(pl_module.device)
-            self._hook = reducer.register_forward_hook(self._statistics.count)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._statistics is None:
-            return
-        self._hook.remove()
-        values = self._statistics.compute()
-        self._statistics = None
-        for name, value in values.items():
-            pl_module.log(f"coordinates/{name}", value, sync_dist=True)
-        if trainer.is_global_zero:
-            self._warn(values)
-
-    def _warn(self, values: dict[str, float]) -> None:
-        advice = {
-            "border": "lie outside the outermost tokens and get no gradient: the sampler has saturated",
-            "duplicates": "lie on another one: the sampler has collapsed",
-        }
-        for name, meaning in advice.items():
-            if values[name] > TOO_MANY and name not in self._warned:
-                self._warned.add(name)
-                Console(stderr=True).print(
-                    f"warning: {100 * values[name]:.0f} % of the points {meaning}; "
-                    "try a smaller --model.reducer_lr, or a longer warm-up",
-                    soft_wrap=True,
-                )

@@ -1,4 +1,4 @@
-"""Building the policy that a training run starts from, with its processors."""
+"""Policies with their processors: loaded to act, or built to be trained."""
 
 import re
 from dataclasses import dataclass
@@ -9,42 +9,57 @@ import torch
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, RenameObservationsProcessorStep
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
-import lerobot_policy_grids
-from lerobot_policy_grids.adapters import get_adapter
-from lerobot_policy_grids.checkpoint import find_checkpoint, provenance, read_config, resolve_checkpoint
-from lerobot_policy_grids.configuration_grids import GridsConfig
-from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
-from lerobot_policy_grids.modeling_grids import GridsPolicy, build, load_checkpoint
-
-from .lora import merged_state_dict
-from .recipes import base_type
+from lerobot_policy_grids import GridsConfig, GridsPolicy, compress
+from lerobot_policy_grids.checkpoint import (
+    CHECKPOINT_FOLDER,
+    build,
+    check_processors,
+    find_checkpoint,
+    is_published,
+    load_checkpoint,
+    provenance,
+    read_config,
+    resolve_checkpoint,
+)
+from lerobot_policy_grids.checkpoint.find import require_complete
+from lerobot_policy_grids.checkpoint.save import save_policy
+from lerobot_policy_grids.configuration_grids import base_config
+from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.families import families, get_family
+from lerobot_policy_grids.reducers import ReducerConfig, reducer_config
 
 Tokens = int | Literal["dense"]
 
-# Name -> where its dense policy comes from: a Hub id, a folder in the package, or a configuration to start from random
-# weights.
-FAMILIES: dict[str, str | Path | type[PreTrainedConfig]] = {
-    "tiny": lerobot_policy_grids.TinySmolVLAConfig,
-    "tiny_metaworld": Path(lerobot_policy_grids.__file__).parent / "tiny" / "metaworld",
-    "smolvla": "lerobot/smolvla_base",
-    "pi0": "lerobot/pi0_base",
-    "pi05": "lerobot/pi05_base",
-    "pi0_fast": "lerobot/pi0fast-base",
-}
-
 
 @dataclass
-class TrainablePolicy:
-    """A policy and the processors that belong to it."""
+class LoadedPolicy:
+    """A policy and its processors.
 
-    policy: PreTrainedPolicy
+    Attributes:
+        policy: Dense or grids.
+        preprocessor: From observations in LeRobot's names to the policy's batch.
+        postprocessor: From the policy's actions to the robot's.
+        reducer: Name of the reducer that was put into a dense policy without training; empty for none.
+        resolution: Side in pixels at which a dense policy sees its images without training; None for its own.
+    """
+
+    policy: Any
     preprocessor: Any
     postprocessor: Any
+    reducer: str = ""
+    resolution: int | None = None
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """Names of observations to the policy's, where its pre-processor changes them."""
+        renames: dict[str, str] = {}
+        for step in self.preprocessor.steps:
+            renames |= getattr(step, "rename_map", {})
+        return renames
 
     def to(self, device: str) -> None:
         """Move policy and pre-processor to a device; the configuration says where the policy was trained."""
@@ -59,40 +74,259 @@ class TrainablePolicy:
         """Write configuration, weights and both processors, as LeRobot lays a checkpoint out.
 
         Args:
-            folder: Where to.
-            state: The policy's state where it is sharded over processes and has been gathered.
+            folder: Where to; it must exist.
+            state: The policy's state, where it is not what `policy.state_dict()` gives.
         """
-        self.policy.save_pretrained(folder, state_dict=merged_state_dict(self.policy, state))
+        save_policy(self.policy, folder, state)
         self.preprocessor.save_pretrained(folder)
         self.postprocessor.save_pretrained(folder)
 
 
-def wrap(base: Any, num_tokens: int, reducer: str = "grids") -> GridsPolicy:
-    """A grids policy with an untrained reducer around a dense policy, on its device.
+def load(
+    source: str | Path,
+    device: str | None = None,
+    num_tokens: int | None = None,
+    *,
+    rename_map: dict[str, str] | None = None,
+    n_action_steps: int | None = None,
+    reducer: str | ReducerConfig | None = None,
+    resolution: int | None = None,
+    verify: bool = False,
+) -> LoadedPolicy:
+    """Load a checkpoint strictly, dense or grids, with the processors that were saved beside it, ready to act.
+
+    Args:
+        source: Checkpoint folder, output folder of a run, or Hub id.
+        device: Where it runs; None keeps the checkpoint's, or what this machine has.
+        num_tokens: Run-time budget of a grids checkpoint, or of `reducer`.
+        rename_map: Names of the environment's observations to the policy's; None keeps the checkpoint's.
+        n_action_steps: Steps of each action chunk that are executed before the policy looks again; None keeps the
+            checkpoint's.
+        reducer: Reduce the tokens of a dense checkpoint so, without training.
+        resolution: Side in pixels at which a dense checkpoint sees its images, without training.
+        verify: Hash every file that a manifest names, also those that have not changed since they were hashed last.
 
     Raises:
-        BudgetError: If the policy has fewer tokens than that.
-        UnsupportedPolicyError: If the reducer cannot work in this family.
+        CheckpointError: If the checkpoint is incomplete or does not fit.
+        GridsError: If the policy's chunks are shorter than `n_action_steps`, or it has none.
     """
-    device = next(base.parameters()).device
-    config = GridsConfig(base=base.config, num_tokens=num_tokens, reducer=reducer, device="cpu")
-    config.device = str(device)
-    with torch.device(device):
-        policy = GridsPolicy(config, base=base)
-    return policy.eval()
+    folder = find_weights(str(source))
+    require_complete(folder)
+    config = read_config(folder)
+    if device is not None:
+        config.device = checked_device(device)
+    if num_tokens is not None and not isinstance(config, GridsConfig) and reducer is None:
+        raise CheckpointError(
+            f"{source} is a dense '{config.type}' policy, which has no token budget to set; drop --tokens, or say with "
+            "--reducer how its tokens should be reduced without training"
+        )
+    if reducer is not None and isinstance(config, GridsConfig):
+        raise CheckpointError(f"{source} was trained with reducer '{config.reducer.type}'; drop --reducer")
+    policy = _build(str(source), config, resolution)
+    load_checkpoint(policy, folder, verify=verify)
+    if reducer is not None:
+        policy = compress(policy, num_tokens, reducer)
+    elif num_tokens is not None:
+        policy.num_tokens = num_tokens
+    if n_action_steps is not None:
+        _set_action_steps(policy, n_action_steps)
+    policy.to(config.device)
+    policy.eval()
+    name = policy.config.reducer.type if reducer is not None else ""
+    return LoadedPolicy(policy, *load_processors(folder, config, rename_map), name, resolution)
 
 
-def set_resolution(source: str, config: PreTrainedConfig, side: int) -> None:
-    """Let a dense policy see its images at a side of `side` pixels, before it is built.
+def start(
+    source: str,
+    tokens: Tokens | None,
+    meta: LeRobotDatasetMetadata,
+    *,
+    reducer: str | dict[str, Any] | ReducerConfig | None = None,
+    schedule: str = "constant",
+    position_ids: str | None = None,
+    rename_map: dict[str, str] | None = None,
+    gradient_checkpointing: bool = False,
+    resolution: int | None = None,
+) -> LoadedPolicy:
+    """Build the policy to train, on the CPU, with processors that normalise by the dataset's statistics.
+
+    Args:
+        source: What to start from: a name of a family, a checkpoint folder or a Hub id.
+        tokens: Visual tokens per camera, or "dense" for the base policy as it is; None takes the reducer's default, or
+            what a grids checkpoint has.
+        meta: The dataset's metadata: features and statistics.
+        reducer: How tokens are reduced: a name, {"type": name, option: value, ...}, or a configuration. None takes
+            "grids", or what a grids checkpoint has.
+        schedule: K over the training steps. One that varies may use every token unless the reducer's `num_tokens_max`
+            says otherwise.
+        position_ids: How the trunk numbers visual tokens; None takes what suits the family, or what a grids
+            checkpoint has.
+        rename_map: Dataset feature names to the policy's, where they differ.
+        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
+        resolution: Side in pixels of the square that images are brought to; None keeps the policy's own.
 
     Raises:
-        GridsError: If it is a grids checkpoint, whose reducer was made for one token grid.
+        GridsError: If the policy, the budget and the dataset do not fit; the message says how.
     """
+    rename_map = rename_map or {}
+    features = _renamed(dataset_to_policy_features(meta.features), rename_map)
+    inputs = {k: v for k, v in features.items() if v.type in (FeatureType.VISUAL, FeatureType.STATE)}
+    outputs = {k: v for k, v in features.items() if v.type is FeatureType.ACTION}
+    asked = _asked_reducer(reducer)
+
+    folder = find_source(source)
+    if folder is not None:
+        config = read_config(folder)
+        get_family(base_config(config).type)
+        require_cameras(source, config, inputs)
+        # The checkpoint's cameras at the size that they have in this dataset.
+        config.input_features = {key: inputs.get(key, old) for key, old in config.input_features.items()}
+    else:
+        config = PreTrainedConfig.get_choice_class(source_type(source))(input_features=inputs, device="cpu")
+    config.device = "cpu"
+    config.output_features = outputs
+    # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
+    config.pretrained_path = None
+    _check_sizes(source, config)
+    if gradient_checkpointing:
+        if not hasattr(config, "gradient_checkpointing"):
+            raise GridsError(f"LeRobot's '{base_config(config).type}' has no gradient checkpointing; drop that option")
+        config.gradient_checkpointing = True
+
+    policy = _build(source, config, resolution)
+    if folder is not None:
+        load_checkpoint(policy, folder)
+    if isinstance(policy, GridsPolicy):
+        _continue(source, policy, tokens, asked, schedule, position_ids)
+    elif tokens == "dense":
+        given = {"reducer": reducer, "schedule": None if schedule == "constant" else schedule}
+        useless = [f"{n}={v}" for n, v in (given | {"position_ids": position_ids}).items() if v is not None]
+        if useless:
+            raise GridsError(
+                f"--tokens dense keeps every token, so {', '.join(useless)} would have nothing to do; drop one"
+            )
+    else:
+        policy = _wrap(policy, folder, tokens, asked, schedule, position_ids)
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
+    for step in preprocessor.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            step.rename_map = rename_map
+    return LoadedPolicy(policy, preprocessor, postprocessor)
+
+
+def _build(source: str, config: PreTrainedConfig, resolution: int | None) -> Any:
+    if resolution is None:
+        return build(config)
     if isinstance(config, GridsConfig):
         raise GridsError(f"{source} is a grids checkpoint, made for its own image size; drop --resolution")
-    if side < 1:
-        raise GridsError(f"--resolution {side}; give the side of a square in pixels")
-    setattr(config, get_adapter(config.type).resolution_field, (side, side))
+    if resolution < 1:
+        raise GridsError(f"--resolution {resolution}; give the side of a square in pixels")
+    family = get_family(config.type)
+    setattr(config, family.resolution_field, (resolution, resolution))
+    policy = build(config)
+    # Before a forward pass fails on an image that gives no whole grid.
+    family.layout(policy)
+    return policy
+
+
+def _asked_reducer(reducer: str | dict[str, Any] | ReducerConfig | None) -> dict[str, Any]:
+    """What was asked of the reducer: {"type": name, option: value, ...}; options that were left out are not there."""
+    if reducer is None:
+        return {}
+    if isinstance(reducer, ReducerConfig):
+        return {"type": reducer.type, **vars(reducer)}
+    return {"type": reducer} if isinstance(reducer, str) else {k: v for k, v in reducer.items() if v is not None}
+
+
+def _wrap(
+    policy: Any,
+    folder: Path | None,
+    tokens: int | None,
+    asked: dict[str, Any],
+    schedule: str,
+    position_ids: str | None,
+) -> GridsPolicy:
+    options = {"type": "grids", **asked}
+    if tokens is not None:
+        options.setdefault("num_tokens", tokens)
+        if options["num_tokens"] != tokens:
+            raise GridsError(f"--tokens {tokens} with a reducer of {options['num_tokens']}; give K once")
+    if schedule != "constant":
+        dense_tokens = get_family(policy.config.type).layout(policy).num_dense_tokens
+        options.setdefault("num_tokens_max", dense_tokens)
+    reducer = reducer_config(options.pop("type"), **options)
+    origin = provenance(folder) if folder is not None else None
+    repo_id, revision = origin or (None, None)
+    config = GridsConfig(
+        base=policy.config,
+        reducer=reducer,
+        position_ids=position_ids,
+        schedule=schedule,
+        base_repo_id=repo_id,
+        base_revision=revision,
+        device="cpu",
+    )
+    return GridsPolicy(config, base=policy)
+
+
+def _continue(
+    source: str,
+    policy: GridsPolicy,
+    tokens: Tokens | None,
+    asked: dict[str, Any],
+    schedule: str,
+    position_ids: str | None,
+) -> None:
+    """Train a grids checkpoint on: its budget and schedule may change, but not what it was built with."""
+    config = policy.config
+    if tokens == "dense":
+        raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")
+    has = {"type": config.reducer.type, **vars(config.reducer), "num_tokens_max": config.reducer.largest}
+    wanted = asked | ({} if position_ids is None else {"position_ids": position_ids})
+    for name, value in wanted.items():
+        before = config.position_ids if name == "position_ids" else has.get(name)
+        if name != "num_tokens" and value != before:
+            raise GridsError(
+                f"{source} was built with {'reducer' if name == 'type' else name}={before}, not {value}; drop that "
+                "option, or start from the dense policy"
+            )
+    budget = asked.get("num_tokens", tokens)
+    if budget is not None and policy.num_tokens > 0:
+        policy.num_tokens = budget
+    config.schedule = schedule
+    policy.follow_schedule(0)
+    policy.check_schedule()
+
+
+def _set_action_steps(policy: Any, steps: int) -> None:
+    config = base_config(policy.config)
+    longest = getattr(config, "chunk_size", None)
+    if longest is None or not hasattr(config, "n_action_steps"):
+        raise GridsError(f"a '{config.type}' policy does not act in chunks; drop --n_action_steps")
+    if not 1 <= steps <= longest:
+        raise GridsError(f"--n_action_steps {steps}; the policy's chunks have {longest} steps, so give 1 .. {longest}")
+    config.n_action_steps = steps
+
+
+def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None = None) -> tuple[Any, Any]:
+    """The (pre-processor, post-processor) that were saved beside a checkpoint.
+
+    Raises:
+        CheckpointError: If they cannot be built, or came from the Hub and hold what could run code.
+    """
+    # Those of a grids checkpoint were checked when it was found.
+    if is_published(folder) and not isinstance(config, GridsConfig):
+        check_processors(folder)
+    overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
+    if rename_map is not None:
+        overrides["rename_observations_processor"] = {"rename_map": rename_map}
+    try:
+        pre, post = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+    except Exception as error:  # LeRobot raises whatever its steps meet
+        raise CheckpointError(
+            f"the processors in {folder} cannot be built: {error}; copy the checkpoint again"
+        ) from error
+    return pre, post
 
 
 def parse_tokens(tokens: str | int) -> Tokens:
@@ -111,118 +345,101 @@ def parse_tokens(tokens: str | int) -> Tokens:
     return int(text)
 
 
-def find_source(source: str) -> type[PreTrainedConfig] | Path:
-    """What `--policy` names: a configuration to start from, or the folder of a checkpoint (fetched if on the Hub).
+def sources() -> dict[str, str | Path | None]:
+    """What `--policy` may be besides a folder or a Hub id: names, and where each one's dense policy comes from."""
+    return {name: place for family in families().values() for name, place in family.sources.items()}
+
+
+def find_source(source: str) -> Path | None:
+    """The folder of the checkpoint that `--policy` names, fetched if on the Hub; None for one that has no weights yet.
 
     Raises:
         UnsupportedPolicyError: If it is no family, folder or Hub id.
         CheckpointError: If there is no checkpoint, or the Hub does not give it.
     """
-    family = FAMILIES.get(source, source)
-    if not isinstance(family, str):
-        return resolve_checkpoint(family) if isinstance(family, Path) else family
-    if family == source and not Path(source).exists() and "/" not in source:
+    known = sources()
+    if source not in known and not Path(source).exists() and "/" not in source:
         raise UnsupportedPolicyError(
-            f"policy '{source}' is unknown; give a family ({', '.join(FAMILIES)}), a checkpoint folder, "
+            f"policy '{source}' is unknown; give a family ({', '.join(known)}), a checkpoint folder, "
             "or a Hub id like user/name or user/name@revision"
         )
-    return find_checkpoint(family)
+    place = known.get(source, source)
+    if isinstance(place, Path):
+        return resolve_checkpoint(place)
+    return None if place is None else find_checkpoint(place)
+
+
+def find_weights(source: str) -> Path:
+    """`find_source`, of a policy that has weights.
+
+    Raises:
+        CheckpointError: If it has none.
+    """
+    folder = find_source(source)
+    if folder is None:
+        raise CheckpointError(
+            f"'{source}' is a family with random weights; give the checkpoint folder of a trained policy"
+        )
+    return folder
 
 
 def source_type(source: str) -> str:
     """LeRobot's type of the dense policy that `--policy` names, or of the one inside a grids checkpoint.
 
     Raises:
-        UnsupportedPolicyError: If there is none, or no adapter for it.
+        UnsupportedPolicyError: If there is none, or it is not supported.
         CheckpointError: If it cannot be read or fetched.
     """
-    found = find_source(source)
-    config = read_config(found) if isinstance(found, Path) else found(device="cpu")
-    kind = base_type(config)
-    get_adapter(kind)
+    folder = find_source(source)
+    if folder is None:
+        return next(kind for kind, family in families().items() if source in family.sources)
+    kind: str = base_config(read_config(folder)).type
+    get_family(kind)
     return kind
 
 
-def build_policy(
-    source: str,
-    tokens: Tokens | None,
-    meta: LeRobotDatasetMetadata,
-    *,
-    rename_map: dict[str, str] | None = None,
-    gradient_checkpointing: bool = False,
-    resolution: int | None = None,
-    **options: Any,
-) -> TrainablePolicy:
-    """Build the policy to train, on the CPU, with processors that normalise by the dataset's statistics.
-
-    Args:
-        source: Family name, checkpoint folder or Hub id.
-        tokens: Visual tokens per camera, or "dense" for the base policy as it is; None takes the default, or what a
-            grids checkpoint has.
-        meta: The dataset's metadata: features and statistics.
-        rename_map: Dataset feature names to the policy's, where they differ.
-        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
-        resolution: Side in pixels of the square that images are brought to; None keeps the policy's own.
-        **options: Further fields of `GridsConfig`. None takes the default, or what a grids checkpoint has; a token
-            budget that varies may use every token unless `num_tokens_max` says otherwise.
+def checked_device(device: str) -> str:
+    """The device, if it exists here.
 
     Raises:
-        GridsError: If the policy, the budget and the dataset do not fit; the message says how.
+        GridsError: If torch knows no such device, or does not see it.
     """
-    options = {name: value for name, value in options.items() if value is not None}
-    rename_map = rename_map or {}
-    features = _renamed(dataset_to_policy_features(meta.features), rename_map)
-    inputs = {k: v for k, v in features.items() if v.type in (FeatureType.VISUAL, FeatureType.STATE)}
-    outputs = {k: v for k, v in features.items() if v.type is FeatureType.ACTION}
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise GridsError(f"device '{device}' is not available here ({str(error).splitlines()[0]}); try cpu") from error
+    return device
 
-    found = find_source(source)
-    folder = found if isinstance(found, Path) else None
-    if isinstance(found, Path):
-        config = read_config(found)
-        get_adapter(base_type(config))
-        require_cameras(source, config, inputs)
-        # The checkpoint's cameras at the size that they have in this dataset.
-        config.input_features = {key: inputs.get(key, old) for key, old in config.input_features.items()}
-    else:
-        config = found(input_features=inputs, device="cpu")
-    config.device = "cpu"
-    config.output_features = outputs
-    # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
-    config.pretrained_path = None
-    _check_sizes(source, config)
-    if gradient_checkpointing:
-        if not hasattr(config, "gradient_checkpointing"):
-            raise GridsError(f"LeRobot's '{base_type(config)}' has no gradient checkpointing; drop that option")
-        config.gradient_checkpointing = True
-    if resolution is not None:
-        set_resolution(source, config, resolution)
 
-    policy: Any = build(config)
-    if resolution is not None:
-        get_adapter(config.type).layout(policy)
-    if folder is not None:
-        load_checkpoint(policy, folder)
+def short_name(policy: str, *settings: str | int | None) -> str:
+    """What to call the results of a checkpoint that is run with some settings."""
+    path = Path(policy)
+    name = path.parent.name if path.name == CHECKPOINT_FOLDER else path.name
+    return "-".join([name, *(str(setting) for setting in settings if setting is not None)])
+
+
+def token_counts(policy: Any) -> tuple[int | None, int | None]:
+    """Visual tokens per camera of a policy: (those it uses, those of its dense policy); None where unknown."""
     if isinstance(policy, GridsPolicy):
-        _continue(source, policy, tokens, options)
-    elif tokens == "dense":
-        useless = [f"{name}={value}" for name, value in options.items() if value not in ("grids", "constant")]
-        if useless:
-            raise GridsError(
-                f"--tokens dense keeps every token, so {', '.join(useless)} would have nothing to do; drop one"
-            )
-    else:
-        if folder is not None and (source_and_commit := provenance(folder)) is not None:
-            options["base_repo_id"], options["base_revision"] = source_and_commit
-        if options.get("token_budget", "constant") != "constant":
-            options.setdefault("num_tokens_max", get_adapter(config.type).layout(policy).num_dense_tokens)
-        if tokens is not None:
-            options["num_tokens"] = tokens
-        policy = GridsPolicy(GridsConfig(base=config, device="cpu", **options), base=policy)
-    preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
-    for step in preprocessor.steps:
-        if isinstance(step, RenameObservationsProcessorStep):
-            step.rename_map = rename_map
-    return TrainablePolicy(policy, preprocessor, postprocessor)
+        return policy.num_tokens, policy.seam.layout.num_dense_tokens
+    try:
+        dense = get_family(policy.config.type).layout(policy).num_dense_tokens
+    except UnsupportedPolicyError:  # a policy without a token grid can still be evaluated
+        return None, None
+    return dense, dense
+
+
+def require_cameras(source: str, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:
+    """Raise `DatasetError` unless a dataset's features (by name) hold the cameras that a policy looks through."""
+    wanted = [key for key in config.image_features if "empty_camera" not in key]
+    have = [key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL]
+    missing = [key for key in wanted if key not in have]
+    # A policy trained with three cameras may be given two of them, as LeRobot allows.
+    if missing and not set(have) <= set(wanted):
+        raise DatasetError(
+            f"policy {source} looks through cameras {', '.join(wanted)}; the dataset has {', '.join(have)}. "
+            f'Rename with --rename_map \'{{"{have[0]}": "{missing[0]}"}}\''
+        )
 
 
 def _renamed(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, Any]:
@@ -239,7 +456,7 @@ def _renamed(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, 
 
 
 def _check_sizes(source: str, config: Any) -> None:
-    base = config.base if isinstance(config, GridsConfig) else config
+    base = base_config(config)
     for feature, field in ((config.robot_state_feature, "max_state_dim"), (config.action_feature, "max_action_dim")):
         limit = getattr(base, field, None)
         if feature is not None and limit is not None and feature.shape[0] > limit:
@@ -248,33 +465,3 @@ def _check_sizes(source: str, config: Any) -> None:
                 f"the dataset's {kind} has {size} dimensions, and {source} takes at most {limit} ({field}); "
                 "choose another policy, or a dataset with fewer"
             )
-
-
-def _continue(source: str, policy: GridsPolicy, tokens: Tokens | None, options: dict[str, Any]) -> None:
-    """Train a grids checkpoint on: its budgets may change, but not what it was built with."""
-    config = policy.config
-    if tokens == "dense":
-        raise BudgetError(f"{source} is a grids checkpoint; --tokens dense needs the dense policy it came from")
-    for name, value in options.items():
-        has = config.max_tokens if name == "num_tokens_max" else getattr(config, name)
-        if name != "token_budget" and value != has:
-            raise GridsError(
-                f"{source} was built with {name}={has}, not {value}; drop that option, or start from the dense policy"
-            )
-    if tokens is not None and policy.num_tokens > 0:
-        policy.num_tokens = tokens
-    config.token_budget, config.token_budget_step = options.get("token_budget", "constant"), 0
-    policy.check_budget()
-
-
-def require_cameras(source: str, config: PreTrainedConfig, inputs: dict[str, Any]) -> None:
-    """Raise `DatasetError` unless a dataset's features (by name) hold the cameras that a policy looks through."""
-    wanted = [key for key in config.image_features if "empty_camera" not in key]
-    have = [key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL]
-    missing = [key for key in wanted if key not in have]
-    # A policy trained with three cameras may be given two of them, as LeRobot allows.
-    if missing and not set(have) <= set(wanted):
-        raise DatasetError(
-            f"policy {source} looks through cameras {', '.join(wanted)}; the dataset has {', '.join(have)}. "
-            f'Rename with --rename_map \'{{"{have[0]}": "{missing[0]}"}}\''
-        )

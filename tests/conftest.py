@@ -78,26 +78,26 @@ def two_camera_dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dense_checkpoint(dataset, tmp_path_factory) -> Path:
     """A dense tiny policy with random weights, saved as `fit --tokens dense` saves it."""
-    from lerobot_grids.data import load_metadata
-    from lerobot_grids.policies import build_policy
+    from lerobot_grids.data.datamodule import load_metadata
+    from lerobot_grids.policies import start
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoints") / "dense"
     folder.mkdir()
-    build_policy("tiny", "dense", load_metadata(str(dataset))).save(folder)
+    start("tiny", "dense", load_metadata(str(dataset))).save(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def grids_checkpoint(dataset, dense_checkpoint, tmp_path_factory) -> Path:
     """A grids policy around the dense checkpoint: 16 tokens, at most 36."""
-    from lerobot_grids.data import load_metadata
-    from lerobot_grids.policies import build_policy
+    from lerobot_grids.data.datamodule import load_metadata
+    from lerobot_grids.policies import start
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("checkpoints") / "grids"
     folder.mkdir()
-    built = build_policy(str(dense_checkpoint), 16, load_metadata(str(dataset)), num_tokens_max=36)
+    built = start(str(dense_checkpoint), 16, load_metadata(str(dataset)), num_tokens_max=36)
     # Untrained offsets are zero; these let every path of the sampler matter.
     for parameter in built.policy.reducer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -66,7 +66,7 @@ def test_no_loose_modules_in_the_shelves():
 
 
 def test_extras_name_every_family():
-    from lerobot_policy_grids.adapters import ADAPTERS
+    from lerobot_policy_grids.families import ADAPTERS
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     # LeRobot has one extra for its three π policies.

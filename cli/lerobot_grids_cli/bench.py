@@ -6,7 +6,7 @@ from .parser import require_at_least, run
 
 
 def bench(
-    policy: str = "pi0",
+    policy: str,
     tokens: str = "16",
     reducer: str = "grids",
     cameras: int = 2,
@@ -23,17 +23,17 @@ def bench(
     """Measure what fewer visual tokens save: FLOPs per stage, with --device also milliseconds, dense beside K.
 
     One action chunk at batch 1, with all its denoising or decoding steps. Architectures are built at their real size
-    with random weights and need no download; without --device the π policies are only counted and need no memory.
+    with random weights and need no download; without --device most are only counted and need no memory.
 
     Args:
-        policy: Architecture (pi0, pi05, pi0_fast, smolvla, tiny), or the checkpoint of a trained policy.
+        policy: Name of a family, for its default architecture, or the checkpoint of a trained policy.
         tokens: Visual tokens per camera, one or several: 4,16,64.
         reducer: Ways of having so few tokens, one or several: grids,pool,fastv.
         cameras: Number of cameras of an architecture; a checkpoint has its own.
         language_tokens: Instruction tokens after padding. Defaults to what the family pads to.
         resolution: The plain alternative: the dense policy at smaller images, sides in pixels: 112,56.
         device: Where to measure time, such as cpu or cuda. Without it only FLOPs are counted.
-        dtype: Precision of the π policies' trunk; their vision tower stays float32, as LeRobot has it.
+        dtype: Precision, of families that have the choice; LeRobot keeps their vision tower in float32.
         warmup: Runs before timing starts.
         repeats: Timed runs.
         threads: CPU threads. Defaults to torch's choice.
@@ -44,9 +44,9 @@ def bench(
 
     from rich.console import Console
 
-    from lerobot_grids.profiling.compare import compare_costs
-    from lerobot_grids.profiling.report import draw_comparison, print_comparison
-    from lerobot_grids.progress import write_json
+    from lerobot_grids.console import write_json
+    from lerobot_grids.profiling.bench import bench as run_bench
+    from lerobot_grids.profiling.tables import draw_bench, print_bench
     from lerobot_policy_grids.errors import BudgetError
 
     def numbers(option: str, text: str | None) -> list[int]:
@@ -60,14 +60,14 @@ def bench(
     budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
     import torch
 
-    from lerobot_grids.evaluation.loading import checked_device
+    from lerobot_grids.policies import checked_device
 
     if device is not None:
         checked_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     with Console(stderr=True).status("building") as status:
-        result = compare_costs(
+        result = run_bench(
             policy,
             budgets,
             reducers=[name.strip() for name in reducer.split(",")],
@@ -80,10 +80,10 @@ def bench(
             repeats=repeats,
             on_progress=lambda name: status.update(f"measuring {name}"),
         )
-    print_comparison(result)
+    print_bench(result)
     write_json(json, result.to_dict())
     if picture is not None:
-        draw_comparison(result, Path(picture))
+        draw_bench(result, Path(picture))
         print(f"picture: {picture}")
 
 

@@ -49,11 +49,11 @@ def compare(
     from functools import partial
     from pathlib import Path
 
-    from lerobot_grids.evaluation.comparison import Method
-    from lerobot_grids.evaluation.comparison import compare as compare_methods
-    from lerobot_grids.evaluation.report import draw_methods, markdown, print_methods
+    from lerobot_grids.console import counting_bar, require_writable
+    from lerobot_grids.evaluation.paired import Method
+    from lerobot_grids.evaluation.paired import compare as compare_methods
+    from lerobot_grids.evaluation.tables import draw_methods, markdown, print_methods
     from lerobot_grids.evaluation.tampering import parse_tamperings
-    from lerobot_grids.progress import counting_bar, require_writable
     from lerobot_grids.simulation.environments import make_env_config, task_names
     from lerobot_policy_grids.errors import GridsError
 

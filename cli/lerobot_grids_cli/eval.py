@@ -36,8 +36,7 @@ def evaluate(
         tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
         episodes: Episodes of each task.
         tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for; or of --reducer.
-        reducer: Reduce the tokens of a dense policy in this way, without training: grids, uniform, pool, random, merge,
-            fastv, sparsevlm or blind.
+        reducer: Reduce the tokens of a dense policy in this way, without training, such as uniform, pool or fastv.
         resolution: Show a dense policy its images at this side in pixels, without training.
         seed: Seed of the first episode; the next ones follow.
         batch_size: Episodes that run side by side.
@@ -57,12 +56,13 @@ def evaluate(
     """
     from pathlib import Path
 
+    from lerobot_grids.console import counting_bar, require_writable
     from lerobot_grids.evaluation.films import film
-    from lerobot_grids.evaluation.loading import load_policy, short_name
     from lerobot_grids.evaluation.rollouts import check_fit
     from lerobot_grids.evaluation.rollouts import evaluate as run_episodes
+    from lerobot_grids.evaluation.tables import print_evaluation
     from lerobot_grids.evaluation.tampering import parse_tamperings
-    from lerobot_grids.progress import counting_bar, print_evaluation, require_writable
+    from lerobot_grids.policies import load, short_name
     from lerobot_grids.simulation.environments import make_env_config
 
     require_at_least(1, episodes=episodes, batch_size=batch_size)
@@ -72,7 +72,7 @@ def evaluate(
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
     # What the environment lacks is known before a large checkpoint is loaded.
     make_env_config(env, tasks, env_args, perturb=perturb)
-    loaded = load_policy(
+    loaded = load(
         policy,
         device=device,
         num_tokens=tokens,

@@ -11,17 +11,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lerobot_grids.averaging import TrainedWeightsAverage
-from lerobot_grids.callbacks import RunCheckpoint, Speed, TrainingProgress
-from lerobot_grids.checkpoint_io import STATE_FILES, find_state
-from lerobot_grids.data import LeRobotDataModule
-from lerobot_grids.hub import check_login, push
-from lerobot_grids.module import GridsModule
+from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.hub.prepare import Description
+from lerobot_grids.hub.push import check_login, push
 from lerobot_grids.policies import parse_tokens, source_type
-from lerobot_grids.publishing import Description
-from lerobot_grids.push_callback import PushCheckpoint
-from lerobot_grids.recipes import recipe_for
+from lerobot_grids.training.averaging import TrainedWeightsAverage
+from lerobot_grids.training.callbacks import Speed, TrainingProgress
+from lerobot_grids.training.checkpoints import PushCheckpoint, RunCheckpoint
+from lerobot_grids.training.module import GridsModule
+from lerobot_grids.training.state import STATE_FILES, find_state
 from lerobot_policy_grids.errors import GridsError, OutputExistsError
+from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
 from .fit_options import FitOptions
@@ -33,7 +33,7 @@ LINKS = (
     ("tokens", "model.tokens"),
     ("reducer", "model.reducer"),
     ("resolution", "model.resolution"),
-    ("budget", "model.budget"),
+    ("schedule", "model.schedule"),
     ("distill", "model.distill"),
     ("teacher", "model.teacher"),
     ("rename_map", "model.rename_map"),
@@ -63,11 +63,12 @@ class FitCLI(LightningCLI):
         tokens = None if options.tokens is None else parse_tokens(options.tokens)
         require_at_least(1, steps=options.steps, batch_size=options.batch_size, save_every=options.save_every)
         check_push(options)
-        recipe = recipe_for(source_type(options.policy))
-        parts = [options.reducer, None if options.reducer == "blind" else tokens, options.resolution]
+        recipe = get_family(source_type(options.policy)).recipe
+        reducer = options.reducer.get("type") if isinstance(options.reducer, dict) else options.reducer
+        parts = [reducer, None if reducer == "blind" else tokens, options.resolution]
         label = "-".join(str(part) for part in parts if part is not None) or "grids"
-        if options.budget != "constant":
-            label = f"{label}-{options.budget.partition(':')[0]}"
+        if options.schedule != "constant":
+            label = f"{label}-{options.schedule.partition(':')[0]}"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
         if not options.resume and self.output.exists():
             started = any((self.output / name).is_file() for name in STATE_FILES)
@@ -214,9 +215,10 @@ def _describe_tokens(module: GridsModule) -> str:
         return "all visual tokens per camera"
     if policy.num_tokens == 0:
         return "no visual tokens"
-    text = f"{policy.config.num_tokens} visual tokens per camera by '{policy.config.reducer}'"
-    if policy.config.token_budget != "constant":
-        text += f" (budget in training: {policy.config.token_budget}, up to {policy.config.max_tokens})"
+    reducer = policy.config.reducer
+    text = f"{reducer.budget} visual tokens per camera by '{reducer.type}'"
+    if policy.config.schedule != "constant":
+        text += f" (schedule in training: {policy.config.schedule}, up to {reducer.largest})"
     if module.distillation is not None:
         start, end = module.distill
         share = f"{100 * start:.0f} %" if start == end else f"{100 * start:.0f} to {100 * end:.0f} %"

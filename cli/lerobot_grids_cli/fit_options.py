@@ -1,11 +1,12 @@
 """The main options of `fit`: their docstrings are its help, their values what Lightning's side is told."""
 
 from dataclasses import dataclass
+from typing import Any
 
 EPILOG = (
     "Everything Lightning offers is reachable too: --trainer.devices, --trainer.strategy, --trainer.precision, "
     "--trainer.accumulate_grad_batches, ..., and the rest of the model and the data: --model.lr, "
-    "--model.condition_on, --data.val_fraction, ... `lerobot-grids fit --help_all` lists them, "
+    "--model.train, --data.val_fraction, ... `lerobot-grids fit --help_all` lists them, "
     "`--print_config` writes them as YAML, `--config FILE` reads them back."
 )
 
@@ -17,16 +18,17 @@ class FitOptions:
     dataset: str
     """Folder of a LeRobotDataset, or its id on the Hub (user/name)."""
     policy: str = "tiny"
-    """What to start from: a family (tiny, smolvla, pi0, pi05, pi0_fast), tiny_metaworld (trained and in the package),
-    a checkpoint folder, or a Hub id."""
+    """What to start from: a family by its name (the README lists them, and so does the error for an unknown one), a
+    checkpoint folder, or a Hub id. tiny is a small policy with random weights that needs no download, tiny_metaworld a
+    trained one in the package."""
     tokens: int | str | None = None
     """Visual tokens per camera, or 'dense' to train the policy as it is. Defaults to 16, or to a checkpoint's own."""
-    reducer: str | None = None
-    """How tokens are reduced: grids (the default), or one of what it is compared with: uniform, pool, random, merge,
-    fastv, sparsevlm, or blind for no visual tokens at all."""
+    reducer: str | dict[str, Any] | None = None
+    """How tokens are reduced: grids (the default), or what it is compared with, such as pool, uniform, tome, or blind
+    for no visual tokens at all. With options: --reducer.type grids --reducer.condition_on '[image]'."""
     resolution: int | None = None
     """Side in pixels of the square that images are brought to: fewer tokens by smaller images."""
-    budget: str = "constant"
+    schedule: str = "constant"
     """K over the steps: constant; linear, cosine or exponential, from every token down to --tokens; or elastic, drawn
     anew at each step, for a checkpoint that serves any budget."""
     distill: float = 0.0
@@ -36,7 +38,7 @@ class FitOptions:
     output: str | None = None
     """Folder for checkpoint and logs. Defaults to outputs/<policy>-<tokens>; must not exist unless --resume."""
     steps: int | None = None
-    """Training steps. Defaults to the family's recipe: 2000 for tiny, 20000 for smolvla, 30000 for the π policies."""
+    """Training steps. Defaults to the family's recipe: 2000 for tiny, 20000 or 30000 for the large ones."""
     batch_size: int | None = None
     """Frames per step and device. By default the recipe's batch, in micro-batches that are accumulated."""
     seed: int = 0

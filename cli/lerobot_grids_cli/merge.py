@@ -13,8 +13,8 @@ def merge(source: str, folder: str, json: str | None = None) -> None:
     """
     from pathlib import Path
 
-    from lerobot_grids import hub
-    from lerobot_grids.progress import require_writable, write_json
+    from lerobot_grids.console import require_writable, write_json
+    from lerobot_grids.hub import pull as hub
 
     if json is not None:
         require_writable(Path(json))

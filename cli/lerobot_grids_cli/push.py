@@ -40,9 +40,9 @@ def push(
     from dataclasses import asdict
     from pathlib import Path
 
-    from lerobot_grids import hub
-    from lerobot_grids.progress import require_writable, write_json
-    from lerobot_grids.publishing import Description
+    from lerobot_grids.console import require_writable, write_json
+    from lerobot_grids.hub import push as hub
+    from lerobot_grids.hub.prepare import Description
 
     if json is not None:
         require_writable(Path(json))

@@ -31,9 +31,9 @@ def record(
         workers: Processes that simulate.
         json: File for the counts and times.
     """
-    from lerobot_grids.progress import counting_bar, write_json
-    from lerobot_grids.recording import record as record_dataset
+    from lerobot_grids.console import counting_bar, write_json
     from lerobot_grids.simulation.metaworld import expand_tasks
+    from lerobot_grids.simulation.recording import record as record_dataset
 
     require_at_least(1, episodes=episodes, workers=workers)
     require_at_least(16, size=size)

@@ -35,13 +35,13 @@ def validate(
     """
     from pathlib import Path
 
-    from lerobot_grids.data import LeRobotDataModule
-    from lerobot_grids.evaluation.loading import load_policy, token_counts
-    from lerobot_grids.policies import parse_tokens
-    from lerobot_grids.progress import counting_bar, print_validation, require_writable
-    from lerobot_grids.teachers import require_alike
-    from lerobot_grids.validation import Validation, budgets_of, draw_validation, held_out_share, require_fit
-    from lerobot_grids.validation import validate as run_validation
+    from lerobot_grids.console import counting_bar, require_writable
+    from lerobot_grids.data.datamodule import LeRobotDataModule
+    from lerobot_grids.evaluation.open_loop import Validation, budgets_of, draw_validation, held_out_share, require_fit
+    from lerobot_grids.evaluation.open_loop import validate as run_validation
+    from lerobot_grids.evaluation.tables import print_validation
+    from lerobot_grids.policies import load, parse_tokens, token_counts
+    from lerobot_grids.training.distillation import require_alike
     from lerobot_policy_grids.errors import BudgetError
 
     require_at_least(1, frames=frames, batch_size=batch_size)
@@ -56,7 +56,7 @@ def validate(
     for path in (json, picture):
         if path is not None:
             require_writable(Path(path))
-    loaded = load_policy(policy, device=device, rename_map=rename_map)
+    loaded = load(policy, device=device, rename_map=rename_map)
     budgets = budgets_of(loaded.policy, asked)
     data = LeRobotDataModule(
         dataset,
@@ -67,7 +67,7 @@ def validate(
     require_fit(policy, loaded, data.meta)
     dense = None
     if teacher is not None:
-        dense = load_policy(teacher, device=device, rename_map=rename_map)
+        dense = load(teacher, device=device, rename_map=rename_map)
         require_alike(teacher, dense.policy.config, dense.preprocessor, loaded.policy.config, loaded.preprocessor)
     data.load(loaded.policy.config)
     used = len(data.val_dataset or [])  # type: ignore[arg-type]

@@ -8,20 +8,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .measurements import ALL_TASKS, Measurements
 
-# How a card says what a reducer does; a name that is not here is said plainly.
-REDUCERS = {
-    "grids": "read at places that it chooses itself (GridS, [arXiv 2605.11817](https://arxiv.org/abs/2605.11817))",
-    "uniform": "read at a fixed lattice",
-    "pool": "averages of blocks of the image",
-    "random": "drawn at random for every image",
-    "merge": "merged from all by likeness (Token Merging, [arXiv 2210.09461](https://arxiv.org/abs/2210.09461))",
-    "fastv": "left after the trunk's first layers by attention (FastV, [arXiv 2403.06764](https://arxiv.org/abs/2403.06764))",
-    "sparsevlm": (
-        "left after the trunk's first layers by the instruction (SparseVLM, "
-        "[arXiv 2410.04417](https://arxiv.org/abs/2410.04417))"
-    ),
-    "blind": "so that it sees nothing: a floor to compare with",
-}
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -33,7 +19,8 @@ class PolicyFacts:
         repo_id: Where it is pushed to.
         family: LeRobot's type of the dense policy.
         num_tokens: K; None for a dense policy.
-        reducer: How tokens are reduced, by its name in `--reducer`.
+        reducer: Name of the reducer, as in `--reducer`.
+        reducer_summary: What its tokens are, in words.
         num_tokens_max: Largest K that it can serve.
         cameras: Names of its images.
         format: "adapter" or "full".
@@ -62,6 +49,7 @@ class PolicyFacts:
     picture: bool = False
     tags: list[str] = field(default_factory=list)
     reducer: str = "grids"
+    reducer_summary: str = ""
 
 
 def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMPLATE) -> str:
@@ -70,9 +58,9 @@ def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMP
     Args:
         facts: Of the checkpoint.
         measurements: Of it, and of what it is compared with.
-        template: A jinja2 template; it gets `card_data`, `facts`, `measurements` and `reducers`.
+        template: A jinja2 template; it gets `card_data`, `facts` and `measurements`.
     """
-    given: dict[str, Any] = {"facts": facts, "measurements": measurements, "reducers": REDUCERS}
+    given: dict[str, Any] = {"facts": facts, "measurements": measurements}
     card = ModelCard.from_template(_metadata(facts, measurements), template_path=str(template), **given)
     return str(card).rstrip() + "\n"
 

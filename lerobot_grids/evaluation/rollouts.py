@@ -17,7 +17,7 @@ from lerobot.utils.constants import ACTION
 
 from lerobot_policy_grids.errors import SimulationError
 
-from .loading import LoadedPolicy, token_counts
+from ..policies import LoadedPolicy, token_counts
 from .success import Evaluation, summarise
 from .tampering import other_instructions, tamper
 

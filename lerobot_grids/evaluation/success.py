@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..progress import write_json
+from ..console import write_json
 from .statistics import wilson_interval
 
 

@@ -12,9 +12,9 @@ import torch
 from lerobot.utils.constants import OBS_IMAGE, OBS_STATE
 from torch import Tensor
 
-from lerobot_policy_grids.adapters import get_adapter
 from lerobot_policy_grids.errors import SimulationError
-from lerobot_policy_grids.modeling_grids import GridsPolicy
+from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.modeling_grids import dense_policy
 
 Observation = dict[str, Any]
 
@@ -129,10 +129,8 @@ def mean_state(preprocessor: Any) -> Tensor:
 
 @contextmanager
 def _shuffled_tokens(policy: Any, random: torch.Generator) -> Iterator[None]:
-    if isinstance(policy, GridsPolicy):
-        source = policy.adapter.feature_source(policy.base)
-    else:
-        source = get_adapter(policy.config.type).feature_source(policy)
+    base = dense_policy(policy)
+    source = get_family(base.config.type).feature_source(base)
 
     def shuffle(module: Any, inputs: Any, features: Tensor) -> Tensor:
         return features[:, torch.randperm(features.shape[1], generator=random).to(features.device)]

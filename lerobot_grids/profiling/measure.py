@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lerobot_policy_grids.adapters import Stages, get_adapter
-from lerobot_policy_grids.modeling_grids import GridsPolicy
+from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.families import Stages, get_family
+from lerobot_policy_grids.modeling_grids import dense_policy
 
 STAGES = ("vision", "projector", "sampler", "prefill", "steps")
 
@@ -54,20 +55,15 @@ class Cost:
         return asdict(self) | {"total_flops": self.total_flops}
 
 
-def base_of(policy: Any) -> Any:
-    """The dense policy inside a grids policy, or the policy itself."""
-    return policy.base if isinstance(policy, GridsPolicy) else policy
-
-
 def stages_of(policy: Any) -> Stages:
     """The measurable parts of a policy."""
-    base = base_of(policy)
-    return get_adapter(base.config.type).stages(base)
+    base = dense_policy(policy)
+    return get_family(base.config.type).stages(base)
 
 
 @contextmanager
 def _steps(policy: Any, count: int) -> Iterator[None]:
-    config, name = base_of(policy).config, stages_of(policy).steps_field
+    config, name = dense_policy(policy).config, stages_of(policy).steps_field
     saved = getattr(config, name)
     setattr(config, name, count)
     try:
@@ -102,20 +98,25 @@ def _meter(policy: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]
 
 def prefix_length(policy: Any, batch: dict[str, Tensor]) -> int:
     """Tokens of the prefix that the trunk gets for `batch`."""
-    model, name = base_of(policy).model, stages_of(policy).prefix
+    base, name = dense_policy(policy), stages_of(policy).prefix
+    family, embed = get_family(base.config.type), getattr(base.model, name)
+    # A family may have put its own in place.
+    before = vars(base.model).get(name)
     lengths: list[int] = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        result = getattr(type(model), name)(model, *args, **kwargs)
-        lengths.append(result[0].shape[1])
-        return result
+        prefix = embed(*args, **kwargs)
+        lengths.append(family.prefix_length(prefix))
+        return prefix
 
-    setattr(model, name, spy)
+    setattr(base.model, name, spy)
     try:
         with _steps(policy, 1), torch.no_grad():
             policy.predict_action_chunk(dict(batch))
     finally:
-        delattr(model, name)
+        delattr(base.model, name)
+        if before is not None:
+            setattr(base.model, name, before)
     return lengths[0]
 
 
@@ -130,7 +131,7 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
     vision.config._attn_implementation = "eager"
     totals: list[int] = []
     parts: dict[str, float] = {}
-    steps = getattr(base_of(policy).config, stages_of(policy).steps_field)
+    steps = getattr(dense_policy(policy).config, stages_of(policy).steps_field)
     try:
         for count in (1, 2, 3) if stages_of(policy).decodes else (1, 2):
             with _steps(policy, count), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -154,7 +155,7 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
     Returns:
         ({stage: median milliseconds, "total": ...}, 95th percentile of the total in milliseconds).
     """
-    steps = getattr(base_of(policy).config, stages_of(policy).steps_field)
+    steps = getattr(dense_policy(policy).config, stages_of(policy).steps_field)
     cuda = next(policy.parameters()).is_cuda
 
     def now() -> float:

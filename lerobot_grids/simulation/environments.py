@@ -36,7 +36,7 @@ def make_env_config(
     """
     if name == "metaworld":
         try:
-            from . import metaworld  # noqa: F401  (registers it)
+            from lerobot_grids.simulation import metaworld  # noqa: F401  (registers it)
         except ImportError as error:
             raise SimulationError(
                 f"MetaWorld is not installed ({error}); install it with: pip install 'lerobot_policy_grids[sim]'"

@@ -5,19 +5,49 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import draccus
+import lerobot.policies  # noqa: F401  (registers the built-in policy types)
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 
-from .base_choice import GRIDS_TYPE, BasePolicyChoice
-from .budget import GRAMMAR, TokenBudget
 from .errors import BudgetError, CheckpointError, GridsError
-from .interpolation import INTERPOLATIONS
-from .sampler import CONTEXTS
+from .reducers import ReducerConfig, reducer_config
+from .schedule import GRAMMAR, TokenSchedule
 
-REDUCER_NAMES = ("grids", "uniform", "pool", "random", "merge", "fastv", "sparsevlm", "blind")
+GRIDS_TYPE = "grids"
 POSITION_IDS = ("consecutive", "dense")
+REFUSED_PUSH = (
+    "LeRobot's own push sends its training configuration, which holds paths of this machine; drop --policy.repo_id, "
+    "give --policy.push_to_hub=false, and push with: lerobot-grids push RUN/checkpoints/last/pretrained_model user/name"
+)
 # Fields of PreTrainedConfig that wrapper and base must agree on; LeRobot sets them on the wrapper.
 SHARED_FIELDS = ("n_obs_steps", "input_features", "output_features", "device", "use_amp")
+
+
+# draccus registers every choice of a choice field before parsing, so a field of type `PreTrainedConfig` inside a
+# `PreTrainedConfig` recurses for ever and hangs every LeRobot command, even `--policy.type=act`. It looks inside a
+# choice type only if that is a dataclass.
+@dataclass
+class BasePolicyChoice(draccus.ChoiceRegistry):
+    """The type of `GridsConfig.base`: `PreTrainedConfig`'s choices without "grids"."""
+
+    @classmethod
+    def get_known_choices(cls) -> dict[str, Any]:
+        return {name: choice for name, choice in PreTrainedConfig.get_known_choices().items() if name != GRIDS_TYPE}
+
+    @classmethod
+    def get_choice_class(cls, name: str) -> Any:
+        return cls.get_known_choices()[name]
+
+    @classmethod
+    def get_choice_name(cls, subcls: Any) -> str:
+        if subcls is cls:
+            raise ValueError(f"{cls.__name__} is a proxy and no choice itself")
+        return str(PreTrainedConfig.get_choice_name(subcls))
+
+
+# Without this draccus drops the "type" key when it encodes a base config, and the file cannot be read back.
+BasePolicyChoice.register(PreTrainedConfig)
 
 
 @PreTrainedConfig.register_subclass(GRIDS_TYPE)
@@ -30,50 +60,30 @@ class GridsConfig(PreTrainedConfig):
     """
 
     base: BasePolicyChoice | None = field(
-        default=None, metadata={"help": "The policy that is wrapped: --policy.base.type=smolvla, ..."}
+        default=None, metadata={"help": "The policy that is wrapped: --policy.base.type=NAME, ..."}
     )
-    num_tokens: int = field(default=16, metadata={"help": "K: visual tokens per camera."})
-    num_tokens_max: int | None = field(
-        default=None,
-        metadata={"help": "Largest K this checkpoint can serve at run time. Defaults to num_tokens at training."},
+    reducer: ReducerConfig = field(
+        default_factory=lambda: reducer_config("grids"),
+        metadata={"help": "How its visual tokens are reduced: --policy.reducer.type=grids, ..."},
     )
-    camera_tokens: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Cameras that get fewer tokens than K, and how many at most."}
+    num_tokens: int | None = field(
+        default=None, metadata={"help": "Short for reducer.num_tokens, K: visual tokens per camera."}
     )
-    token_budget: str = field(default="constant", metadata={"help": f"K over the training steps: {GRAMMAR}."})
-    token_budget_steps: int = field(
-        default=0,
-        metadata={"help": "Training steps over which a linear, cosine or exponential token budget goes down."},
-    )
-    # Steps of the token budget that are done, so that lerobot-train goes on where it stopped.
-    token_budget_step: int = 0
-    reducer: str = field(default="grids", metadata={"help": f"How tokens are reduced: one of {REDUCER_NAMES}."})
-    condition_on: list[str] = field(
-        default_factory=lambda: ["image", "language", "state", "camera"],
-        metadata={"help": f"What the coordinates depend on: any of {CONTEXTS}."},
-    )
-    hidden_width: int = field(default=512, metadata={"help": "Hidden units of the coordinate head."})
-    geometry_width: int = field(default=256, metadata={"help": "Hidden units of the geometry embedding; 0 for none."})
-    anchored: bool = field(
-        default=True,
-        metadata={"help": "Whether each coordinate starts at an anchor of its own, or, as in the paper, all freely."},
-    )
-    interpolation: str = field(
-        default="antialiased", metadata={"help": f"How the feature map is read: one of {INTERPOLATIONS}."}
-    )
-    position_ids: str = field(
-        default="consecutive",
-        metadata={"help": f"How the trunk numbers visual tokens: one of {POSITION_IDS}, dense as if all were there."},
-    )
-    full_layers: int | None = field(
+    position_ids: str | None = field(
         default=None,
         metadata={
-            "help": "Layers of the trunk that see every token (fastv, sparsevlm). Default: 2, or half of fewer than 4."
+            "help": f"How the trunk numbers visual tokens: one of {POSITION_IDS}, dense as if all were there. "
+            "Defaults to what suits the family."
         },
+    )
+    schedule: str = field(default="constant", metadata={"help": f"K over the training steps: {GRAMMAR}."})
+    schedule_steps: int = field(
+        default=0,
+        metadata={"help": "Training steps over which a linear, cosine or exponential schedule goes down."},
     )
     base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})
     base_revision: str | None = field(default=None, metadata={"help": "Commit of base_repo_id that was used."})
-    # Of this format; raised when a field changes its meaning.
+    # Version of this format; raised when a field changes its meaning.
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -86,34 +96,42 @@ class GridsConfig(PreTrainedConfig):
                 f"grids configuration version {self.version}, but this release reads version 1; "
                 "upgrade lerobot_policy_grids"
             )
-        if self.reducer not in REDUCER_NAMES:
-            raise GridsError(f"reducer '{self.reducer}' is unknown; choose one of {', '.join(REDUCER_NAMES)}")
-        unknown = sorted(set(self.condition_on) - set(CONTEXTS))
-        if unknown:
-            raise GridsError(f"condition_on holds {unknown}; choose any of {', '.join(CONTEXTS)}")
-        if not 1 <= self.num_tokens <= self.max_tokens:
-            raise BudgetError(
-                f"num_tokens={self.num_tokens} with num_tokens_max={self.max_tokens}; "
-                f"choose num_tokens from 1 .. {self.max_tokens}"
-            )
-        if self.interpolation not in INTERPOLATIONS:
-            raise GridsError(
-                f"interpolation '{self.interpolation}' is unknown; choose one of {', '.join(INTERPOLATIONS)}"
-            )
-        if self.position_ids not in POSITION_IDS:
+        if self.repo_id is not None:
+            raise GridsError(REFUSED_PUSH)
+        if self.num_tokens is not None:
+            self.set_num_tokens(self.num_tokens)
+            self.num_tokens = None
+        if self.position_ids not in (None, *POSITION_IDS):
             raise GridsError(f"position_ids '{self.position_ids}' is unknown; choose one of {', '.join(POSITION_IDS)}")
-        _ = self.budget  # refuses what cannot be read
+        if self.position_ids == "dense" and self.reducer.in_trunk:
+            raise GridsError(
+                f"reducer '{self.reducer.type}' keeps the position ids of the tokens that it keeps; drop position_ids"
+            )
+        _ = self.token_schedule  # refuses what cannot be read
         self.share_with_base()
 
-    @property
-    def budget(self) -> TokenBudget:
-        """K over the training steps."""
-        return TokenBudget(self.token_budget, self.max_tokens, self.num_tokens, self.token_budget_steps)
+    def set_num_tokens(self, num_tokens: int) -> None:
+        """Act with K tokens per camera from now on.
+
+        Raises:
+            BudgetError: If the reducer cannot.
+        """
+        reducer: Any = self.reducer
+        if reducer.budget == 0:
+            raise BudgetError(f"num_tokens={num_tokens}, but reducer '{reducer.type}' keeps none; drop num_tokens")
+        reducer.num_tokens = num_tokens
+        reducer.__post_init__()
 
     @property
-    def max_tokens(self) -> int:
-        """Largest budget the sampler is built for."""
-        return self.num_tokens if self.num_tokens_max is None else self.num_tokens_max
+    def token_schedule(self) -> TokenSchedule:
+        """K over the training steps.
+
+        Raises:
+            BudgetError: If it cannot be read, or there are no tokens to schedule.
+        """
+        if self.reducer.budget == 0 and self.schedule != "constant":
+            raise BudgetError(f"schedule '{self.schedule}' of a blind policy, which has no visual tokens; drop it")
+        return TokenSchedule(self.schedule, self.reducer.largest, self.reducer.budget, self.schedule_steps)
 
     def share_with_base(self) -> None:
         """Give the base what LeRobot put on the wrapper, and take from it what only the base was told."""
@@ -134,7 +152,7 @@ class GridsConfig(PreTrainedConfig):
             GridsError: If none was given.
         """
         if self.base is None:
-            raise GridsError("policy type 'grids' wraps another policy; say which with --policy.base.type=smolvla")
+            raise GridsError("policy type 'grids' wraps another policy; say which with --policy.base.type=NAME")
         base: Any = self.base
         return base
 
@@ -180,11 +198,12 @@ class GridsConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # Where the weights came from is a fact about a machine and a moment; a checkpoint holds its own weights.
-        saved = deepcopy(self)
-        saved.num_tokens_max = self.max_tokens
+        saved: Any = deepcopy(self)
+        if saved.reducer.budget:
+            saved.reducer.num_tokens_max = saved.reducer.largest
         config: Any
         for config in filter(None, (saved, saved.base)):
+            # Not saved: the checkpoint holds its own weights.
             config.pretrained_path = config.pretrained_revision = None
         if hasattr(saved, "load_vlm_weights"):
             saved.load_vlm_weights = False
@@ -192,3 +211,8 @@ class GridsConfig(PreTrainedConfig):
 
 
 _OWN_FIELDS = {f.name for f in fields(GridsConfig)}
+
+
+def base_config(config: Any) -> Any:
+    """The dense policy's configuration, of itself or of a grids policy."""
+    return config.require_base() if config.type == GRIDS_TYPE else config

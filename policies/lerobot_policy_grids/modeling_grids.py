@@ -7,72 +7,55 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, Seam, get_adapter
-from .base_weights import fetch_base
-from .checkpoint import find_checkpoint, load_weights, policy_type
-from .configuration_grids import GridsConfig
+from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
+from .checkpoint.find import find_checkpoint, policy_type
+from .checkpoint.load import load_checkpoint
+from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
 from .errors import BudgetError, CheckpointError, GridsError
-from .files import ADAPTER_FILE, MANIFEST_FILE, WEIGHTS_FILE
-from .manifest import verify_manifest
-from .reducer import Reducer
-from .reducers import make_reducer
+from .families import DensePolicy, Seam, get_family
+from .forwarding import declare_as, forward_methods
+from .reducers import Reducer, ReducerConfig, reducer_config
 
-# Draws after which an elastic budget has shown what it draws.
+# Draws after which an elastic schedule has shown what it draws.
 MANY_STEPS = 1000
 # Arguments of `from_pretrained` that are meant for the Hub's client.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
-def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
-    """Construct the policy that a configuration describes with random weights, fetching none.
+def compress(policy: Any, num_tokens: int | None = None, reducer: str | ReducerConfig = "grids") -> "GridsPolicy":
+    """Give a dense policy K visual tokens per camera, by an untrained reducer.
 
     Args:
-        config: Of a base policy or of a grids policy.
-        **kwargs: What its constructor takes besides.
-    """
-    # A grids configuration passes this on to its base.
-    if hasattr(config, "load_vlm_weights"):
-        config.load_vlm_weights = False
-    return get_policy_class(config.type)(config, **kwargs)
+        policy: A LeRobot policy of a supported type. It is changed in place; `detach()` of the result gives it back,
+            bit-identical to what it was.
+        num_tokens: K. Defaults to the reducer's own, 16.
+        reducer: The name of a reducer, or its configuration.
 
-
-def load_checkpoint(policy: Any, folder: Path) -> None:
-    """Load a checkpoint folder's weights into a policy, dense or grids: exactly, or not at all.
-
-    An adapter's base is fetched from the Hub, or its cache, first. LeRobot's own `from_pretrained` of the π policies
-    prints failures and returns random weights.
+    Returns:
+        The grids policy, on the same device and in evaluation mode.
 
     Raises:
-        CheckpointError: If the weights or an adapter's base do not fit, or a file is not as the folder's manifest says.
+        UnsupportedPolicyError: If the policy's type is not supported, or the reducer cannot work in it.
+        BudgetError: If the policy has fewer tokens than that.
     """
-    manifest = verify_manifest(folder)
-    if manifest is None or manifest.base is None:
-        load_file(policy, folder / WEIGHTS_FILE)
-    elif isinstance(policy, GridsPolicy):
-        load_file(policy.base, fetch_base(manifest.base))
-        load_weights(policy, folder / ADAPTER_FILE, required="reducer.")
-    else:
-        raise CheckpointError(f"{folder} is an adapter for a '{policy.config.type}' policy, expected 'grids'")
+    device = next(policy.parameters()).device
+    chosen = reducer_config(reducer) if isinstance(reducer, str) else reducer
+    # LeRobot's configurations look for the device that they name, and "meta" is none.
+    config = GridsConfig(base=policy.config, reducer=chosen, num_tokens=num_tokens, device="cpu")
+    config.device = str(device)
+    with torch.device(device):
+        return GridsPolicy(config, base=policy).eval()
 
 
-def load_file(policy: Any, path: Path) -> None:
-    """Load a weights file that holds all of a policy, under its names of today or of older releases.
-
-    Raises:
-        CheckpointError: If it does not fit exactly.
-    """
-    kind = policy.config.type
-    rename = partial(get_adapter(kind).checkpoint_names, policy) if kind in ADAPTERS else None
-    load_weights(policy, path, rename)
-
-
+@forward_methods
 class GridsPolicy(PreTrainedPolicy):
-    """Any supported VLA, with K sampled visual tokens per camera.
+    """Any supported VLA, with K visual tokens per camera.
+
+    What the base policy can, this policy can (`forwarding`).
 
     Args:
         config: Its configuration.
@@ -81,36 +64,40 @@ class GridsPolicy(PreTrainedPolicy):
         **kwargs: `dataset_stats` and `dataset_meta`, passed to the base policy.
 
     Raises:
-        UnsupportedPolicyError: If no adapter knows the base policy.
-        BudgetError: If `config.num_tokens` exceeds the dense policy's tokens.
+        UnsupportedPolicyError: If the base policy's type is not supported.
+        BudgetError: If `config.reducer.num_tokens` exceeds the dense policy's tokens.
         CheckpointError: If the base's weights do not fit.
     """
 
     config_class = GridsConfig
-    name = "grids"
+    name = GRIDS_TYPE
 
-    def __init__(self, config: GridsConfig, *, base: PreTrainedPolicy | None = None, **kwargs: Any) -> None:
+    def __init__(self, config: GridsConfig, *, base: Any | None = None, **kwargs: Any) -> None:
         super().__init__(config)
         self.config: GridsConfig
         config.share_with_base()
         base_config = config.require_base()
-        self.adapter = get_adapter(base_config.type)
+        self.family = get_family(base_config.type)
         if base is None:
-            # Starting from the vision-language model's own weights is a wish that only the base's class can fulfil.
+            # Only the base's constructor honours load_vlm_weights.
             base = get_policy_class(base_config.type)(base_config, **kwargs)
             if base_config.pretrained_path is not None:
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base
-        layout = self.adapter.layout(base)
-        self.reducer: Any = make_reducer(config, layout)
+        declare_as(type(self), type(base))
+        layout = self.family.layout(base)
+        self.reducer: Any = config.reducer.build(layout)
+        self._is_attached = True
         self._looks_everywhere = False
         self.seam = Seam(partial(_current_reducer, self), layout)
-        self.check_budget()
-        self.adapter.attach(base, self.seam)
+        self.check_schedule()
+        self.family.attach(base, self.seam)
         if self.reducer.in_trunk:
-            self.adapter.attach_to_trunk(base, self.seam)
-        elif config.position_ids == "dense":
-            self.adapter.keep_positions(base, self.seam)
+            self.family.attach_to_trunk(base, self.seam)
+        else:
+            config.position_ids = config.position_ids or self.family.position_ids
+            if config.position_ids == "dense":
+                self.family.keep_positions(base, self.seam)
         self.to(config.device)
 
     @property
@@ -121,29 +108,29 @@ class GridsPolicy(PreTrainedPolicy):
     @num_tokens.setter
     def num_tokens(self, value: int) -> None:
         self._set_tokens(value)
-        self.config.num_tokens = self.num_tokens
+        self.config.set_num_tokens(self.num_tokens)
 
     def _set_tokens(self, value: int) -> None:
-        # PEFT keeps the original reducer beside its trainable copy, in a wrapper that would swallow the attribute.
-        for module in self.reducer.modules():
-            if hasattr(type(module), "tokens_of"):
-                module.num_tokens = value
+        for reducer in self._reducers():
+            reducer.num_tokens = value
 
-    def check_budget(self) -> None:
-        """Refuse a token budget that could not do what it says.
+    def _reducers(self) -> list[Any]:
+        # PEFT keeps the original reducer beside its trainable copy, in a wrapper that would swallow attributes.
+        return [module for module in self.reducer.modules() if isinstance(module, Reducer)]
+
+    def check_schedule(self) -> None:
+        """Refuse a token schedule that could not do what it says.
 
         Raises:
-            BudgetError: If there are no tokens to budget, or none to come down from.
+            BudgetError: If the reducer cannot serve one of its budgets, or there is nothing to come down from.
         """
-        config, budget = self.config, self.config.budget
+        config, schedule = self.config, self.config.token_schedule
         for k in self._coming_budgets():
             self.reducer.check_budget(k)
-        if self.num_tokens == 0:
-            if budget.schedule != "constant" or config.camera_tokens:
-                raise BudgetError("a blind policy has no visual tokens: drop token budget and camera_tokens")
-        elif budget.goes_down and config.max_tokens == config.num_tokens < self.seam.layout.num_dense_tokens:
+        largest = config.reducer.largest
+        if schedule.goes_down and largest == config.reducer.budget < self.seam.layout.num_dense_tokens:
             raise BudgetError(
-                f"token budget '{budget.text}' has nothing to come down from: num_tokens_max is {config.max_tokens}, "
+                f"token schedule '{schedule.text}' has nothing to come down from: num_tokens_max is {largest}, "
                 "as num_tokens; give a larger num_tokens_max, or start from the dense policy"
             )
 
@@ -151,27 +138,32 @@ class GridsPolicy(PreTrainedPolicy):
         """What the reducer will be asked for, where it cannot serve everything."""
         if type(self.reducer).check_budget is Reducer.check_budget:
             return set()
-        # Elastic budgets have no last step.
-        steps = self.config.token_budget_steps or MANY_STEPS
-        budgets = {self.config.num_tokens} | {self.config.budget.at(step) for step in range(steps)}
-        return {min(k, limit) for k in budgets for limit in (k, *self.config.camera_tokens.values())}
+        # An elastic schedule has no last step.
+        steps = self.config.schedule_steps or MANY_STEPS
+        budgets = {self.config.reducer.budget} | {self.config.token_schedule.at(step) for step in range(steps)}
+        limits = getattr(self.reducer, "camera_limits", {}).values()
+        return {min(k, limit) for k in budgets for limit in (k, *limits)}
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module. In training the token budget is that of the step, otherwise `num_tokens`."""
+        """As of any module. In training the budget is that of the step, otherwise `config.reducer.num_tokens`."""
         super().train(mode)
-        self.follow_budget(self.config.token_budget_step)
+        if self.config.schedule != "constant":
+            self.follow_schedule(int(self.reducer.schedule_step))
         return self
 
-    def follow_budget(self, step: int) -> int:
+    def follow_schedule(self, step: int) -> int:
         """Set the budget of a training step, counted from 0, and return it."""
-        self.config.token_budget_step = step
-        if self.num_tokens > 0:
-            self._set_tokens(self.config.budget.at(step) if self.training else self.config.num_tokens)
+        if self.config.schedule != "constant":
+            for reducer in self._reducers():
+                reducer.schedule_step.fill_(step)
+            self._set_tokens(self.config.token_schedule.at(step) if self.training else self.config.reducer.budget)
         return self.num_tokens
 
     def update(self) -> None:
         """A training step is done; lerobot-train says so after each."""
-        self.follow_budget(self.config.token_budget_step + 1)
+        self.follow_schedule(int(self.reducer.schedule_step) + 1)
+        if hasattr(self.base, "update"):
+            self.base.update()
 
     @contextmanager
     def looking_everywhere(self) -> Iterator[None]:
@@ -182,10 +174,24 @@ class GridsPolicy(PreTrainedPolicy):
         finally:
             self._looks_everywhere = False
 
-    def detach(self) -> PreTrainedPolicy:
-        """Take the reducer out and return the base policy, bit-identical to what it was before wrapping."""
-        self.adapter.detach(self.base)
-        base: PreTrainedPolicy = self.base
+    def detach(self) -> Any:
+        """Take the reducer out and return the base policy, bit-identical to what it was before wrapping.
+
+        This policy then refuses to act and to be trained.
+        """
+        self.family.detach(self.base)
+        self._is_attached = False
+        return self.base
+
+    def require_attached(self) -> DensePolicy:
+        """The base policy.
+
+        Raises:
+            GridsError: If the reducer was taken out of it.
+        """
+        if not self._is_attached:
+            raise GridsError("this policy was detached from its base; use the base, or wrap it again with compress()")
+        base: DensePolicy = self.base
         return base
 
     def forward(self, batch: dict[str, Tensor], **kwargs: Any) -> tuple[Tensor, dict[str, Any] | None]:
@@ -198,22 +204,23 @@ class GridsPolicy(PreTrainedPolicy):
         Returns:
             (loss, dictionary of plain numbers to log).
         """
-        loss, log = self.base.forward(batch, **kwargs)
+        loss, log = self.require_attached().forward(batch, **kwargs)
         return loss, log
 
-    def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Action chunk [b, chunk_size, action_dim] of the base policy, seen through K tokens per camera."""
-        chunk: Tensor = self.base.predict_action_chunk(batch, **kwargs)
-        return chunk
+        return self.require_attached().predict_action_chunk(batch, **kwargs)
 
-    def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Next action [b, action_dim], from the base policy's queue.
 
         Raises:
             GridsError: If it is NaN or infinite, which no robot should be sent.
         """
-        action: Tensor = self.base.select_action(batch, **kwargs)
-        if not torch.isfinite(action).all():
+        action = self.require_attached().select_action(batch, **kwargs)
+        # Newer LeRobot may return an output object that holds the action.
+        values = action if isinstance(action, Tensor) else action.action
+        if not torch.isfinite(values).all():
             raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
         return action
 
@@ -221,11 +228,20 @@ class GridsPolicy(PreTrainedPolicy):
         self.base.reset()
 
     def get_optim_params(self) -> Any:
-        params: list[nn.Parameter] = [p for p in self.parameters() if p.requires_grad]
-        return params
+        """The base policy's parameters as it groups or names them, and the reducer's.
 
-    def supports_rtc(self) -> bool:
-        return bool(self.base.supports_rtc())
+        Returns:
+            What the base returns (parameters, groups, or names to parameters), with the reducer's added. Frozen
+            parameters are left out.
+        """
+        params, reducer = self.base.get_optim_params(), dict(self.reducer.named_parameters(prefix="reducer"))
+        if isinstance(params, dict):
+            return {name: p for name, p in (params | reducer).items() if p.requires_grad}
+        params = list(params)
+        added = [p for p in reducer.values() if p.requires_grad]
+        if params and isinstance(params[0], dict):
+            return [*params, {"params": added}] if added else params
+        return [*(p for p in params if p.requires_grad), *added]
 
     def init_rtc_processor(self) -> None:
         """Real-time chunking: LeRobot sets `rtc_config` on the wrapper's configuration, which is the base's."""
@@ -246,34 +262,15 @@ class GridsPolicy(PreTrainedPolicy):
             "modules_to_save": [*(targets.get("modules_to_save") or []), "reducer"],
         }
 
-    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        # They would describe what was here before.
+    def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
+        # A manifest or an adapter left here would describe older weights.
         for name in (MANIFEST_FILE, ADAPTER_FILE):
             (save_directory / name).unlink(missing_ok=True)
-        super()._save_pretrained(save_directory, state_dict=state_dict)
+        super()._save_pretrained(save_directory, **kwargs)
 
-    def push_model_to_hub(
-        self,
-        cfg: Any,
-        peft_model: Any | None = None,
-        state_dict: dict[str, Tensor] | None = None,
-        dataset_meta: Any | None = None,
-    ) -> None:
-        """Push the trained policy as lerobot-train asks for it: one commit, without paths of this machine.
-
-        Args:
-            cfg: LeRobot's training configuration.
-            peft_model: PEFT's wrapper, where the policy was trained through one; it is merged.
-            state_dict: The whole state, where it is sharded.
-            dataset_meta: Not used; LeRobot's own card shows it.
-
-        Raises:
-            GridsError: If it is not fit to be pushed, or the Hub refuses.
-        """
-        # Only here: acting needs no cards.
-        from .training_push import push_trained
-
-        push_trained(self, cfg, peft_model, state_dict)
+    def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: LeRobot's push sends its training configuration, which holds paths of this machine."""
+        raise GridsError(REFUSED_PUSH)
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> Self:
@@ -304,7 +301,22 @@ class GridsPolicy(PreTrainedPolicy):
         load_checkpoint(model, Path(model_file).parent)
         return model
 
+    def __getattr__(self, name: str) -> Any:
+        # Reached for what neither this policy nor LeRobot's own class has.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__["_modules"].get("base")
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
 
 def _current_reducer(policy: GridsPolicy) -> nn.Module | None:
     reducer: nn.Module = policy.reducer
     return None if policy._looks_everywhere else reducer
+
+
+def dense_policy(policy: Any) -> Any:
+    """The dense policy inside a grids policy, or the policy itself."""
+    return policy.base if isinstance(policy, GridsPolicy) else policy

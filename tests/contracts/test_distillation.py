@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from driving import wrap
-from lerobot_grids.distillation import DenseTeacher, Distillation, SelfTeacher, copied, watch
-from lerobot_grids.lora import add_lora
-from lerobot_policy_grids.adapters import get_adapter
+from driving import act, wrap
+from lerobot_grids.training.distillation import DenseTeacher, Distillation, SelfTeacher, copied, watch
+from lerobot_grids.training.lora import add_lora
+from lerobot_policy_grids.families import get_family
 
 
 def student_of(family, num_tokens, lora=False, cameras=1):
     policy = wrap(family.policy(cameras), num_tokens)
     policy.base.requires_grad_(False)
-    # LeRobot names no targets for π0-FAST.
+    # LeRobot names no targets for some families.
     if lora and policy.base._get_default_peft_targets():
         add_lora(policy.base, 4)
         for name, parameter in policy.base.named_parameters():
@@ -24,9 +24,9 @@ def student_of(family, num_tokens, lora=False, cameras=1):
 def dense_prediction(family, batch, seed, cameras=1):
     """What the policy predicts that was never wrapped."""
     policy = family.policy(cameras)
-    prediction = get_adapter(policy.config.type).prediction(policy)
+    target = get_family(policy.config.type).target(policy)
     torch.manual_seed(seed)
-    with torch.no_grad(), watch(prediction) as seen:
+    with torch.no_grad(), watch(target) as seen:
         policy.forward(copied(batch))
     return seen[0]
 
@@ -81,7 +81,7 @@ def test_the_distance_teaches_reducer_and_adapters_and_nothing_else(family):
 def test_vision_runs_once_for_both(family):
     policy = student_of(family, 4, lora=True, cameras=2)
     calls = []
-    vision = policy.adapter.stages(policy.base).vision
+    vision = policy.family.stages(policy.base).vision
     vision.register_forward_hook(lambda *args: calls.append(len(args[1][0]) if args[1] else 0))
     batch = family.batch(policy.base)
     Distillation(policy, SelfTeacher(policy)).losses(batch)
@@ -110,9 +110,7 @@ def test_a_self_teacher_keeps_no_second_copy(family):
 def test_after_looking_everywhere_the_policy_looks_at_k_places_again(family):
     policy = wrap(family.policy(), 4).eval()
     batch = family.batch(policy.base)
-    _, inference = family.fix_noise(policy.base)
-    before = policy.predict_action_chunk(copied(batch), **inference)
+    before = act(policy, batch)
     with pytest.raises(RuntimeError, match="stop"), policy.looking_everywhere():
         raise RuntimeError("stop")
-    policy.reset()
-    assert torch.equal(policy.predict_action_chunk(copied(batch), **inference), before)
+    assert torch.equal(act(policy, batch), before)

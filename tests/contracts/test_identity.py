@@ -14,9 +14,9 @@ def test_identity_at_all_tokens_is_exact_for_one_camera(family, dtype):
     policy = family.policy()
     batch = family.batch(policy)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss, chunk, gradients = run(policy, family, batch)
+        loss, chunk, gradients = run(policy, batch)
         wrapped = wrap(policy, family.tokens_per_camera)
-        loss_k, chunk_k, gradients_k = run(wrapped, family, batch)
+        loss_k, chunk_k, gradients_k = run(wrapped, batch)
     assert torch.equal(loss, loss_k)
     assert torch.equal(chunk, chunk_k)
     assert gradients.keys() == gradients_k.keys()
@@ -28,8 +28,8 @@ def test_identity_at_all_tokens_is_exact_for_one_camera(family, dtype):
 def test_identity_at_all_tokens_up_to_rounding_for_several_cameras(family, cameras):
     policy = family.policy(cameras)
     batch = family.batch(policy)
-    loss, chunk, gradients = run(policy, family, batch)
-    loss_k, chunk_k, gradients_k = run(wrap(policy, family.tokens_per_camera), family, batch)
+    loss, chunk, gradients = run(policy, batch)
+    loss_k, chunk_k, gradients_k = run(wrap(policy, family.tokens_per_camera), batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
     torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
     for name, gradient in gradients.items():
@@ -40,30 +40,31 @@ def test_detach_restores_the_dense_policy_bit_for_bit(family):
     policy = family.policy()
     batch = family.batch(policy)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    loss, chunk, _ = run(policy, family, batch)
+    loss, chunk, _ = run(policy, batch)
     wrapped = train_offsets(wrap(policy, 9))
-    reduced, _, _ = run(wrapped, family, batch)
+    reduced, _, _ = run(wrapped, batch)
     assert not torch.equal(loss, reduced)
     restored = wrapped.detach()
     assert restored is policy
-    loss_after, chunk_after, _ = run(policy, family, batch)
+    loss_after, chunk_after, _ = run(policy, batch)
     assert torch.equal(loss, loss_after)
     assert torch.equal(chunk, chunk_after)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
 @pytest.mark.parametrize(("cameras", "k"), [(1, 16), (2, 4), (3, 1)])
-def test_prefix_is_shorter_and_masks_and_positions_follow(family, cameras, k):
+def test_prefix_is_shorter_and_masks_and_positions_follow(concatenating_family, cameras, k):
+    family = concatenating_family
     policy = family.policy(cameras)
     batch = family.batch(policy)
     seen = family.spy(policy)
     policy.forward(dict(batch))
-    act(policy, family, batch)
+    act(policy, batch)
     dense = list(seen)
     seen.clear()
     wrapped = wrap(policy, k)
     wrapped.forward(dict(batch))
-    act(wrapped, family, batch)
+    act(wrapped, batch)
     removed = cameras * (family.tokens_per_camera - k)
     assert len(seen) == len(dense)
     for (length, mask, positions), (dense_length, dense_mask, dense_positions) in zip(seen, dense, strict=True):
@@ -77,7 +78,8 @@ def test_prefix_is_shorter_and_masks_and_positions_follow(family, cameras, k):
         assert torch.equal(positions[0, :visual], torch.arange(visual))
 
 
-def test_a_camera_may_get_fewer_tokens_than_the_others(family):
+def test_a_camera_may_get_fewer_tokens_than_the_others(concatenating_family):
+    family = concatenating_family
     policy = family.policy(2)
     batch = family.batch(policy)
     lengths, chunks = [], []
@@ -86,7 +88,7 @@ def test_a_camera_may_get_fewer_tokens_than_the_others(family):
         policy = family.policy(2)
         seen = family.spy(policy)
         wrapped = train_offsets(wrap(policy, 5, camera_tokens=limits))
-        chunks.append(act(wrapped, family, batch))
+        chunks.append(act(wrapped, batch))
         lengths.append(seen[0][0])
     assert lengths[0] - lengths[1] == 3
     assert lengths[2] == lengths[0]
@@ -105,13 +107,13 @@ def test_a_copy_is_whole_and_its_own(family, duplicate):
         return
     wrapped = train_offsets(wrap(dense, 9))
     batch = family.batch(wrapped.base)
-    before, *_ = run(wrapped, family, batch)
+    before, *_ = run(wrapped, batch)
     twin = duplicate(wrapped)
-    assert torch.equal(run(twin, family, batch)[0], before)
+    assert torch.equal(run(twin, batch)[0], before)
     torch.nn.init.zeros_(twin.reducer.geometry.out.weight)
     torch.nn.init.normal_(twin.reducer.coordinate_head.out.bias)
-    assert not torch.equal(run(twin, family, batch)[0], before)
-    assert torch.equal(run(wrapped, family, batch)[0], before)
+    assert not torch.equal(run(twin, batch)[0], before)
+    assert torch.equal(run(wrapped, batch)[0], before)
 
 
 def test_identity_with_a_camera_missing(family):
@@ -119,8 +121,8 @@ def test_identity_with_a_camera_missing(family):
     policy = family.policy(cameras=3)
     batch = family.batch(policy)
     del batch[list(policy.config.image_features)[1]]
-    loss, chunk, _ = run(policy, family, batch)
-    loss_k, chunk_k, _ = run(wrap(policy, family.tokens_per_camera), family, batch)
+    loss, chunk, _ = run(policy, batch)
+    loss_k, chunk_k, _ = run(wrap(policy, family.tokens_per_camera), batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
     torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
 
@@ -137,14 +139,14 @@ def test_image_region_is_where_the_policy_puts_the_image(family, height, width):
     def keep(module, args, kwargs):
         pixels.append((args[0] if args else kwargs["pixel_values"])[0, 0])
 
-    wrapped.adapter.stages(policy).vision.register_forward_pre_hook(keep, with_kwargs=True)
-    act(wrapped, family, batch)
+    wrapped.family.stages(policy).vision.register_forward_pre_hook(keep, with_kwargs=True)
+    act(wrapped, batch)
     # White is 1 after normalisation; padding is not.
     white = (pixels[0] > 0.99).nonzero()
     (top, left), (bottom, right) = white.amin(0).tolist(), (white.amax(0) + 1).tolist()
     size = pixels[0].shape[0]
     expected = (left / size, top / size, right / size, bottom / size)
-    assert wrapped.adapter.image_region(policy, height, width) == pytest.approx(expected)
+    assert wrapped.family.image_region(policy, height, width) == pytest.approx(expected)
 
 
 def test_feature_map_is_row_major(family):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from lerobot_policy_grids.families.positions import dense_positions
 
 from driving import ROUNDING, act, run, train_offsets, wrap
-from lerobot_policy_grids.adapters.positions import dense_positions
 
 
 def spy(trunk, seen):
@@ -21,33 +21,33 @@ def spy(trunk, seen):
 def test_at_all_tokens_they_are_the_dense_ones(family):
     policy = family.policy(cameras=2)
     batch = family.batch(policy)
-    loss, chunk, _ = run(policy, family, batch)
+    loss, chunk, _ = run(policy, batch)
     wrapped = wrap(policy, family.tokens_per_camera, position_ids="dense")
-    loss_k, chunk_k, _ = run(wrapped, family, batch)
+    loss_k, chunk_k, _ = run(wrapped, batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
     torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("cameras", [1, 2])
-def test_what_follows_the_images_stays_where_it_was(family, cameras, monkeypatch):
-    policy = family.policy(cameras)
-    batch = family.batch(policy)
-    trunk, seen = family.trunk(policy), []
+def test_what_follows_the_images_stays_where_it_was(concatenating_family, cameras, monkeypatch):
+    policy = concatenating_family.policy(cameras)
+    batch = concatenating_family.batch(policy)
+    trunk, seen = concatenating_family.trunk_of(policy), []
     monkeypatch.setattr(type(trunk), "forward", spy(trunk, seen))
     policy.forward(dict(batch))
-    act(policy, family, batch)
+    act(policy, batch)
     dense = list(seen)
     seen.clear()
     wrapped = wrap(policy, 4, position_ids="dense")
     wrapped.forward(dict(batch))
-    act(wrapped, family, batch)
+    act(wrapped, batch)
     assert len(seen) == len(dense) > 1
-    visual, all_visual = 4 * cameras, family.tokens_per_camera * cameras
+    visual, all_visual = 4 * cameras, concatenating_family.tokens_per_camera * cameras
     starts = wrapped.reducer.anchor_cells[wrapped.reducer._raster_order(4)]
     cells = starts[:, 1] * wrapped.reducer.token_grid[1] + starts[:, 0]
     for (prefix, ours), (_, theirs) in zip(seen, dense, strict=True):
         if prefix and ours.shape[1] > 1:
-            kept = torch.cat([cells + camera * family.tokens_per_camera for camera in range(cameras)])
+            kept = torch.cat([cells + camera * concatenating_family.tokens_per_camera for camera in range(cameras)])
             assert torch.equal(ours[:, :visual], theirs[:, :all_visual][:, kept].float())
             assert torch.equal(ours[:, visual:], theirs[:, all_visual:].float())
         else:
@@ -57,27 +57,27 @@ def test_what_follows_the_images_stays_where_it_was(family, cameras, monkeypatch
 def test_it_matters_and_is_undone(family):
     policy = family.policy()
     batch = family.batch(policy)
-    before = act(policy, family, batch)
-    here = act(train_offsets(wrap(policy, 4)), family, batch)
+    before = act(policy, batch)
+    here = act(train_offsets(wrap(policy, 4)), batch)
     policy.config.device = "cpu"
     wrapped = wrap(family.policy(), 4, position_ids="dense")
-    there = act(train_offsets(wrapped), family, batch)
+    there = act(train_offsets(wrapped), batch)
     assert not torch.equal(here, there)
     restored = wrapped.detach()
-    torch.testing.assert_close(act(restored, family, batch), before, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(act(restored, batch), before, atol=ROUNDING, rtol=0)
 
 
-def test_without_visual_tokens_what_follows_stays_too(family, monkeypatch):
-    policy = family.policy()
-    batch = family.batch(policy)
-    trunk, seen = family.trunk(policy), []
+def test_without_visual_tokens_what_follows_stays_too(concatenating_family, monkeypatch):
+    policy = concatenating_family.policy()
+    batch = concatenating_family.batch(policy)
+    trunk, seen = concatenating_family.trunk_of(policy), []
     monkeypatch.setattr(type(trunk), "forward", spy(trunk, seen))
-    act(policy, family, batch)
+    act(policy, batch)
     _, dense = seen[0]
     seen.clear()
-    act(wrap(policy, 4, reducer="blind", position_ids="dense"), family, batch)
+    act(wrap(policy, 4, reducer="blind", position_ids="dense"), batch)
     _, ours = seen[0]
-    assert torch.equal(ours, dense[:, family.tokens_per_camera :].float())
+    assert torch.equal(ours, dense[:, concatenating_family.tokens_per_camera :].float())
 
 
 def test_between_two_cells_is_between_their_ids():

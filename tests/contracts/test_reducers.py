@@ -3,32 +3,35 @@
 import pytest
 import torch
 
-from driving import ROUNDING, act, run, wrap
+from driving import ROUNDING, act, loss_of, run, wrap
 from lerobot_policy_grids.errors import BudgetError, UnsupportedPolicyError
+from lerobot_policy_grids.reducers import ReducerConfig
 
-BEFORE_TRUNK = ("grids", "uniform", "pool", "random", "merge")
-IN_TRUNK = ("fastv", "sparsevlm")
+CONFIGS = ReducerConfig.get_known_choices()
+IN_TRUNK = [name for name, config in CONFIGS.items() if config.in_trunk]
+BEFORE_TRUNK = [name for name in CONFIGS if name not in (*IN_TRUNK, "blind")]
 
 
 @pytest.mark.parametrize("reducer", BEFORE_TRUNK)
 def test_all_tokens_are_the_dense_policy(family, reducer):
     policy = family.policy(cameras=2)
     batch = family.batch(policy)
-    loss, chunk, _ = run(policy, family, batch)
-    loss_k, chunk_k, _ = run(wrap(policy, family.tokens_per_camera, reducer=reducer), family, batch)
+    loss, chunk, _ = run(policy, batch)
+    loss_k, chunk_k, _ = run(wrap(policy, family.tokens_per_camera, reducer=reducer), batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
     torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("reducer", BEFORE_TRUNK)
-def test_the_trunk_gets_k_tokens_per_camera(family, reducer):
+def test_the_trunk_gets_k_tokens_per_camera(concatenating_family, reducer):
+    family = concatenating_family
     policy = family.policy(cameras=2)
     batch = family.batch(policy)
     seen = family.spy(policy)
-    act(policy, family, batch)
+    act(policy, batch)
     dense = seen[0][0]
     seen.clear()
-    act(wrap(policy, 4, reducer=reducer), family, batch)
+    act(wrap(policy, 4, reducer=reducer), batch)
     assert seen[0][0] == dense - 2 * (family.tokens_per_camera - 4)
 
 
@@ -42,7 +45,7 @@ def test_a_trunk_that_cannot_be_trained_so_has_no_loss(acting_family, reducer):
 @pytest.mark.parametrize("reducer", IN_TRUNK)
 def test_a_trunk_that_cannot_be_reached_is_refused(family, reducer):
     if not family.pruned:
-        with pytest.raises(UnsupportedPolicyError, match="inside the trunk of a 'pi0_fast'"):
+        with pytest.raises(UnsupportedPolicyError, match=f"inside the trunk of a '{family.policy_type}'"):
             wrap(family.policy(), 4, reducer=reducer)
     else:
         assert wrap(family.policy(), 4, reducer=reducer).num_tokens == 4
@@ -52,19 +55,19 @@ def test_a_trunk_that_cannot_be_reached_is_refused(family, reducer):
 def test_all_tokens_in_the_trunk_act_as_the_dense_policy(pruned_family, reducer):
     policy = pruned_family.policy(cameras=2)
     batch = pruned_family.batch(policy)
-    chunk = act(policy, pruned_family, batch)
+    chunk = act(policy, batch)
     wrapped = wrap(policy, pruned_family.tokens_per_camera, reducer=reducer)
-    torch.testing.assert_close(act(wrapped, pruned_family, batch), chunk, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(act(wrapped, batch), chunk, atol=ROUNDING, rtol=0)
     restored = wrapped.detach()
-    assert torch.equal(act(restored, pruned_family, batch), chunk)
+    assert torch.equal(act(restored, batch), chunk)
 
 
 @pytest.mark.parametrize("reducer", IN_TRUNK)
 def test_all_tokens_in_the_trunk_train_as_the_dense_policy(trained_family, reducer):
     policy = trained_family.policy(cameras=2)
     batch = trained_family.batch(policy)
-    loss, _, gradients = run(policy, trained_family, batch)
-    loss_k, _, gradients_k = run(wrap(policy, trained_family.tokens_per_camera, reducer=reducer), trained_family, batch)
+    loss, _, gradients = run(policy, batch)
+    loss_k, _, gradients_k = run(wrap(policy, trained_family.tokens_per_camera, reducer=reducer), batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
     assert gradients.keys() == gradients_k.keys()
     for name, gradient in gradients.items():
@@ -79,7 +82,7 @@ def test_dropping_in_an_acting_trunk_is_masking_in_it(acting_family, cameras):
     wrapped = wrap(policy, 5, reducer="fastv")
     chosen = []
     wrapped.reducer.register_forward_hook(lambda module, inputs, output: chosen.append(output.places))
-    chunk = act(wrapped, acting_family, batch)
+    chunk = act(wrapped, batch)
     (kept,) = chosen
     policy = wrapped.detach()
     dropped = torch.ones(len(kept), cameras * acting_family.tokens_per_camera, dtype=torch.bool).scatter(1, kept, False)
@@ -94,7 +97,7 @@ def test_dropping_in_an_acting_trunk_is_masking_in_it(acting_family, cameras):
     for layers in (model.paligemma.model.language_model.layers, model.gemma_expert.model.layers):
         for layer in layers[max(1, min(2, len(layers) // 2)) :]:
             layer.register_forward_pre_hook(mask, with_kwargs=True)
-    torch.testing.assert_close(act(policy, acting_family, batch), chunk, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(act(policy, batch), chunk, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])
@@ -106,7 +109,7 @@ def test_dropping_in_the_trunk_is_masking_in_the_trunk(trained_family, cameras, 
     wrapped = wrap(policy, 5, reducer="fastv")
     chosen = []
     wrapped.reducer.register_forward_hook(lambda module, inputs, output: chosen.append(output.places))
-    loss, chunk, _ = run(wrapped, trained_family, batch)
+    loss, chunk, _ = run(wrapped, batch)
     for_loss, for_chunk = chosen
     assert for_loss.shape == (len(batch["action"]), 5 * cameras)
     policy = wrapped.detach()
@@ -134,11 +137,9 @@ def test_dropping_in_the_trunk_is_masking_in_the_trunk(trained_family, cameras, 
             setattr(pruning, name, layer(name))
 
     masked(for_loss)
-    torch.manual_seed(4)
-    options, _ = trained_family.fix_noise(policy)
-    torch.testing.assert_close(policy.forward(dict(batch), **options)[0], loss, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(loss_of(policy, batch), loss, atol=ROUNDING, rtol=0)
     masked(for_chunk)
-    torch.testing.assert_close(act(policy, trained_family, batch), chunk, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(act(policy, batch), chunk, atol=ROUNDING, rtol=0)
 
 
 def test_denoising_steps_do_not_lengthen_the_cache(trained_family):
@@ -154,7 +155,7 @@ def test_denoising_steps_do_not_lengthen_the_cache(trained_family):
         return result
 
     vlm.forward = forward
-    act(wrapped, trained_family, batch)
+    act(wrapped, batch)
     prefix, *steps = lengths
     assert prefix[0] - prefix[1] == trained_family.tokens_per_camera - 5
     assert len(steps) == 4

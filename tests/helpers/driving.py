@@ -3,14 +3,21 @@
 import torch
 
 from lerobot_policy_grids import GridsConfig, GridsPolicy
+from lerobot_policy_grids.modeling_grids import dense_policy
+from lerobot_policy_grids.reducers import reducer_config
 
 # One vision call for all cameras instead of one each: other batch sizes round differently in float32.
 ROUNDING = 1e-5
+# Of the policy's configuration; all other options are the reducer's.
+POLICY_OPTIONS = ("position_ids", "schedule", "schedule_steps")
 
 
-def wrap(policy, k, **options):
+def wrap(policy, k, reducer="grids", **options):
     """A grids policy of k tokens around a dense one, in evaluation mode."""
-    config = GridsConfig(base=policy.config, num_tokens=k, **options)
+    own = {name: options.pop(name) for name in POLICY_OPTIONS if name in options}
+    if reducer != "blind":
+        options["num_tokens"] = k
+    config = GridsConfig(base=policy.config, reducer=reducer_config(reducer, **options), **own)
     wrapped = GridsPolicy(config, base=policy)
     return wrapped.eval()
 
@@ -23,25 +30,24 @@ def train_offsets(wrapped):
     return wrapped
 
 
-def base_of(policy):
-    """The dense policy, wrapped or not."""
-    return policy.base if isinstance(policy, GridsPolicy) else policy
-
-
-def act(policy, family, batch):
+def act(policy, batch):
     """The action chunk, with every random draw fixed."""
     torch.manual_seed(4)
-    _, options = family.fix_noise(base_of(policy))
-    return policy.predict_action_chunk(dict(batch), **options)
+    policy.reset()
+    return policy.predict_action_chunk(dict(batch))
 
 
-def run(policy, family, batch):
-    """(loss, action chunk, gradients of the base) with every random draw fixed."""
+def loss_of(policy, batch):
+    """The training loss, with every random draw fixed."""
     torch.manual_seed(4)
-    options, _ = family.fix_noise(base_of(policy))
+    return policy.forward(dict(batch))[0]
+
+
+def run(policy, batch):
+    """(loss, action chunk, gradients of the base) with every random draw fixed."""
     policy.zero_grad()
-    loss, _ = policy.forward(dict(batch), **options)
+    loss = loss_of(policy, batch)
     loss.backward()
-    gradients = {name: p.grad.clone() for name, p in base_of(policy).named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in dense_policy(policy).named_parameters() if p.grad is not None}
     policy.zero_grad()
-    return loss.detach(), act(policy, family, batch), gradients
+    return loss.detach(), act(policy, batch), gradients

@@ -1,12 +1,10 @@
-"""Adapters that are wrong on purpose. The contract suite must notice each of them."""
+"""Families that are wrong on purpose. The contract suite must notice each of them."""
 
 from functools import partial
-from unittest.mock import patch
 
 import torch
 
-from lerobot_policy_grids import modeling_grids
-from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.families import families
 
 
 def wrong_mask(images, masks):
@@ -41,23 +39,13 @@ def _run(original, change, batch):
     return change(*original(batch))
 
 
-def _broken(name):
-    def broken_adapter(policy_type):
-        adapter = get_adapter(policy_type)
-        attach = adapter.attach
-
-        def broken_attach(policy, seam):
-            attach(policy, seam)
-            if name == "transposed_grid":
-                seam._get_reducer = partial(_transposed, seam._get_reducer)
-                return
-            method = "prepare_images" if hasattr(policy, "prepare_images") else "_preprocess_images"
-            setattr(policy, method, partial(_run, getattr(policy, method), globals()[name]))
-
-        adapter.attach = broken_attach
-        return adapter
-
-    return broken_adapter
+def _broken_attach(attach, name, policy, seam):
+    attach(policy, seam)
+    if name == "transposed_grid":
+        seam._get_reducer = partial(_transposed, seam._get_reducer)
+        return
+    method = "prepare_images" if hasattr(policy, "prepare_images") else "_preprocess_images"
+    setattr(policy, method, partial(_run, getattr(policy, method), globals()[name]))
 
 
 # Mutant -> tests that must fail with it.
@@ -69,5 +57,6 @@ MUTANTS = {
 
 
 def install(name):
-    """From now on every grids policy gets the mutant."""
-    patch.object(modeling_grids, "get_adapter", _broken(name)).start()
+    """From now on every family is the mutant."""
+    for family in families().values():
+        family.attach = partial(_broken_attach, family.attach, name)

@@ -30,14 +30,14 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def trained_once(dataset, dense_checkpoint, tmp_path_factory) -> Path:
     """As if BASE had been fetched, wrapped, and its reducer trained."""
-    from lerobot_grids.data import load_metadata
-    from lerobot_grids.policies import build_policy
+    from lerobot_grids.data.datamodule import load_metadata
+    from lerobot_grids.policies import start
 
     commit = LoopbackHub().add_folder(BASE, dense_checkpoint)
     snapshot = tmp_path_factory.mktemp("cache") / "models--lab--dense" / "snapshots" / commit
     shutil.copytree(dense_checkpoint, snapshot)
     torch.manual_seed(1)
-    built = build_policy(str(snapshot), 16, load_metadata(str(dataset)), num_tokens_max=36)
+    built = start(str(snapshot), 16, load_metadata(str(dataset)), num_tokens_max=36)
     for parameter in built.policy.reducer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("trained")

@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub.utils import WeakFileLock
 
 from comparing import BASE
-from lerobot_grids.cache_sweep import SILENT_S
-from lerobot_grids.hub import pull, push
+from lerobot_grids.hub.pull import SILENT_S, pull
+from lerobot_grids.hub.push import push
 
 REPO = "me/push-16"
 ETAG = "0" * 64

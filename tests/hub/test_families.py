@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import tiny_pi
 from comparing import BASE, assert_same_bits, state_of
 from driving import train_offsets, wrap
-from lerobot_policy_grids.checkpoint import read_config
-from lerobot_policy_grids.formats import write_adapter, write_full
-from lerobot_policy_grids.modeling_grids import build, load_checkpoint
+from lerobot_grids.hub.formats import write_adapter, write_full
+from lerobot_policy_grids.checkpoint.find import read_config
+from lerobot_policy_grids.checkpoint.load import build, load_checkpoint
 
 PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 

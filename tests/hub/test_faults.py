@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from comparing import act
-from lerobot_grids.hub import pull, push
+from lerobot_grids.hub.pull import pull
+from lerobot_grids.hub.push import push
 from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.checkpoint.digests import sha256_of
 from lerobot_policy_grids.errors import CheckpointError, HubError
-from lerobot_policy_grids.manifest import sha256_of
 from published import ADAPTER, FULL, REPO, on_hub
 
 

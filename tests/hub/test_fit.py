@@ -6,10 +6,10 @@ import pytest
 from safetensors.torch import load_file
 
 from comparing import BASE, assert_same_bits
-from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.policies import load
 from lerobot_grids_cli.fit_lightning import fit
+from lerobot_policy_grids.checkpoint.manifest import read_manifest
 from lerobot_policy_grids.errors import GridsError, HubError
-from lerobot_policy_grids.manifest import read_manifest
 
 REPO, SECOND = "me/first", "me/second"
 
@@ -40,7 +40,7 @@ def test_what_was_trained_is_pushed_and_can_be_trained_on(hub, dense_checkpoint,
     assert "datasets" not in card.split("---")[1]  # it is a folder here
     # What was pushed is where the next run starts, with the same dense base under it.
     output = train(REPO, SECOND)
-    assert load_policy(SECOND).policy.num_tokens == 16
+    assert load(SECOND).policy.num_tokens == 16
     base = read_manifest(load_folder(hub, SECOND, output)).base
     assert (base.repo_id, base.revision) == (BASE, hub.repositories[BASE].commits[0].oid)
 

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comparing import BASE, act, assert_same_bits, state_of
-from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.hub.formats import write_adapter, write_full
+from lerobot_grids.policies import load
 from lerobot_grids.profiling.architectures import instantiate, make_config
 from lerobot_policy_grids import GridsConfig, GridsPolicy
-from lerobot_policy_grids.adapters import get_adapter
+from lerobot_policy_grids.checkpoint.manifest import read_manifest, write_manifest
 from lerobot_policy_grids.errors import CheckpointError
-from lerobot_policy_grids.formats import write_adapter, write_full
-from lerobot_policy_grids.manifest import read_manifest, write_manifest
+from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.reducers import make_reducer
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "adapter"
@@ -42,7 +42,7 @@ def test_at_real_size_it_is_under_two_percent_of_the_base(family):
     measured = json.loads((RESULTS / f"{family}.json").read_text())
     dense = instantiate(make_config(family, measured["cameras"]), "meta")
     config = GridsConfig(base=dense.config, num_tokens=measured["num_tokens"], device="cpu")
-    reducer = make_reducer(config, get_adapter(dense.config.type).layout(dense))
+    reducer = make_reducer(config, get_family(dense.config.type).layout(dense))
     assert sum(value.numel() for value in reducer.state_dict().values()) == measured["adapter_parameters"]
     assert sum(parameter.numel() for parameter in dense.parameters()) == measured["base_parameters"]
     assert measured["adapter_bytes"] < 0.02 * measured["base_bytes"]
@@ -52,7 +52,7 @@ def test_it_is_the_policy_bit_for_bit(adapter, trained):
     policy, expected = GridsPolicy.from_pretrained(adapter), GridsPolicy.from_pretrained(trained)
     assert_same_bits(state_of(policy), state_of(expected))
     assert torch.equal(act(policy), act(expected))
-    loaded = load_policy(str(adapter))
+    loaded = load(str(adapter))
     assert torch.equal(act(loaded.policy), act(expected))
 
 

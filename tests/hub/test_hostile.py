@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lerobot_grids.hub import pull, push
+from lerobot_grids.hub.pull import pull
+from lerobot_grids.hub.push import push
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import CheckpointError
 from published import ADAPTER, REPO

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from comparing import act
-from lerobot_grids.hub import pull
+from lerobot_grids.hub.pull import pull
 from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.checkpoint.manifest import verify_manifest
 from lerobot_policy_grids.errors import GridsError, HubError
-from lerobot_policy_grids.manifest import verify_manifest
 from loopback_endpoints import TOKEN
 
 REPO = "me/trained"

@@ -9,8 +9,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from comparing import BASE
-from lerobot_grids.hub import pull, push
-from lerobot_grids.publishing import Description
+from lerobot_grids.hub.prepare import Description
+from lerobot_grids.hub.pull import pull
+from lerobot_grids.hub.push import push
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import GridsError
 from loopback_endpoints import TOKEN

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comparing import act, assert_same_bits, state_of
-from lerobot_grids.hub import merge, pull, push
+from lerobot_grids.hub.pull import merge, pull
+from lerobot_grids.hub.push import push
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import CheckpointError, HubError
 from published import ADAPTER, FULL, REPO, on_hub

@@ -2,7 +2,9 @@
 
 import pytest
 
-from lerobot_grids.hub import check_login, parse_repository, pull, push
+from lerobot_grids.hub.names import parse_repository
+from lerobot_grids.hub.pull import pull
+from lerobot_grids.hub.push import check_login, push
 from lerobot_policy_grids.errors import HubError, OutputExistsError
 from loopback_endpoints import READ_TOKEN, TOKEN
 from published import ADAPTER, REPO

@@ -4,10 +4,10 @@ import lightning
 import pytest
 import torch
 
-from lerobot_grids.averaging import TrainedWeightsAverage
-from lerobot_grids.data import LeRobotDataModule
-from lerobot_grids.evaluation.loading import load_policy
-from lerobot_grids.module import GridsModule
+from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.policies import load
+from lerobot_grids.training.averaging import TrainedWeightsAverage
+from lerobot_grids.training.module import GridsModule
 from lerobot_policy_grids.errors import GridsError
 
 NAME = "policy.reducer.coordinate_head.out.weight"
@@ -45,7 +45,7 @@ def test_the_average_follows_the_formula_and_shares_frozen_weights(dataset, dens
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert average.state_dict()["average"].keys() == trained
     # Frozen weights are neither copied nor touched: without its adapters the base is what it was.
-    source = load_policy(str(dense_checkpoint)).policy.state_dict()
+    source = load(str(dense_checkpoint)).policy.state_dict()
     held = {name.replace(".base_layer", ""): value for name, value in module.policy.base.state_dict().items()}
     assert len(source) > 80
     assert all(torch.equal(held[name], value) for name, value in source.items())

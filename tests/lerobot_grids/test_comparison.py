@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from lerobot_grids.evaluation import comparison
-from lerobot_grids.evaluation.comparison import Method, compare
-from lerobot_grids.evaluation.loading import load_policy
-from lerobot_grids.evaluation.report import draw_methods, markdown
+from lerobot_grids.evaluation.paired import Method, compare
 from lerobot_grids.evaluation.statistics import paired_comparison, wilson_interval
 from lerobot_grids.evaluation.success import Evaluation, summarise
+from lerobot_grids.evaluation.tables import draw_methods, markdown
+from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 
@@ -172,12 +172,12 @@ def test_two_processes_find_what_one_finds(compared, tmp_path):
 
 def test_reducing_without_training_is_for_dense_policies(grids_checkpoint, dense_checkpoint):
     with pytest.raises(CheckpointError, match="was trained with reducer 'grids'; drop --reducer"):
-        load_policy(str(grids_checkpoint), reducer="pool")
+        load(str(grids_checkpoint), reducer="pool")
     with pytest.raises(GridsError, match="drop --resolution"):
-        load_policy(str(grids_checkpoint), resolution=48)
+        load(str(grids_checkpoint), resolution=48)
     with pytest.raises(CheckpointError, match="--reducer how its tokens should be reduced"):
-        load_policy(str(dense_checkpoint), num_tokens=16)
-    assert load_policy(str(dense_checkpoint), reducer="fastv").policy.num_tokens == 16
+        load(str(dense_checkpoint), num_tokens=16)
+    assert load(str(dense_checkpoint), reducer="fastv").policy.num_tokens == 16
     for side in (0, 50):
         with pytest.raises(GridsError, match=r"50 x 50 pixels|--resolution 0"):
-            load_policy(str(dense_checkpoint), resolution=side)
+            load(str(dense_checkpoint), resolution=side)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from lerobot_grids.coordinates import CoordinateMonitor, CoordinateStatistics
-from lerobot_policy_grids.sampler import GridSampler
+from lerobot_grids.coordinates import CoordinateStatistics
+from lerobot_grids.training.callbacks import CoordinateMonitor
+from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 
 
 def statistics_of(coordinates, anchors, grid=(12, 12)):

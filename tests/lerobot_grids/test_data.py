@@ -5,8 +5,8 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import default_collate
 
-from lerobot_grids.data import LeRobotDataModule, load_metadata
-from lerobot_grids.frame_cache import FrameCache
+from lerobot_grids.data.datamodule import LeRobotDataModule, load_metadata
+from lerobot_grids.data.frame_cache import FrameCache
 from lerobot_policy_grids import TinySmolVLAConfig
 from lerobot_policy_grids.errors import DatasetError
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids.data import load_metadata
-from lerobot_grids.distillation import DenseTeacher, SelfTeacher, feature_loss, logit_loss, velocity_loss
-from lerobot_grids.module import GridsModule
+from lerobot_grids.data.datamodule import load_metadata
+from lerobot_grids.training.distillation import DenseTeacher, SelfTeacher, feature_loss
+from lerobot_grids.training.module import GridsModule
 from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.families.distances import action_distance, token_divergence
 
 
 def test_velocity_loss_leaves_out_padding_of_steps_and_of_dimensions():
@@ -18,9 +19,9 @@ def test_velocity_loss_leaves_out_padding_of_steps_and_of_dimensions():
     pad[1, 3:] = True
     batch = {"action": torch.zeros(2, 5, 3), "action_is_pad": pad}
     expected = torch.nn.functional.mse_loss(student[~pad][:, :3], teacher[~pad][:, :3])
-    torch.testing.assert_close(velocity_loss(student, teacher, batch), expected)
+    torch.testing.assert_close(action_distance(student, teacher, batch), expected)
     del batch["action_is_pad"]
-    torch.testing.assert_close(velocity_loss(student, teacher, batch), (student - teacher)[..., :3].square().mean())
+    torch.testing.assert_close(action_distance(student, teacher, batch), (student - teacher)[..., :3].square().mean())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -31,7 +32,7 @@ def test_logit_loss_is_the_mean_divergence_of_the_next_tokens(temperature):
     divergence = (p * (p / q).log()).sum(-1)
     real = [(0, 0), (0, 1), (0, 2), (1, 0)]  # entry i is used where token i + 1 is real
     expected = sum(divergence[row, i] for row, i in real) / len(real) * temperature**2
-    torch.testing.assert_close(logit_loss(student, teacher, mask, temperature), expected)
+    torch.testing.assert_close(token_divergence(student, teacher, mask, temperature), expected)
 
 
 def test_feature_loss_does_not_depend_on_the_scale():

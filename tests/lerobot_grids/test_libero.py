@@ -14,9 +14,9 @@ import pytest
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 
-from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.evaluation.rollouts import evaluate
-from lerobot_grids.progress import print_evaluation
+from lerobot_grids.evaluation.tables import print_evaluation
+from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_policy_grids.errors import SimulationError
 
@@ -188,9 +188,7 @@ def test_suites_are_counted_and_every_policy_meets_the_same_states(grids_checkpo
     STARTED.clear()
     totals = []
     config = make_env_config("nested_suites", None)
-    result = evaluate(
-        load_policy(str(grids_checkpoint)), config, episodes=5, batch_size=batch_size, on_start=totals.append
-    )
+    result = evaluate(load(str(grids_checkpoint)), config, episodes=5, batch_size=batch_size, on_start=totals.append)
     assert totals == [20]
     assert [task.task for task in result.tasks] == ["spatial_0", "spatial_1", "goal_0", "goal_1"]
     # States 0 to 4 of each task, whatever the batch and whatever succeeded: three of them are even.
@@ -217,7 +215,7 @@ def test_suites_are_counted_and_every_policy_meets_the_same_states(grids_checkpo
 
 def test_tasks_that_are_their_own_suite_have_no_second_sum(grids_checkpoint):
     config = make_env_config("metaworld", "push-v3,coffee-push-v3", {"max_steps": 1}, look_every=8)
-    result = evaluate(load_policy(str(grids_checkpoint)), config, episodes=1)
+    result = evaluate(load(str(grids_checkpoint)), config, episodes=1)
     assert result.suites == []
     assert [task.task for task in result.tasks] == ["push-v3", "coffee-push-v3"]
 
@@ -226,10 +224,10 @@ def test_steps_of_a_chunk_can_be_chosen(grids_checkpoint, dense_checkpoint):
     from lerobot_policy_grids.errors import GridsError
 
     for source in (grids_checkpoint, dense_checkpoint):
-        loaded = load_policy(str(source), n_action_steps=3)
+        loaded = load(str(source), n_action_steps=3)
         result = evaluate(loaded, make_env_config("nested_suites", "a"), episodes=1)
         assert result.n_action_steps == 3
         # An episode that succeeds takes two steps: one of the three is left.
         assert len(getattr(loaded.policy, "base", loaded.policy)._queues["action"]) == 1
         with pytest.raises(GridsError, match=r"--n_action_steps 17; .* have 16 steps, so give 1 \.\. 16"):
-            load_policy(str(source), n_action_steps=17)
+            load(str(source), n_action_steps=17)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lerobot_grids.evaluation.films import film
-from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.evaluation.rollouts import evaluate
+from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
 from lerobot_grids.simulation.paraphrases import paraphrase
@@ -175,7 +175,7 @@ def test_errors_are_one_line_and_say_what_to_do():
 
 
 def test_the_result_and_the_film_are_of_the_perturbed_task(grids_checkpoint, tmp_path):
-    loaded = load_policy(str(grids_checkpoint))
+    loaded = load(str(grids_checkpoint))
     config = make_env_config("metaworld", "push-v3", {"max_steps": 4}, look_every=8, perturb="background:3,noise:1")
     evaluate(loaded, config, episodes=1).save(tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["perturb"] == "background:3,noise:1"

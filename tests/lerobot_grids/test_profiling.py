@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
-from lerobot_grids.profiling.compare import compare_costs, wrap
+from lerobot_grids.profiling.bench import compare_costs, wrap
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
 from lerobot_grids_cli.main import main
 
@@ -116,9 +116,9 @@ def test_latency_is_split_into_stages_that_add_up():
 
 
 def test_measuring_leaves_the_policy_as_it_was(grids_checkpoint):
-    from lerobot_grids.evaluation.loading import load_policy
+    from lerobot_grids.policies import load
 
-    policy = load_policy(str(grids_checkpoint)).policy
+    policy = load(str(grids_checkpoint)).policy
     batch = make_batch(policy.base, 8, "cpu")
     batch["observation.state"] = batch["observation.state"][:, :4]
     noise = torch.randn(1, 16, 32)

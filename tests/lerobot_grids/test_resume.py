@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
-from lerobot_grids.averaging import TrainedWeightsAverage
-from lerobot_grids.callbacks import RunCheckpoint
-from lerobot_grids.checkpoint_io import STATE_FILES, AtomicCheckpointIO, find_state, is_whole
-from lerobot_grids.data import LeRobotDataModule
-from lerobot_grids.module import GridsModule
-from lerobot_grids.order import FrameOrder
+from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.data.frame_order import FrameOrder
+from lerobot_grids.training.averaging import TrainedWeightsAverage
+from lerobot_grids.training.checkpoints import RunCheckpoint
+from lerobot_grids.training.module import GridsModule
+from lerobot_grids.training.state import STATE_FILES, AtomicCheckpointIO, find_state, is_whole
 from lerobot_policy_grids.errors import CheckpointError
 
 STEPS = 9

@@ -8,11 +8,11 @@ import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from lerobot_grids.evaluation.films import film
-from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.evaluation.rollouts import evaluate
-from lerobot_grids.recording import demonstrate, record
+from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config, task_names
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
+from lerobot_grids.simulation.recording import demonstrate, record
 from lerobot_policy_grids.errors import OutputExistsError, SimulationError
 
 
@@ -120,12 +120,12 @@ def test_an_interrupted_recording_leaves_nothing(tmp_path):
 def test_the_trained_policy_in_the_package_acts():
     """Of 55/60 in the study; a policy with random weights succeeds in none of these."""
     config = make_env_config("metaworld", "push-v3,coffee-push-v3", None, look_every=8)
-    result = evaluate(load_policy("tiny_metaworld"), config, episodes=4, batch_size=4)
+    result = evaluate(load("tiny_metaworld"), config, episodes=4, batch_size=4)
     assert result.total.successes >= 5
 
 
 def test_evaluation_counts_and_films(grids_checkpoint, tmp_path):
-    loaded = load_policy(str(grids_checkpoint))
+    loaded = load(str(grids_checkpoint))
     config = make_env_config("metaworld", "push-v3", {"max_steps": 12}, look_every=8)
     progress = []
     result = evaluate(loaded, config, episodes=3, batch_size=2, on_progress=lambda *args: progress.append(args))
@@ -147,7 +147,7 @@ def test_evaluation_counts_and_films(grids_checkpoint, tmp_path):
 
 def test_a_scripted_policy_is_counted_as_successful(grids_checkpoint):
     """The whole evaluation with the expert's actions in place of the policy's."""
-    loaded = load_policy(str(grids_checkpoint))
+    loaded = load(str(grids_checkpoint))
     config = make_env_config("metaworld", "push-v3", None)
     envs = config.create_envs(1)
     env = envs["push-v3"][0].envs[0].unwrapped
@@ -163,11 +163,11 @@ def test_a_scripted_policy_is_counted_as_successful(grids_checkpoint):
 
 
 def test_an_environment_that_does_not_fit_is_refused(grids_checkpoint):
-    loaded = load_policy(str(grids_checkpoint), rename_map={"observation.image": "observation.images.top"})
+    loaded = load(str(grids_checkpoint), rename_map={"observation.image": "observation.images.top"})
     config = make_env_config("metaworld", "push-v3")
     with pytest.raises(SimulationError, match=r"looks through observation\.image; .* shows observation\.images\.top"):
         evaluate(loaded, config, episodes=1)
-    loaded = load_policy(str(grids_checkpoint))
+    loaded = load(str(grids_checkpoint))
     loaded.policy.config.output_features["action"].shape = (7,)
     with pytest.raises(SimulationError, match=r"shape \(7,\), the environment takes \(4,\)"):
         evaluate(loaded, config, episodes=1)

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from lerobot_grids.evaluation.loading import load_policy
 from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.evaluation.tampering import (
     TAMPERINGS,
@@ -15,6 +14,7 @@ from lerobot_grids.evaluation.tampering import (
     shuffle_patches,
     tamper,
 )
+from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_policy_grids.errors import SimulationError
 
@@ -26,7 +26,7 @@ def observation():
 
 @pytest.fixture(params=["grids", "dense"])
 def loaded(request, grids_checkpoint, dense_checkpoint):
-    return load_policy(str(grids_checkpoint if request.param == "grids" else dense_checkpoint))
+    return load(str(grids_checkpoint if request.param == "grids" else dense_checkpoint))
 
 
 def spoiled(loaded, name, seed=0):
@@ -45,7 +45,7 @@ def spoiled(loaded, name, seed=0):
     ],
 )
 def test_one_input_is_spoiled_and_the_others_stay(grids_checkpoint, name, changed):
-    before, after = observation(), spoiled(load_policy(str(grids_checkpoint)), name)
+    before, after = observation(), spoiled(load(str(grids_checkpoint)), name)
     for key, value in before.items():
         same = value == after[key] if isinstance(value, list) else torch.equal(value, after[key])
         assert same == (key not in changed)
@@ -84,10 +84,10 @@ def test_patches_change_places_and_nothing_else():
 def test_tokens_are_shuffled_before_they_are_sampled(loaded):
     """The feature map in another order, and back to what it was afterwards."""
     policy = loaded.policy
-    from lerobot_policy_grids.adapters import get_adapter
+    from lerobot_policy_grids.families import get_family
 
     base = getattr(policy, "base", policy)
-    source = get_adapter(base.config.type).feature_source(base)
+    source = get_family(base.config.type).feature_source(base)
     maps = []
     # Runs before the tampering's hook, then after it.
     source.register_forward_hook(lambda module, inputs, output: maps.append(output.detach()))
@@ -130,7 +130,7 @@ def test_errors():
 
 @pytest.mark.parametrize("name", TAMPERINGS)
 def test_an_evaluation_is_tampered_with_and_says_so(grids_checkpoint, tmp_path, name):
-    loaded = load_policy(str(grids_checkpoint))
+    loaded = load(str(grids_checkpoint))
     config = make_env_config("metaworld", "push-v3,coffee-push-v3", {"max_steps": 2}, look_every=8)
     batches = []
     original = loaded.preprocessor

@@ -13,19 +13,14 @@ import pytest
 import torch
 from lerobot.policies.factory import get_policy_class
 
-from lerobot_grids.callbacks import RunCheckpoint
-from lerobot_grids.data import LeRobotDataModule, load_metadata
-from lerobot_grids.evaluation.loading import load_policy
-from lerobot_grids.module import GridsModule
-from lerobot_grids.policies import build_policy
-from lerobot_grids.recipes import RECIPES, choose_trainable, recipe_for, training_bytes
+from lerobot_grids.data.datamodule import LeRobotDataModule, load_metadata
+from lerobot_grids.policies import load, start
+from lerobot_grids.training.checkpoints import RunCheckpoint
+from lerobot_grids.training.module import GridsModule
+from lerobot_grids.training.trainable import RECIPES, choose_trainable, recipe_for, training_bytes
 from lerobot_policy_grids import GridsPolicy
-from lerobot_policy_grids.adapters import ADAPTERS
-from lerobot_policy_grids.errors import (
-    CheckpointError,
-    GridsError,
-    OutputExistsError,
-)
+from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
+from lerobot_policy_grids.families import ADAPTERS
 from recordings import dataset_of
 
 
@@ -86,7 +81,7 @@ def test_the_coordinates_move_away_from_their_anchors(trained):
 
 def test_the_exported_checkpoint_acts_like_the_trained_policy(trained, dataset):
     module, _, output = trained
-    loaded = load_policy(str(output))
+    loaded = load(str(output))
     data = LeRobotDataModule(str(dataset))
     data.load(module.policy.config)
     batch = next(iter(data.val_dataloader()))
@@ -115,7 +110,7 @@ def test_lora_is_merged_into_what_is_saved(dataset, dense_checkpoint, tmp_path):
     trained = {name for name, p in module.policy.named_parameters() if p.requires_grad}
     assert trained
     assert all(".lora_" in name or name.startswith("reducer.") for name in trained)
-    loaded = load_policy(str(tmp_path)).policy
+    loaded = load(str(tmp_path)).policy
     changed = {name for name, value in loaded.base.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all("q_proj" in n or "v_proj" in n or "_proj" in n or "action_time_mlp" in n for n in changed)
@@ -126,12 +121,12 @@ def test_lora_is_merged_into_what_is_saved(dataset, dense_checkpoint, tmp_path):
     module.policy.eval()
     expected = module.policy.predict_action_chunk(dict(batch), noise=noise)
     torch.testing.assert_close(loaded.predict_action_chunk(dict(batch), noise=noise), expected, atol=1e-5, rtol=1e-4)
-    plain = build_policy(str(dense_checkpoint), 9, data.meta).policy.eval()
+    plain = start(str(dense_checkpoint), 9, data.meta).policy.eval()
     assert (plain.predict_action_chunk(dict(batch), noise=noise) - expected).abs().max() > 1e-3
 
 
 def test_what_is_trained_follows_from_the_memory(dataset, dense_checkpoint):
-    policy = build_policy(str(dense_checkpoint), 9, load_metadata(str(dataset))).policy
+    policy = start(str(dense_checkpoint), 9, load_metadata(str(dataset))).policy
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in policy.parameters()) - trainable
     assert training_bytes(policy) == 4 * (4 * trainable + frozen)  # float32: weights, gradients, two Adam states
@@ -156,13 +151,13 @@ def test_training_needs_no_simulator():
 def test_the_position_loss_is_no_part_of_the_checkpoint(trained):
     module, _, output = trained
     assert module.position_loss is not None
-    assert {name.split(".")[0] for name in load_policy(str(output)).policy.state_dict()} == {"base", "reducer"}
+    assert {name.split(".")[0] for name in load(str(output)).policy.state_dict()} == {"base", "reducer"}
 
 
 def test_dense_training_saves_a_policy_of_the_base_type(dataset, tmp_path):
     module, _ = train(dataset, tmp_path, 2, tokens="dense")
     assert module.position_loss is not None
-    loaded = load_policy(str(tmp_path)).policy
+    loaded = load(str(tmp_path)).policy
     assert loaded.config.type == "tiny_smolvla"
     assert not isinstance(loaded, GridsPolicy)
 
@@ -209,7 +204,7 @@ def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset, capsys):
     assert (output / "fit.yaml").is_file()
     assert list((output / "logs" / "tensorboard").glob("events*"))
     assert sorted(path.name for path in output.rglob("*.ckpt")) == ["last.ckpt", "previous.ckpt"]
-    assert load_policy(str(output)).policy.num_tokens == 4
+    assert load(str(output)).policy.num_tokens == 4
     # More steps with --resume start where the run stopped, keep its log, and decay over the new total.
     fit([*flags, "--steps=9", "--resume=true"])
     assert torch.load(output / "training_state" / "last.ckpt", weights_only=True)["global_step"] == 9
@@ -245,7 +240,7 @@ def test_distributed_training_and_accumulation(tmp_path, dataset):
     subprocess.run(command, check=True, capture_output=True, timeout=280, env=environment)
     rows = list(csv.DictReader((output / "logs" / "csv" / "metrics.csv").open()))
     assert len([row for row in rows if row["val/loss"]]) == 4  # save_every caps at a quarter of the steps
-    assert load_policy(str(output)).policy.num_tokens == 4
+    assert load(str(output)).policy.num_tokens == 4
 
 
 def test_a_terminated_run_says_so_and_can_go_on(tmp_path, dataset):
@@ -261,7 +256,7 @@ def test_a_terminated_run_says_so_and_can_go_on(tmp_path, dataset):
     assert process.returncode == 143, error
     assert "terminated; go on with --resume" in error
     assert (output / "training_state" / "last.ckpt").is_file()
-    assert load_policy(str(output)).policy.num_tokens == 4
+    assert load(str(output)).policy.num_tokens == 4
 
 
 @pytest.mark.parametrize("tokens", [9, "dense"])

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from lerobot_grids.data import LeRobotDataModule
-from lerobot_grids.evaluation.loading import load_policy
-from lerobot_grids.validation import budgets_of, held_out_share, validate
+from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.evaluation.open_loop import budgets_of, held_out_share, validate
+from lerobot_grids.policies import load
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids.errors import BudgetError
 
@@ -17,14 +17,14 @@ def data_of(dataset):
 
 
 def test_the_dense_policy_is_at_no_distance_from_itself(dataset, dense_checkpoint):
-    (row,) = validate(load_policy(str(dense_checkpoint)), data_of(dataset), [None], load_policy(str(dense_checkpoint)))
+    (row,) = validate(load(str(dense_checkpoint)), data_of(dataset), [None], load(str(dense_checkpoint)))
     assert row.teacher_distance == 0
     assert row.num_tokens is None
     assert len(row.error) == 4
 
 
 def test_loss_and_distance_are_those_of_plain_calls(dataset, dense_checkpoint, grids_checkpoint):
-    loaded, teacher = load_policy(str(grids_checkpoint)), load_policy(str(dense_checkpoint))
+    loaded, teacher = load(str(grids_checkpoint)), load(str(dense_checkpoint))
     data = data_of(dataset)
     rows = validate(loaded, data, [4, 36], teacher)
     (raw,) = data.val_dataloader()
@@ -46,12 +46,12 @@ def test_loss_and_distance_are_those_of_plain_calls(dataset, dense_checkpoint, g
 
 
 def test_budgets(grids_checkpoint, dense_checkpoint):
-    policy = load_policy(str(grids_checkpoint)).policy
+    policy = load(str(grids_checkpoint)).policy
     assert budgets_of(policy, None) == [1, 4, 8, 16, 24, 36]
     assert budgets_of(policy, [2, 36]) == [2, 36]
     with pytest.raises(BudgetError, match=r"1 \.\. 36"):
         budgets_of(policy, [37])
-    dense = load_policy(str(dense_checkpoint)).policy
+    dense = load(str(dense_checkpoint)).policy
     assert budgets_of(dense, None) == [None]
     with pytest.raises(BudgetError, match="drop --tokens"):
         budgets_of(dense, [4])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lerobot_policy_grids.anchors import anchor_cells, anchor_order
+from lerobot_policy_grids.reducers.anchors import anchor_cells, anchor_order
 
 GRIDS = [(12, 12), (16, 16), (8, 8), (15, 20), (7, 14), (1, 5)]
 

@@ -7,9 +7,9 @@ import pytest
 from lerobot.configs import FeatureType, PolicyFeature
 
 from lerobot_policy_grids import GridsConfig, TinySmolVLAConfig
-from lerobot_policy_grids.budget import TokenBudget
 from lerobot_policy_grids.errors import BudgetError
 from lerobot_policy_grids.modeling_grids import GridsPolicy
+from lerobot_policy_grids.schedule import TokenSchedule
 
 FEATURES = {
     "input_features": {
@@ -21,12 +21,12 @@ FEATURES = {
 
 
 def test_constant():
-    assert {TokenBudget("constant", 144, 16).at(step) for step in range(100)} == {16}
+    assert {TokenSchedule("constant", 144, 16).at(step) for step in range(100)} == {16}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
 def test_going_down(schedule):
-    budget = TokenBudget(schedule, 144, 16, steps=1000)
+    budget = TokenSchedule(schedule, 144, 16, steps=1000)
     curve = [budget.at(step) for step in range(1000)]
     assert set(curve[:101]) == {144}
     assert set(curve[600:]) == {16}
@@ -39,23 +39,23 @@ def test_going_down(schedule):
 
 def test_at_k_equal_n_every_schedule_that_goes_down_changes_nothing():
     for schedule in ("linear", "cosine", "exponential"):
-        assert {TokenBudget(schedule, 144, 144, steps=50).at(step) for step in range(60)} == {144}
+        assert {TokenSchedule(schedule, 144, 144, steps=50).at(step) for step in range(60)} == {144}
 
 
 def test_steps():
-    budget = TokenBudget("steps:0=144,500=64,1000=16", 144, 16)
+    budget = TokenSchedule("steps:0=144,500=64,1000=16", 144, 16)
     assert [budget.at(step) for step in (0, 499, 500, 999, 1000, 10**6)] == [144, 144, 64, 64, 16, 16]
 
 
 def test_elastic_is_a_function_of_the_step_and_even_in_the_logarithm():
-    one, two = TokenBudget("elastic", 144, 16), TokenBudget("elastic", 144, 16)
+    one, two = TokenSchedule("elastic", 144, 16), TokenSchedule("elastic", 144, 16)
     drawn = [one.at(step) for step in range(4000)]
     assert drawn == [two.at(step) for step in range(4000)]
     assert (min(drawn), max(drawn)) == (1, 144)
     # log(K) of a log-uniform K: half of the draws lie below the square root of the range.
     assert statistics.median(drawn) == pytest.approx(math.sqrt(144), abs=1.5)
-    assert {TokenBudget("elastic:4,9", 144, 16).at(step) for step in range(100)} == {4, 9}
-    between = {TokenBudget("elastic:4-6", 144, 16).at(step) for step in range(200)}
+    assert {TokenSchedule("elastic:4,9", 144, 16).at(step) for step in range(100)} == {4, 9}
+    between = {TokenSchedule("elastic:4-6", 144, 16).at(step) for step in range(200)}
     assert between == {4, 5, 6}
 
 
@@ -65,18 +65,18 @@ def test_elastic_is_a_function_of_the_step_and_even_in_the_logarithm():
 )
 def test_what_cannot_be_read_is_refused_with_the_grammar(text):
     with pytest.raises(BudgetError, match=r"cannot be read|is unknown"):
-        TokenBudget(text, 144, 16)
+        TokenSchedule(text, 144, 16)
 
 
 @pytest.mark.parametrize("text", ["elastic:4,145", "elastic:0-9", "steps:0=145"])
 def test_budgets_out_of_reach_are_refused(text):
     with pytest.raises(BudgetError, match=r"choose from 1 \.\. 144"):
-        TokenBudget(text, 144, 16)
+        TokenSchedule(text, 144, 16)
 
 
 def test_a_schedule_without_the_length_of_the_run_says_so_in_training():
     with pytest.raises(BudgetError, match="token_budget_steps"):
-        TokenBudget("cosine", 144, 16).at(0)
+        TokenSchedule("cosine", 144, 16).at(0)
 
 
 def policy_of(**options):

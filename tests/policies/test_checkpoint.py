@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lerobot_policy_grids import checkpoint
-from lerobot_policy_grids.checkpoint import atomic_folder, find_checkpoint, load_weights, provenance, resolve_checkpoint
+from lerobot_policy_grids.checkpoint.atomic import atomic_folder
+from lerobot_policy_grids.checkpoint.find import find_checkpoint, provenance, resolve_checkpoint
+from lerobot_policy_grids.checkpoint.weights import load_weights
 from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
 
 

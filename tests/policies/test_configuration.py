@@ -10,7 +10,7 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
 from lerobot_policy_grids import GridsConfig, TinySmolVLAConfig
-from lerobot_policy_grids.base_choice import BasePolicyChoice
+from lerobot_policy_grids.configuration_grids import BasePolicyChoice
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
 
 INPUTS = {

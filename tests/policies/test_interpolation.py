@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lerobot_policy_grids.interpolation import antialiased, bilinear
+from lerobot_policy_grids.reducers.interpolation import antialiased, bilinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGES = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [0.03, 0.97]])

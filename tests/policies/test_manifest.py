@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.checkpoint.files import read_json
+from lerobot_policy_grids.checkpoint.manifest import Base, read_manifest, verify_manifest, write_manifest
 from lerobot_policy_grids.errors import CheckpointError
-from lerobot_policy_grids.files import read_json
-from lerobot_policy_grids.manifest import Base, read_manifest, verify_manifest, write_manifest
 
 BASE = Base("lerobot/smolvla_base", "0" * 40, "f" * 64)
 

@@ -5,18 +5,14 @@ import torch
 from torch.nn import functional
 
 from lerobot_policy_grids.errors import BudgetError, TokenGridError
-from lerobot_policy_grids.reducers.cells import cell_coordinates
-from lerobot_policy_grids.reducers.fastv import FastVReducer
-from lerobot_policy_grids.reducers.lattice import lattice_shape
-from lerobot_policy_grids.reducers.merge import MergeReducer, merge_most_similar
-from lerobot_policy_grids.reducers.pool import PoolReducer
+from lerobot_policy_grids.reducers.attention import FastVReducer, Prefix, SparseVLMReducer, cluster, raters
+from lerobot_policy_grids.reducers.lattice import PoolReducer, UniformReducer, lattice_shape
+from lerobot_policy_grids.reducers.layout import cell_coordinates
 from lerobot_policy_grids.reducers.random import RandomReducer
-from lerobot_policy_grids.reducers.sparsevlm import SparseVLMReducer, cluster, raters
-from lerobot_policy_grids.reducers.trunk import Prefix
-from lerobot_policy_grids.reducers.uniform import UniformReducer
+from lerobot_policy_grids.reducers.tome import ToMeReducer, merge_most_similar
 
 LOWER_HALF = (0.0, 0.5, 1.0, 1.0)
-KINDS = (UniformReducer, PoolReducer, RandomReducer, MergeReducer)
+KINDS = (UniformReducer, PoolReducer, RandomReducer, ToMeReducer)
 
 
 @pytest.fixture
@@ -82,7 +78,7 @@ def test_random_keeps_a_new_subset_for_every_image(feature_map):
 
 @pytest.mark.parametrize("k", [1, 4, 16, 24, 71, 73, 143, 144])
 def test_merging_is_a_partition_into_means(feature_map, k):
-    tokens, _ = MergeReducer((12, 12), k)(feature_map)
+    tokens, _ = ToMeReducer((12, 12), k)(feature_map)
     assert tokens.shape == (3, k, 8)
     rows, sizes, places = feature_map.flatten(1, 2), torch.ones(3, 144, 1), cell_coordinates((12, 12)).expand(3, -1, -1)
     while rows.shape[1] > k:
@@ -214,7 +210,7 @@ def test_random_draws_leave_the_policys_noise_alone(feature_map):
     assert torch.equal(torch.randn(4), expected)
 
 
-@pytest.mark.parametrize("kind", [MergeReducer, PoolReducer, UniformReducer])
+@pytest.mark.parametrize("kind", [ToMeReducer, PoolReducer, UniformReducer])
 def test_autocast_does_not_change_what_is_kept(kind, feature_map):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = kind((12, 12), 16)(feature_map)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lerobot_policy_grids.errors import BudgetError, TokenGridError
-from lerobot_policy_grids.sampler import GridSampler
+from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

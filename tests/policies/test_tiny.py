@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from lerobot_policy_grids.checkpoint.load import build
 from lerobot_policy_grids.tiny import TinySmolVLAConfig, TinyTokenizerStep
-from lerobot_policy_grids.tiny.build_vlm import build
 from lerobot_policy_grids.tiny.tokenizer import VLM_FOLDER
 
 

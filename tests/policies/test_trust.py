@@ -15,11 +15,11 @@ import torch
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids.evaluation.loading import load_policy
+from lerobot_grids.policies import load
 from lerobot_policy_grids import GridsPolicy
-from lerobot_policy_grids.checkpoint import find_checkpoint, read_config
+from lerobot_policy_grids.checkpoint.find import find_checkpoint, read_config
+from lerobot_policy_grids.checkpoint.manifest import Base, write_manifest
 from lerobot_policy_grids.errors import CheckpointError, GridsError
-from lerobot_policy_grids.manifest import Base, write_manifest
 
 PRE, POST, WEIGHTS = "policy_preprocessor.json", "policy_postprocessor.json", "model.safetensors"
 STATE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
@@ -222,7 +222,7 @@ def folder(grids_checkpoint, tmp_path):
 
 def test_a_good_one_is_loaded(folder):
     GridsPolicy.from_pretrained(folder)
-    load_policy(str(folder))
+    load(str(folder))
 
 
 @pytest.mark.parametrize("step", [OS_SYSTEM, POPEN])
@@ -244,9 +244,9 @@ def test_a_hostile_checkpoint_is_refused(folder, case, recwarn):
     change(folder)
     if all(path.is_file() for path in folder.iterdir()):
         write_manifest(folder)
-    for load in (GridsPolicy.from_pretrained, lambda path: load_policy(str(path))):
+    for loader in (GridsPolicy.from_pretrained, load):
         with pytest.raises(GridsError, match=message) as caught:
-            load(folder)
+            loader(folder)
         assert isinstance(caught.value, CheckpointError)
         assert str(folder) in str(caught.value)
     assert not (folder.parent / "marker").exists()
@@ -259,7 +259,7 @@ def test_a_dense_policys_processors_are_checked_when_they_are_read(dense_checkpo
     write_manifest(folder)
     find_checkpoint(str(folder))
     with pytest.raises(CheckpointError, match="can run code"):
-        load_policy(str(folder))
+        load(str(folder))
     assert not (tmp_path / "marker").exists()
 
 
@@ -270,7 +270,7 @@ def test_other_files_are_never_opened(folder, name):
     pickled(folder / "..")
     (folder.parent / WEIGHTS).rename(folder / name)
     GridsPolicy.from_pretrained(folder)
-    load_policy(str(folder))
+    load(str(folder))
     assert not (folder.parent / "marker").exists()
 
 
@@ -304,7 +304,7 @@ def test_the_families_own_processors_pass(kind, tmp_path, monkeypatch):
     from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
     from lerobot.processor import tokenizer_processor
 
-    from lerobot_policy_grids.trust import check_processors, check_published
+    from lerobot_policy_grids.checkpoint.trust import check_processors, check_published
 
     class Stand:
         """Stands in for tokenizers that only the Hub has."""

@@ -1,14 +1,23 @@
-"""Regular lattices: where fixed reducers read, whatever the image shows."""
+"""Regular lattices: where fixed reducers read, whatever the image shows.
+
+`uniform` reads the map at the lattice's points: what predicted coordinates must beat to be worth predicting. `pool`
+averages the map over the lattice's cells: what vision-language models do when they must have fewer tokens.
+"""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..anchors import WHOLE, Region, region_cells
 from ..errors import BudgetError
-from ..reducer import Reducer
+from .anchors import WHOLE, Region, region_cells
+from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled
+from .interpolation import bilinear
+from .layout import TokenLayout
 
 # A lattice whose cells are more than this many times longer than wide samples no image evenly.
 MAX_STRETCH = 3.0
@@ -66,14 +75,14 @@ def lattice_coordinates(shape: tuple[int, int], region: Region) -> Tensor:
     return torch.stack([grid[1].flatten(), grid[0].flatten()], dim=-1)
 
 
-class LatticeReducer(Reducer):
+class LatticeReducer(MapReducer):
     """A reducer whose k tokens lie on the most even lattice of the image.
 
     Args:
         token_grid: (H, W) of the feature maps.
         num_tokens: K.
         region: Where the camera image lies in what the vision tower sees; letterbox padding is left out.
-        **options: As of `Reducer`.
+        **options: As of `MapReducer`.
 
     Raises:
         BudgetError: If a budget makes no even lattice.
@@ -93,3 +102,69 @@ class LatticeReducer(Reducer):
         """Rows and columns of the lattice of so many tokens."""
         cells = (self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
         return lattice_shape(num_tokens, cells)
+
+
+@ReducerConfig.register_subclass("uniform")
+@dataclass
+class UniformConfig(CameraBudgetConfig):
+    """The feature map, read at a fixed lattice."""
+
+    summary: ClassVar[str] = "read at a fixed lattice"
+
+    def build(self, layout: TokenLayout) -> "UniformReducer":
+        return UniformReducer(layout.token_grid, **self.budgets(layout), region=layout.region)
+
+
+class UniformReducer(LatticeReducer):
+    """Bilinear reading at the centres of the lattice's cells."""
+
+    def forward(
+        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
+    ) -> Sampled:
+        """Sample k tokens of each feature map [b, h, w, c] at the same places.
+
+        Raises:
+            BudgetError: If k makes no even lattice.
+            TokenGridError: If the map's grid is not `token_grid`.
+        """
+        self.check_grid(feature_map)
+        height, width = self.token_grid
+        shape = self.lattice(num_tokens or self.num_tokens)
+        coordinates = lattice_coordinates(shape, self.region).to(feature_map.device)
+        coordinates = coordinates.expand(len(feature_map), -1, -1)
+        pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
+        return Sampled(bilinear(feature_map, pixels), coordinates)
+
+
+@ReducerConfig.register_subclass("pool")
+@dataclass
+class PoolConfig(CameraBudgetConfig):
+    """The feature map, averaged over blocks."""
+
+    summary: ClassVar[str] = "averages of blocks of the image"
+
+    def build(self, layout: TokenLayout) -> "PoolReducer":
+        return PoolReducer(layout.token_grid, **self.budgets(layout), region=layout.region)
+
+
+class PoolReducer(LatticeReducer):
+    """`F.adaptive_avg_pool2d` to the lattice's cells."""
+
+    def forward(
+        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
+    ) -> Sampled:
+        """Average blocks of each feature map [b, h, w, c].
+
+        Raises:
+            BudgetError: If k makes no even lattice.
+            TokenGridError: If the map's grid is not `token_grid`.
+        """
+        self.check_grid(feature_map)
+        height, width = self.token_grid
+        shape = self.lattice(num_tokens or self.num_tokens)
+        image = feature_map[:, self.rows, self.columns].permute(0, 3, 1, 2)
+        tokens = functional.adaptive_avg_pool2d(image, shape).flatten(2).transpose(1, 2)
+        rows, columns = self.rows, self.columns
+        region = (columns.start / width, rows.start / height, columns.stop / width, rows.stop / height)
+        coordinates = lattice_coordinates(shape, region).to(feature_map.device)
+        return Sampled(tokens, coordinates.expand(len(feature_map), -1, -1))

@@ -5,17 +5,29 @@ reduces its tokens, or a student and its teacher would not be compared at the sa
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..anchors import WHOLE, Region
-from ..reducer import Reducer, Sampled
-from .cells import cell_coordinates, take
+from .anchors import WHOLE, Region
+from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled
+from .layout import TokenLayout, cell_coordinates, take
 
 
-class RandomReducer(Reducer):
+@ReducerConfig.register_subclass("random")
+@dataclass
+class RandomConfig(CameraBudgetConfig):
+    """Tokens drawn anew for every image."""
+
+    summary: ClassVar[str] = "drawn at random for every image"
+
+    def build(self, layout: TokenLayout) -> "RandomReducer":
+        return RandomReducer(layout.token_grid, **self.budgets(layout), region=layout.region)
+
+
+class RandomReducer(MapReducer):
     """A random subset of the dense tokens.
 
     Args:
@@ -23,7 +35,7 @@ class RandomReducer(Reducer):
         num_tokens: K.
         region: Where the camera image lies in what the vision tower sees; cells of letterbox padding are drawn only
             when there are no others.
-        **options: As of `Reducer`.
+        **options: As of `MapReducer`.
     """
 
     def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:

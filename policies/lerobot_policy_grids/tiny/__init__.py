@@ -4,6 +4,6 @@ Its vision-language model's configuration and tokenizer ship in `vlm/`; nothing 
 """
 
 from .configuration_tiny_smolvla import TinySmolVLAConfig
-from .tokenizer import TinyTokenizerStep
+from .tokenizer import TINY_FOLDER, VLM_FOLDER, TinyTokenizerStep
 
-__all__ = ["TinySmolVLAConfig", "TinyTokenizerStep"]
+__all__ = ["TINY_FOLDER", "VLM_FOLDER", "TinySmolVLAConfig", "TinyTokenizerStep"]

@@ -6,14 +6,12 @@ values the action expert reads.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
-from ..checkpoint import load_weights
 from .configuration_tiny_smolvla import TinySmolVLAConfig
 from .tokenizer import VLM_FOLDER
 
@@ -74,6 +72,6 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
-        # LeRobot would leave random weights where the file has none.
-        load_weights(model, Path(model_file))
-        return model
+        # Not strictly, LeRobot would leave random weights where the file has none.
+        loaded: Self = super()._load_as_safetensor(model, model_file, map_location, strict=True)
+        return loaded

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 
-VLM_FOLDER = Path(__file__).parent / "vlm"
+TINY_FOLDER = Path(__file__).parent
+VLM_FOLDER = TINY_FOLDER / "vlm"
 
 
 @ProcessorStepRegistry.register("tiny_smolvla_tokenizer")

@@ -1,0 +1,229 @@
+"""Open-loop quality of a policy on held-out demonstrations, at several token budgets.
+
+It costs seconds where closed-loop success costs minutes, and it does not rank policies: one with the lower loss can
+succeed less often. `eval` decides.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.utils.constants import ACTION
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from torch import Tensor
+from torchmetrics import MeanMetric, MeanSquaredError
+
+from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.checkpoint.files import OPTIONS_FILE
+from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError
+from lerobot_policy_grids.reducers.grid_sampler import GridSampler
+
+from ..console import write_json
+from ..coordinates import CoordinateStatistics
+from ..data.datamodule import LeRobotDataModule
+from ..data.images import unit_images
+from ..policies import LoadedPolicy, require_cameras
+
+# Noise and time of the flow are the same for every budget and every policy.
+SEED = 0
+USUAL_BUDGETS = (1, 4, 8, 16, 24, 64)
+
+
+@dataclass
+class BudgetResult:
+    """How a policy does at one budget.
+
+    Attributes:
+        num_tokens: K, or None for a dense policy.
+        loss: The policy's own training loss.
+        error: Root mean squared error of its action chunks against the demonstrations, per action dimension, in the
+            dataset's units.
+        teacher_distance: Root mean squared distance of its normalised action chunks to the teacher's, from the same
+            noise; None without a teacher.
+        teacher_distance_by_action: The same per action dimension, in the dataset's units.
+        coordinates: `CoordinateStatistics`, of a sampler.
+    """
+
+    num_tokens: int | None
+    loss: float
+    error: list[float]
+    teacher_distance: float | None = None
+    teacher_distance_by_action: list[float] = field(default_factory=list)
+    coordinates: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Validation:
+    """Results of one policy over budgets."""
+
+    policy: str
+    policy_type: str
+    dataset: str
+    teacher: str | None
+    frames: int
+    num_dense_tokens: int | None
+    budgets: list[BudgetResult] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON."""
+        write_json(path, asdict(self))
+
+
+def budgets_of(policy: Any, asked: list[int] | None) -> list[int | None]:
+    """Budgets to validate: those asked for, or the usual ones that the policy can serve.
+
+    Raises:
+        BudgetError: If it cannot serve one.
+    """
+    if not isinstance(policy, GridsPolicy) or policy.num_tokens == 0:
+        if asked is not None:
+            raise BudgetError("this policy has no token budget to set; drop --tokens")
+        return [None]
+    largest = int(policy.reducer.num_tokens_max)
+    if asked is None:
+        if largest == policy.num_tokens:
+            return [largest]
+        return [*(k for k in USUAL_BUDGETS if k < largest), largest]
+    for k in asked:
+        if not 1 <= k <= largest:
+            raise BudgetError(f"--tokens {k}, but this checkpoint serves 1 .. {largest} visual tokens per camera")
+    return list(asked)
+
+
+def held_out_share(policy: str) -> float:
+    """The share of the episodes that a policy's run held out, as its fit.yaml says; 0.1 if there is none."""
+    for folder in (Path(policy), Path(policy).parent):
+        if (folder / OPTIONS_FILE).is_file():
+            options = yaml.safe_load((folder / OPTIONS_FILE).read_text())
+            return float(options["data"]["val_fraction"])
+    return 0.1
+
+
+def require_fit(source: str, loaded: LoadedPolicy, meta: LeRobotDatasetMetadata) -> None:
+    """Raise `DatasetError` unless a dataset shows what the policy looks at and has the actions it takes."""
+    renames = loaded.renames
+    features = {renames.get(name, name): value for name, value in dataset_to_policy_features(meta.features).items()}
+    config = loaded.policy.config
+    require_cameras(source, config, features)
+    acts, has = (tuple(side[ACTION].shape) for side in (config.output_features, features))
+    if acts != has:
+        raise DatasetError(f"{source} takes actions of shape {acts}, the dataset has {has}; validate on its own data")
+
+
+class _Measures:
+    """What is counted at one budget."""
+
+    def __init__(self, policy: Any, size: int, device: torch.device) -> None:
+        self.loss = MeanMetric().to(device)
+        self.error = MeanSquaredError(squared=False, num_outputs=size).to(device)
+        self.distance = MeanSquaredError(squared=False).to(device)
+        self.by_action = MeanSquaredError(squared=False, num_outputs=size).to(device)
+        self.coordinates: CoordinateStatistics | None = None
+        reducer = getattr(policy, "reducer", None)
+        if isinstance(reducer, GridSampler):
+            self.coordinates = CoordinateStatistics(reducer.token_grid).to(device)
+
+    def result(self, num_tokens: int | None, with_teacher: bool) -> BudgetResult:
+        return BudgetResult(
+            num_tokens,
+            float(self.loss.compute()),
+            self.error.compute().reshape(-1).tolist(),
+            float(self.distance.compute()) if with_teacher else None,
+            self.by_action.compute().reshape(-1).tolist() if with_teacher else [],
+            self.coordinates.compute() if self.coordinates is not None else {},
+        )
+
+
+@torch.no_grad()
+def validate(
+    loaded: LoadedPolicy,
+    data: LeRobotDataModule,
+    budgets: list[int | None],
+    teacher: LoadedPolicy | None = None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> list[BudgetResult]:
+    """Run a policy over the held-out frames at each budget.
+
+    Args:
+        loaded: The policy.
+        data: Its demonstrations; opened for it unless they are already.
+        budgets: From `budgets_of`.
+        teacher: A dense policy to compare with.
+        on_progress: Called after each batch and budget.
+
+    Raises:
+        GridsError: If nothing is held out.
+    """
+    policy = loaded.policy
+    if data.val_dataset is None:
+        data.load(policy.config)
+    batches = data.val_dataloader()
+    if not batches:
+        raise GridsError("nothing is held out to validate on; the dataset needs at least two episodes")
+    device = next(policy.parameters()).device
+    size = policy.config.output_features[ACTION].shape[0]
+    measures = {k: _Measures(policy, size, device) for k in budgets}
+    for number, raw in enumerate(batches):
+        batch = loaded.preprocessor(unit_images(raw))
+        wanted = None if teacher is None else _chunk(teacher, teacher.preprocessor(unit_images(raw)), number)
+        for k, measure in measures.items():
+            if k is not None:
+                policy.num_tokens = k
+            hook = None
+            if measure.coordinates is not None:
+                hook = policy.reducer.register_forward_hook(measure.coordinates.count)
+            torch.manual_seed(SEED + number)
+            loss, _ = policy.forward(dict(batch))
+            if hook is not None:
+                hook.remove()
+            measure.loss.update(loss, len(raw["task_index"]))
+            normalised, chunk = _chunk(loaded, batch, number)
+            steps = ~raw[f"{ACTION}_is_pad"].to(device)
+            measure.error.update(chunk[steps], raw[ACTION].to(chunk)[steps])
+            if wanted is not None:
+                measure.distance.update(normalised.contiguous(), wanted[0].contiguous())
+                measure.by_action.update(chunk.flatten(0, 1), wanted[1].flatten(0, 1))
+            on_progress()
+    return [measure.result(k, teacher is not None) for k, measure in measures.items()]
+
+
+def _chunk(loaded: LoadedPolicy, batch: dict[str, Any], number: int) -> tuple[Tensor, Tensor]:
+    """Action chunk [b, steps, d] from the noise of this batch: (normalised, in the dataset's units)."""
+    torch.manual_seed(SEED + number)
+    loaded.policy.reset()
+    chunk: Tensor = loaded.policy.predict_action_chunk(dict(batch)).float()
+    return chunk, loaded.postprocessor(chunk.clone()).to(chunk)
+
+
+def draw_validation(result: Validation, path: Path) -> None:
+    """Save a picture of loss, and of the distance to the teacher, against the budget."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
+
+    curves = [("held-out loss", [row.loss for row in result.budgets])]
+    if result.teacher is not None:
+        curves.append(("distance to the teacher's actions", [row.teacher_distance or 0.0 for row in result.budgets]))
+    tokens = [row.num_tokens or result.num_dense_tokens or 1 for row in result.budgets]
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.2), squeeze=False)
+    for axis, (name, values) in zip(axes[0], curves, strict=True):
+        axis.plot(tokens, values, "o-", color="#4477aa")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(tokens)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.minorticks_off()
+        axis.set_ylim(0, 1.1 * max(values))
+        axis.set_xlabel("visual tokens per camera")
+        axis.set_ylabel(name)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{Path(result.policy).name}, {result.frames} held-out frames")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,226 @@
+"""What a push consists of: the checkpoint's own files and a card, and nothing that says who or where you are."""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lerobot_grids_cards import DistanceRow, Measurements, PolicyFacts, SuccessRow, read_measurements, render
+from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, check_processors, check_published, resolve_checkpoint
+from lerobot_policy_grids.checkpoint.files import (
+    ADAPTER_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    OPTIONS_FILE,
+    PICTURE_FILE,
+    WEIGHTS_FILE,
+    read_json,
+)
+from lerobot_policy_grids.checkpoint.find import require_complete
+from lerobot_policy_grids.checkpoint.manifest import FORMATS, Base, read_manifest, write_manifest
+from lerobot_policy_grids.checkpoint.trust import REFUSED
+from lerobot_policy_grids.configuration_grids import GRIDS_TYPE
+from lerobot_policy_grids.errors import CheckpointError, GridsError
+from lerobot_policy_grids.reducers import ReducerConfig
+
+from .formats import write_adapter, write_full
+from .privacy import check_outgoing, scrub_config
+
+Format = Literal["auto", "adapter", "full"]
+
+# An adapter that is larger than this share of the full checkpoint saves too little to need a base.
+WORTHWHILE = 0.5
+
+# Options of a run that a card shows; the others are paths, names, or defaults of Lightning.
+TRAINING_OPTIONS = (
+    "tokens",
+    "reducer",
+    "schedule",
+    "distill",
+    "steps",
+    "batch_size",
+    "seed",
+    "ema",
+    "model.train",
+    "model.lora_rank",
+    "model.lr",
+    "trainer.max_steps",
+    "trainer.accumulate_grad_batches",
+    "trainer.precision",
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the card is told besides what the checkpoint says.
+
+    Attributes:
+        results: JSON files of eval, validate and bench; a looks.png beside one goes along.
+        dataset: Hub id of the training data.
+        licence: Identifier as the Hub spells it.
+        template: A jinja2 template instead of the project's.
+        step: Training step of a checkpoint that is trained further.
+    """
+
+    results: tuple[Path, ...] = ()
+    dataset: str | None = None
+    licence: str | None = None
+    template: Path | None = None
+    step: int | None = None
+
+
+def prepare(source: Path, staging: Path, repo_id: str, format: Format, description: Description) -> None:
+    """Put everything that will be pushed into a folder.
+
+    Args:
+        source: A checkpoint folder; it is only read.
+        staging: An empty folder on the same disk.
+        repo_id: Where it will go.
+        format: What to make of it; "auto" takes the adapter where there is a base on the Hub and it saves enough.
+        description: For the card.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete, damaged, holds NaN or links, or could not be loaded by others.
+        GridsError: If something in it should not leave this machine, or a result is not what it should be.
+    """
+    links = [path.name for path in source.iterdir() if path.is_symlink()]
+    if links:
+        raise CheckpointError(f"{source} holds links, {', '.join(links)}; only plain files are pushed, copy them there")
+    require_complete(source)
+    before = source.stat().st_ino
+    base = _write_format(source, staging, format)
+    if source.stat().st_ino != before:
+        raise CheckpointError(f"{source} was replaced by its training run while it was read; push again")
+    scrub_config(staging)
+    for result in description.results:
+        picture = result.parent / PICTURE_FILE
+        if picture.is_file():
+            shutil.copyfile(picture, staging / PICTURE_FILE)
+    write_manifest(staging, base)
+    text = _card(source, staging, repo_id, description)
+    (staging / CARD_FILE).write_text(text, encoding="utf-8")
+    _check_loadable(source, staging)
+    check_outgoing(staging)
+
+
+def _write_format(source: Path, staging: Path, format: Format) -> Base | None:
+    if format == "auto":
+        config = read_json(source / CONFIG_FILE)
+        has_base = config.get("base_repo_id") is not None and config.get("base_revision") is not None
+        format = "adapter" if has_base else "full"
+        if has_base and (source / WEIGHTS_FILE).is_file():
+            base = write_adapter(source, staging)
+            if (staging / ADAPTER_FILE).stat().st_size <= WORTHWHILE * (source / WEIGHTS_FILE).stat().st_size:
+                return base
+            for path in staging.iterdir():
+                path.unlink()
+            format = "full"
+    if format == "adapter":
+        return write_adapter(source, staging)
+    write_full(source, staging)
+    return None
+
+
+def _check_loadable(source: Path, staging: Path) -> None:
+    try:
+        check_published(staging)
+        check_processors(staging)
+    except CheckpointError as error:
+        seen = str(error).removesuffix(REFUSED).replace(str(staging), str(source))
+        raise CheckpointError(f"{seen}others could not load it from the Hub") from error
+
+
+def read_facts(folder: Path, **known: Any) -> PolicyFacts:
+    """What a checkpoint folder, dense or grids, says about itself, for its card.
+
+    Args:
+        folder: The checkpoint; without a manifest it is a full one.
+        **known: What the folder does not say: repo_id, dataset, licence, training, tags.
+
+    Raises:
+        CheckpointError: If its configuration or its manifest cannot be read.
+    """
+    config, manifest = read_json(folder / CONFIG_FILE), read_manifest(folder)
+    grids = config["type"] == GRIDS_TYPE
+    base = None if manifest is None else manifest.base
+    features = config["input_features"] or {}
+    reducer = config["reducer"] if grids else {}
+    return PolicyFacts(
+        family=(config["base"] if grids else config)["type"],
+        num_tokens=reducer.get("num_tokens", 0) if grids else None,
+        num_tokens_max=reducer.get("num_tokens_max"),
+        reducer=reducer.get("type", ""),
+        reducer_summary=ReducerConfig.get_choice_class(reducer["type"]).summary if grids else "",
+        cameras=[name for name, feature in features.items() if feature["type"] == "VISUAL"],
+        format=FORMATS[0] if manifest is None else manifest.format,
+        base_repo_id=config.get("base_repo_id"),
+        base_revision=config.get("base_revision"),
+        base_sha256=None if base is None else base.sha256,
+        picture=(folder / PICTURE_FILE).is_file(),
+        **known,
+    )
+
+
+def _card(source: Path, staging: Path, repo_id: str, description: Description) -> str:
+    training = {} if description.step is None else {"saved at step": str(description.step)}
+    facts = read_facts(
+        staging,
+        repo_id=repo_id,
+        dataset=description.dataset,
+        licence=description.licence,
+        training=training | _training(source),
+    )
+    measurements = _measurements(source, facts, description)
+    options: dict[str, Any] = {} if description.template is None else {"template": description.template}
+    try:
+        return render(facts, measurements, **options)
+    except Exception as error:  # jinja2 raises what the template meets
+        raise GridsError(f"the card cannot be rendered: {error!r}; correct the template") from error
+
+
+def _measurements(source: Path, facts: PolicyFacts, description: Description) -> Measurements:
+    try:
+        found = read_measurements(list(description.results), _is(source, facts.repo_id))
+    except ValueError as error:
+        raise GridsError(str(error)) from error
+    for costs in found.costs:
+        if costs.policy != facts.family:
+            raise GridsError(f"--results has costs of '{costs.policy}', but {source} is a '{facts.family}' policy")
+    rows: list[SuccessRow | DistanceRow] = [*found.successes, *found.distances]
+    if rows and not any(row.own for row in rows):
+        seen = ", ".join(sorted({row.policy for row in rows}))
+        raise GridsError(f"--results has figures of {seen}, none of {source}; give one that was measured with it")
+    return found
+
+
+def _is(source: Path, repo_id: str) -> Callable[[str], bool]:
+    def is_own(policy: str) -> bool:
+        try:
+            return resolve_checkpoint(Path(policy)).resolve() == source.resolve()
+        except CheckpointError:
+            return policy.partition("@")[0] == repo_id
+
+    return is_own
+
+
+def _training(source: Path) -> dict[str, str]:
+    """The options of the run that a checkpoint lies in, where it does."""
+    path = source.parent / OPTIONS_FILE
+    if source.name != CHECKPOINT_FOLDER or not path.is_file():
+        return {}
+    try:
+        options = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise GridsError(f"{path} is no YAML ({error}); remove it, then push") from error
+    shown = {}
+    for name in TRAINING_OPTIONS:
+        value: Any = options
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and re.fullmatch(r"[\w.,:@+ -]{1,80}", str(value)):
+            shown[name] = str(value)
+    return shown

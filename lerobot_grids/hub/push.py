@@ -1,0 +1,162 @@
+"""Pushing a checkpoint: one commit that leaves nothing of an earlier checkpoint behind."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from lerobot_policy_grids.checkpoint import resolve_checkpoint
+from lerobot_policy_grids.checkpoint.atomic import sweep
+from lerobot_policy_grids.checkpoint.files import ADAPTER_FILE, CARD_FILE, size_limit
+from lerobot_policy_grids.checkpoint.hub_errors import asking_the_hub
+from lerobot_policy_grids.errors import HubError
+
+from .names import parse_repository
+from .prepare import Description, Format, prepare
+
+# Files of checkpoints in other formats, which would be taken for this one if they stayed beside it.
+OTHER_CHECKPOINTS = ("train_config.json", "adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was pushed, or would be.
+
+    Attributes:
+        repo_id: Where.
+        format: "adapter" or "full".
+        files: Name -> size in bytes.
+        deleted: Stale files of an earlier checkpoint that the commit deleted.
+        card: Text of README.md.
+        commit: Its id; None of a dry run.
+    """
+
+    repo_id: str
+    format: str
+    files: dict[str, int]
+    deleted: list[str]
+    card: str
+    commit: str | None = None
+
+
+def check_login(repo_id: str) -> None:
+    """Raise `HubError` unless somebody is logged in; before a training whose result is to be pushed."""
+    parse_repository(repo_id)
+    with asking_the_hub(f"{repo_id} cannot be pushed to"):
+        HfApi().whoami()
+
+
+def push(
+    source: Path,
+    repo_id: str,
+    *,
+    format: Format = "auto",
+    private: bool = False,
+    tag: str | None = None,
+    description: Description | None = None,
+    dry_run: bool = False,
+) -> Pushed:
+    """Push a checkpoint in one commit, with a card.
+
+    Args:
+        source: Checkpoint folder, or output folder of a run.
+        repo_id: `user/name`; made if it does not exist.
+        format: "adapter", "full", or "auto" for the smaller one that is possible.
+        private: Whether a repository that is made is private; one that exists must be so then.
+        tag: Name for the commit, such as v1.
+        description: What the card is told.
+        dry_run: Prepare and check everything, and push nothing.
+
+    Raises:
+        CheckpointError: If the checkpoint is not fit to be pushed.
+        HubError: If the Hub refuses; the repository is then as it was, or new and empty.
+    """
+    if parse_repository(repo_id)[1] is not None:
+        raise HubError(f"'{repo_id}' names a revision; a push adds one, give user/name")
+    folder = resolve_checkpoint(source)
+    if not dry_run:
+        # Before minutes of hashing whose result could not be pushed.
+        check_login(repo_id)
+    with _staging(folder) as staging:
+        prepare(folder, staging, repo_id, format, description or Description())
+        names = sorted(path.name for path in staging.iterdir())
+        pushed = Pushed(
+            repo_id=repo_id,
+            format="adapter" if ADAPTER_FILE in names else "full",
+            files={name: (staging / name).stat().st_size for name in names},
+            deleted=[],
+            card=(staging / CARD_FILE).read_text(encoding="utf-8"),
+        )
+        step = "" if description is None or description.step is None else f" of step {description.step}"
+        message = f"{pushed.format} checkpoint{step}, lerobot-grids {version('lerobot_policy_grids')}"
+        if dry_run:
+            return pushed
+        done = commit_folder(staging, repo_id, message, private=private, tag=tag)
+        return replace(pushed, deleted=done.deleted, commit=done.commit)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder on the checkpoint's disk, so that weights are linked. That of a killed push is removed."""
+    sweep(folder)
+    if not os.access(folder.parent, os.W_OK):
+        with TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
+    staging = folder.with_name(f".{folder.name}.push.partial-{os.getpid()}")
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A commit's id, where it can be looked at, and the stale files of an earlier checkpoint that it deleted."""
+
+    commit: str
+    url: str
+    deleted: list[str]
+
+
+def commit_folder(
+    folder: Path, repo_id: str, message: str, *, private: bool = False, tag: str | None = None
+) -> Committed:
+    """Make a folder's files the checkpoint of a repository; other files in it stay.
+
+    Args:
+        folder: Plain files alone.
+        repo_id: `user/name`; made if it does not exist.
+        message: Of the commit.
+        private: Whether a repository that is made is private; one that exists must be so then.
+        tag: Name for the commit.
+
+    Raises:
+        HubError: If the Hub refuses, or somebody else pushed meanwhile; the repository is as it was, or new and empty.
+    """
+    api, names = HfApi(), sorted(path.name for path in folder.iterdir())
+    with asking_the_hub(f"{repo_id} cannot be pushed to"):
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        info = api.model_info(repo_id)
+        if private and not info.private:
+            raise HubError(f"{repo_id} exists and is public; make it private in its settings, or do not ask for it")
+        if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
+            raise HubError(f"{repo_id} has a tag '{tag}' already; choose another, or delete that one first")
+        there = {file.rfilename for file in info.siblings or []}
+        stale = sorted(name for name in there - set(names) if size_limit(name) is not None or name in OTHER_CHECKPOINTS)
+        operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in names]
+        operations += [CommitOperationDelete(name) for name in stale]
+        # Refused if somebody else pushed in between.
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=info.sha)
+    if tag is not None:
+        with asking_the_hub(f"{repo_id} was pushed as {commit.oid}, but cannot be tagged"):
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    return Committed(str(commit.oid), str(url), stale)

@@ -1,0 +1,145 @@
+"""Dense beside K tokens, on the same policy, the same observation and the same device."""
+
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lerobot_policy_grids import GridsPolicy, compress
+from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.modeling_grids import dense_policy
+
+from ..policies import load
+from .architectures import architectures, instantiate, make_batch, make_config
+from .measure import Cost, count_flops, measure_latency, peak_memory_mib, prefix_length
+
+
+@dataclass
+class BenchResult:
+    """Costs of several ways to run one policy, and where they were measured."""
+
+    policy: str
+    cameras: int
+    language_tokens: int
+    parameters: int
+    dtype: str
+    device: str | None
+    threads: int
+    torch: str = torch.__version__
+    costs: list[Cost] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return vars(self) | {"costs": [cost.to_dict() for cost in self.costs]}
+
+
+def device_name(device: str) -> str:
+    """What a person calls the device."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or device
+
+
+def bench(
+    policy: str,
+    tokens: list[int],
+    *,
+    reducers: list[str] | None = None,
+    cameras: int = 2,
+    language_tokens: int | None = None,
+    resolutions: list[int] | None = None,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    warmup: int = 2,
+    repeats: int = 5,
+    on_progress: Callable[[str], None] | None = None,
+) -> BenchResult:
+    """Measure a policy dense, with each token budget, and dense at lower resolutions.
+
+    Args:
+        policy: Architecture name, for random weights, or a checkpoint.
+        tokens: Budgets per camera.
+        reducers: Ways of having so few; None takes "grids".
+        cameras: Number of cameras of an architecture; a checkpoint has its own.
+        language_tokens: Instruction tokens after padding; None takes the family's.
+        resolutions: Sides in pixels of smaller images for the dense policy.
+        dtype: Precision, of families that have the choice.
+        device: Where to measure time and memory; None counts FLOPs only.
+        warmup: Runs before timing.
+        repeats: Timed runs.
+        on_progress: Called with the name of what is being measured.
+
+    Raises:
+        BudgetError: If a budget exceeds the dense tokens.
+        UnsupportedPolicyError: If the policy is unknown, or an image gives no whole token grid.
+    """
+    architecture = architectures().get(policy)
+    length = language_tokens or (48 if architecture is None else architecture.language_tokens)
+
+    def make(place: str | None, size: int | None = None) -> Any:
+        if architecture is not None:
+            return instantiate(make_config(policy, cameras, size, dtype), place or "cpu")
+        loaded = load(policy, device=place).policy
+        return loaded.detach() if isinstance(loaded, GridsPolicy) else loaded
+
+    def make_pair(size: int | None = None) -> tuple[Any, Any]:
+        """The dense policy to count, and the one to time, if time is measured; one and the same where values matter."""
+        if architecture is not None and architecture.counted_on_meta:
+            return make("meta", size), make(device, size) if device else None
+        both = make(device, size)
+        return both, both if device else None
+
+    counted, timed = make_pair()
+    result = BenchResult(
+        policy,
+        cameras=len(counted.config.image_features),
+        language_tokens=length,
+        parameters=sum(parameter.numel() for parameter in counted.parameters()),
+        dtype=getattr(counted.config, "dtype", "float32"),
+        device=None if device is None else device_name(device),
+        threads=torch.get_num_threads(),
+    )
+
+    def add(name: str, counted: Any, timed: Any) -> None:
+        if on_progress is not None:
+            on_progress(name)
+        base = dense_policy(counted)
+        batch = make_batch(base, length, str(next(counted.parameters()).device))
+        dense_tokens = get_family(base.config.type).layout(base).num_dense_tokens
+        used = counted.num_tokens if isinstance(counted, GridsPolicy) else dense_tokens
+        cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch))
+        if timed is not None:
+            place = next(timed.parameters()).device
+            if place.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            batch = make_batch(dense_policy(timed), length, str(place))
+            cost.latency_ms, cost.latency_p95_ms = measure_latency(timed, batch, warmup, repeats)
+            cost.peak_memory_mib = peak_memory_mib(timed)
+        result.costs.append(cost)
+
+    ways = [(name, budget) for name in reducers or ["grids"] for budget in tokens]
+    # Before anything is measured, so that a wrong budget costs no minutes.
+    for name, budget in ways:
+        compress(counted, budget, name).detach()
+    add("dense", counted, timed)
+    for name, budget in ways:
+        # One policy to wrap where the same is counted and timed, else two, or one and none.
+        wrapped = [
+            compress(dense, budget, name) if dense is not None else None for dense in dict.fromkeys((counted, timed))
+        ]
+        label = f"K={budget}" if name == "grids" else f"{name} K={budget}"
+        add(label, wrapped[0], wrapped[-1] if timed is not None else None)
+        for one in filter(None, wrapped):
+            one.detach()
+    del counted, timed
+    for size in resolutions or []:
+        add(f"dense at {size} px", *make_pair(size))
+    return result

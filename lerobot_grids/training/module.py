@@ -1,0 +1,282 @@
+"""GridsModule: trains a policy, dense or with K visual tokens, on demonstrations."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning
+import torch
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from torch import Tensor, nn
+
+from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.configuration_grids import base_config
+from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.modeling_grids import dense_policy
+
+from ..data import POSITIONS, unit_images
+from ..policies import parse_tokens, start
+from ..seeds import seed_of
+from .augmentation import add_state_noise, jitter_images
+from .callbacks import CoordinateMonitor, TokenScheduler
+from .distillation import Distillation, choose_teacher
+from .identity import identity_of, require_same_run
+from .lora import add_lora
+from .optimisation import parameter_groups, warmup_cosine
+from .position_loss import PositionLoss
+from .trainable import TrainableChoice, choose_trainable, device_memory
+
+# Noise and time of the flow are drawn inside the policy; with this seed every validation draws the same.
+VALIDATION_SEED = 0
+# Action chunks take all denoising steps, so only the first batches of a validation compare them.
+CHUNK_BATCHES = 2
+
+
+class GridsModule(lightning.LightningModule):
+    """A policy in training.
+
+    Args:
+        meta: Metadata of the dataset (linked from the data module on the command line).
+        policy: What to start from: a family's name, such as tiny, a checkpoint folder, or a Hub id.
+        tokens: Visual tokens per camera, or "dense" to train the policy as it is. Defaults to 16, or to what a
+            grids checkpoint has.
+        reducer: How tokens are reduced: its name, "grids" by default, or with its options {"type": "grids",
+            "condition_on": ["image"], "num_tokens_max": 64}.
+        schedule: K over the training steps: constant; linear, cosine or exponential (from the reducer's num_tokens_max
+            down to `tokens`); steps:0=144,500=64,1000=16; elastic (drawn anew at each step, for a checkpoint that
+            serves any budget), elastic:4,8,16 (one of a set) or elastic:4-64 (a range).
+        position_ids: How the trunk numbers visual tokens: "consecutive", or "dense", as if all were there. Defaults to
+            what suits the family.
+        resolution: Side in pixels of the square that images are brought to. Defaults to the policy's own.
+        train: "all" parameters that the policy leaves trainable, the "reducer" and low-rank adaptation of the base
+            ("reducer+lora"), or the "reducer" alone. "auto" takes all if that fits the memory, else LoRA.
+        distill: Share of the loss that is the distance to the dense teacher's prediction, from 0 to 1. Defaults to
+            0, no teacher.
+        distill_end: The same share at the end of the run; it changes evenly. Defaults to `distill`.
+        teacher: Dense policy to imitate, a checkpoint folder or Hub id. Defaults to the policy to start from: where
+            that stays frozen it is its own teacher, otherwise a frozen copy of it is.
+        distill_temperature: Softens the teacher's distribution, of policies that decode action tokens.
+        distill_features: Weight of the distance between the trunks' last hidden states.
+        freeze_vision: Whether the vision tower and its projector stay as they are, so that only what reads their tokens
+            is trained. Some families freeze theirs by default.
+        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
+        accelerator: Lightning's accelerator, whose memory "auto" looks at (linked from the trainer).
+        lora_rank: Rank of the low-rank adaptation.
+        lr: Peak learning rate. Defaults to the family's recipe.
+        reducer_lr: Peak learning rate of the reducer. Defaults to `lr`.
+        warmup_steps: Steps of linear warm-up before the cosine decay. Defaults to the family's recipe.
+        auxiliary_weight: Weight of the position loss, where the dataset records object positions.
+        jitter: Strength of random brightness and contrast, 0 for none.
+        state_noise: Standard deviation of the noise on the normalised robot state, 0 for none.
+        rename_map: Dataset feature names to the policy's, where they differ.
+        seed: Seed of the augmentation, and of the noise and the time of the flow. Each step draws anew from the seed,
+            its number and the process, so a run that goes on continues exactly.
+    """
+
+    def __init__(
+        self,
+        meta: LeRobotDatasetMetadata,
+        policy: str = "tiny",
+        tokens: int | str | None = None,
+        reducer: str | dict[str, Any] | None = None,
+        schedule: str = "constant",
+        position_ids: Literal["consecutive", "dense"] | None = None,
+        resolution: int | None = None,
+        train: Literal["auto", "all", "reducer+lora", "reducer"] = "auto",
+        distill: float = 0.0,
+        distill_end: float | None = None,
+        teacher: str | None = None,
+        distill_temperature: float | None = None,
+        distill_features: float = 0.0,
+        freeze_vision: bool = False,
+        gradient_checkpointing: bool = False,
+        accelerator: str = "auto",
+        lora_rank: int = 16,
+        lr: float | None = None,
+        reducer_lr: float | None = None,
+        warmup_steps: int | None = None,
+        auxiliary_weight: float = 1.0,
+        jitter: float = 0.15,
+        state_noise: float = 0.02,
+        rename_map: dict[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # Lightning keeps them in the checkpoint; a run to resume must have had the same.
+        self.save_hyperparameters(ignore=["meta", "accelerator"], logger=False)
+        self.loaded = start(
+            policy,
+            None if tokens is None else parse_tokens(tokens),
+            meta,
+            reducer=reducer,
+            schedule=schedule,
+            position_ids=position_ids,
+            rename_map=rename_map,
+            gradient_checkpointing=gradient_checkpointing,
+            resolution=resolution,
+        )
+        self.policy = self.loaded.policy
+        self.family = get_family(base_config(self.policy.config).type)
+        self.recipe = self.family.recipe
+        self.lr = self.recipe.lr if lr is None else lr
+        self.reducer_lr = self.lr if reducer_lr is None else reducer_lr
+        self.warmup_steps = warmup_steps
+        self.auxiliary_weight = auxiliary_weight
+        self.jitter = jitter
+        self.state_noise = state_noise
+        self.seed = seed
+        self.distill = (distill, distill if distill_end is None else distill_end)
+        if not all(0 <= share <= 1 for share in self.distill):
+            raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
+        if teacher is not None and max(self.distill) == 0:
+            raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill 0.5, say")
+        self.trainable = self._choose_trainable(train, accelerator, lora_rank)
+        # What is never used must not wait for a gradient.
+        if freeze_vision or getattr(self.policy, "num_tokens", 1) == 0:
+            self._freeze_vision()
+        self.distillation: Distillation | None = None
+        if max(self.distill) > 0:
+            self.distillation = Distillation(
+                self.policy,
+                choose_teacher(teacher, policy, self.loaded, self.trainable.train),
+                distill_temperature,
+                distill_features,
+            )
+        self.position_loss: PositionLoss | None = None
+        self._visual_tokens: list[Tensor] = []
+        if POSITIONS in meta.features and auxiliary_weight > 0 and getattr(self.policy, "num_tokens", 1) > 0:
+            self._add_position_loss(meta)
+
+    def _choose_trainable(self, train: str, accelerator: str, lora_rank: int) -> TrainableChoice:
+        if not isinstance(self.policy, GridsPolicy):
+            if train not in ("auto", "all"):
+                raise GridsError(f"train={train}, but the dense policy has no reducer; give --tokens a number")
+            return TrainableChoice("all", "training everything")
+        if train == "auto":
+            choice = choose_trainable(self.policy, *device_memory(accelerator), with_teacher=max(self.distill) > 0)
+        else:
+            choice = TrainableChoice(train, f"training {train}")  # type: ignore[arg-type]
+        if choice.train == "reducer+lora":
+            # Frozen weights lose nothing by it, and memory is why they are frozen.
+            if self.family.to_bfloat16(self.policy.base):
+                choice = replace(choice, reason=f"{choice.reason}; frozen weights in bfloat16")
+            add_lora(self.policy.base, lora_rank)
+        elif choice.train == "reducer":
+            self.policy.base.requires_grad_(False)
+        return choice
+
+    def _freeze_vision(self) -> None:
+        stages = self.family.stages(dense_policy(self.policy))
+        stages.vision.requires_grad_(False)
+        stages.projector.requires_grad_(False)
+
+    def _add_position_loss(self, meta: LeRobotDatasetMetadata) -> None:
+        base, source = dense_policy(self.policy), getattr(self.policy, "reducer", None)
+        width = self.family.layout(base).width
+        self.position_loss = PositionLoss(width, meta.stats[POSITIONS], len(meta.tasks))
+        # The tokens the trunk gets: all of them in a dense policy, the sampled ones otherwise.
+        source = self.family.feature_source(base) if source is None else source
+        source.register_forward_hook(self._keep_visual_tokens)
+
+    def _keep_visual_tokens(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._visual_tokens.append(output if isinstance(output, Tensor) else output.tokens)
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        return [TokenScheduler(), CoordinateMonitor()] if isinstance(self.policy, GridsPolicy) else []
+
+    def on_fit_start(self) -> None:
+        self.loaded.to(str(self.device))
+        if self.distillation is not None:
+            self.distillation.teacher.to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        self._visual_tokens.clear()
+        micro_batch = batch_index % self.trainer.accumulate_grad_batches
+        torch.manual_seed(seed_of(self.seed, self.global_step, micro_batch, self.global_rank))
+        prepared = self._prepare(batch, augment=True)
+        size = len(batch["task_index"])
+        total: Tensor
+        if self.distillation is None:
+            loss, _ = self.policy.forward(prepared)
+            total = loss
+        else:
+            loss, distance = self.distillation.losses(prepared)
+            share = self._distill_share()
+            self.log("train/distillation", distance.detach(), batch_size=size)
+            self.log("train/distill_share", share, batch_size=size)
+            total = (1 - share) * loss + share * distance
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        if self.position_loss is not None:
+            position_loss = self._position_loss(batch)
+            self.log("train/position_loss", position_loss.detach(), prog_bar=True, batch_size=size)
+            total = total + self.auxiliary_weight * position_loss
+        return total
+
+    def _distill_share(self) -> float:
+        first, last = self.distill
+        return first + (last - first) * min(1.0, self.global_step / int(self.trainer.estimated_stepping_batches))
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self._visual_tokens.clear()
+        size = len(batch["task_index"])
+        # The training step after it draws from its own seed again.
+        torch.manual_seed(VALIDATION_SEED + batch_index)
+        prepared = self._prepare(batch, augment=False)
+        if self.distillation is None:
+            loss, _ = self.policy.forward(prepared)
+        else:
+            loss, distance = self.distillation.losses(prepared)
+            self.log("val/distillation", distance, batch_size=size, sync_dist=True)
+        self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
+        if self.position_loss is not None:
+            self.log("val/position_loss", self._position_loss(batch), batch_size=size, sync_dist=True)
+        if self.distillation is not None and batch_index < CHUNK_BATCHES:
+            chunk_distance = self.distillation.chunk_distance(prepared)
+            self.log("val/chunk_distance", chunk_distance, batch_size=size, sync_dist=True)
+
+    def _position_loss(self, batch: dict[str, Any]) -> Tensor:
+        assert self.position_loss is not None
+        size = len(batch["task_index"])
+        # One call per camera, or all cameras stacked in one: [cameras * b, n, c] to [b, cameras * n, c].
+        tokens = torch.cat([part for kept in self._visual_tokens for part in kept.split(size)], dim=1)
+        loss: Tensor = self.position_loss(tokens.float(), batch[POSITIONS], batch["task_index"])
+        return loss
+
+    def _prepare(self, batch: dict[str, Any], augment: bool) -> dict[str, Any]:
+        """Images to [0, 1], augmentation, then the policy's own pre-processor."""
+        batch = jitter_images(unit_images(batch), self.jitter if augment else 0.0)
+        prepared: dict[str, Any] = self.loaded.preprocessor(batch)
+        return add_state_noise(prepared, self.state_noise if augment else 0.0)
+
+    def configure_optimizers(self) -> Any:
+        preset = self.policy.config.get_optimizer_preset()
+        groups = parameter_groups(self.named_parameters(), self.lr, self.reducer_lr, preset.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=preset.betas, eps=preset.eps)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = round(self.recipe.warmup * steps) if self.warmup_steps is None else self.warmup_steps
+        scheduler = warmup_cosine(optimizer, warmup, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["identity"] = identity_of(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        require_same_run(checkpoint.get("identity", {}), identity_of(self))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val is None:
+            gradient_clip_val = self.policy.config.get_optimizer_preset().grad_clip_norm
+        sharded: Any = self.trainer.model
+        if hasattr(sharded, "clip_grad_norm_"):
+            # Only the wrapper of FSDP knows the norm over all shards; Lightning refuses to guess it.
+            sharded.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")

@@ -1,0 +1,99 @@
+"""The files a checkpoint may hold, and how a file from elsewhere is read without trusting it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+# The trained tensors alone, of a checkpoint that names its base.
+ADAPTER_FILE = "grids_adapter.safetensors"
+MANIFEST_FILE = "grids_manifest.json"
+PREPROCESSOR_FILE = "policy_preprocessor.json"
+POSTPROCESSOR_FILE = "policy_postprocessor.json"
+CARD_FILE = "README.md"
+PICTURE_FILE = "looks.png"
+# Beside a checkpoint that `fit` made: the options of the run.
+OPTIONS_FILE = "fit.yaml"
+
+STATE_FILE = re.compile(r"policy_(pre|post)processor_step_\d{1,3}_[a-z0-9_]{1,80}\.safetensors")
+
+MIB = 2**20
+# Largest size in bytes of what is not the policy's weights.
+SIZE_LIMITS = {
+    CONFIG_FILE: MIB,
+    MANIFEST_FILE: MIB,
+    PREPROCESSOR_FILE: MIB,
+    POSTPROCESSOR_FILE: MIB,
+    CARD_FILE: MIB,
+    PICTURE_FILE: 20 * MIB,
+}
+STATE_LIMIT = 64 * MIB
+WEIGHTS_LIMIT = 64 * 1024 * MIB
+
+# Shown on the Hub, edited there, and not needed to act.
+SHOWN = (CARD_FILE, PICTURE_FILE)
+# What a policy is loaded from, for the Hub's client, which filters by wildcards.
+LOADED = [
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    PREPROCESSOR_FILE,
+    POSTPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    ADAPTER_FILE,
+    "policy_*processor_step_*.safetensors",
+]
+
+# Deeper than any configuration, and far from Python's recursion limit.
+MAX_DEPTH = 16
+
+
+def size_limit(name: str) -> int | None:
+    """Largest size in bytes of a checkpoint's file; None if no checkpoint holds a file of this name."""
+    if name in (WEIGHTS_FILE, ADAPTER_FILE):
+        return WEIGHTS_LIMIT
+    return STATE_LIMIT if STATE_FILE.fullmatch(name) else SIZE_LIMITS.get(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file.
+
+    Raises:
+        CheckpointError: If the file is missing, larger than `SIZE_LIMITS` allow, no JSON, nested too deeply, or holds
+            something else than an object.
+    """
+    limit = SIZE_LIMITS.get(path.name, MIB)
+    try:
+        if path.stat().st_size > limit:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; do not use it")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested deeper than any checkpoint's; do not use it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({error}); restore the checkpoint from its source"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(content).__name__}, expected an object; restore the checkpoint from its source"
+        )
+    if _depth(content) > MAX_DEPTH:
+        raise CheckpointError(f"{path} is nested deeper than {MAX_DEPTH} levels; do not use it")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _depth(value: Any) -> int:
+    # Level by level: recursion is what a deeply nested file attacks.
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        children = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [child for group in children for child in group]
+    return depth

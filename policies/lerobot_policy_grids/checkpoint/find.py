@@ -1,0 +1,123 @@
+"""Which checkpoint a user means, and what its configuration says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from lerobot.configs import PreTrainedConfig
+
+from ..errors import CheckpointError, GridsError
+from .files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    LOADED,
+    MANIFEST_FILE,
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    read_json,
+)
+from .hub_errors import explain
+from .trust import check_published
+
+# Where a training run keeps the checkpoint that LeRobot's commands load.
+CHECKPOINT_FOLDER = "pretrained_model"
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or `pretrained_model/` inside a run's output folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    for folder in (path, path / CHECKPOINT_FOLDER):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    seen = "is not a folder" if not path.is_dir() else f"holds no {CONFIG_FILE}"
+    raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
+
+
+def find_checkpoint(source: str, **options: Any) -> Path:
+    """The checkpoint folder that a user names: a folder, or an id on the Hub, `user/name` or `user/name@revision`.
+
+    What somebody published is checked before it is returned.
+
+    Args:
+        source: Folder or Hub id. A folder wins over a repository of the same name.
+        **options: For the Hub's client: revision, token, cache_dir, ...
+
+    Raises:
+        CheckpointError: If it is neither, the Hub does not give it, or `check_published` refuses it.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
+        folder = resolve_checkpoint(Path(source))
+    else:
+        repository, _, revision = source.partition("@")
+        options["revision"] = revision or options.get("revision")
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=LOADED, **options))
+        except Exception as error:  # the Hub client's errors share no base class
+            raise CheckpointError(
+                f"{source} is no folder here and cannot be fetched from the Hub: {explain(error)}"
+            ) from error
+        resolve_checkpoint(folder)
+    if is_published(folder):
+        check_published(folder)
+    return folder
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a checkpoint folder came from the Hub: it lies in the client's cache, or was pushed once."""
+    return provenance(folder) is not None or (folder / MANIFEST_FILE).is_file()
+
+
+def provenance(folder: Path) -> tuple[str, str] | None:
+    """(Hub id, commit) of a folder in the Hub's cache, `models--user--name/snapshots/<commit>`; None for any other."""
+    repository = folder.parent.parent.name.removeprefix("models--")
+    if folder.parent.name != "snapshots" or not re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        return None
+    return repository.replace("--", "/", 1), folder.name
+
+
+def policy_type(folder: Path) -> str:
+    """The LeRobot policy type that a checkpoint's config.json names.
+
+    Raises:
+        CheckpointError: If the file is not JSON or names none.
+    """
+    path = folder / CONFIG_FILE
+    name = read_json(path).get("type")
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"{path} has type {name!r}, expected the name of a policy type; restore the checkpoint from its source"
+        )
+    return name
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: If config.json is missing, is no JSON, or does not fit its policy type.
+        GridsError: If a value in it is out of bounds.
+    """
+    policy_type(folder)
+    try:
+        return PreTrainedConfig.from_pretrained(folder)
+    except GridsError:
+        raise
+    except Exception as error:  # draccus raises many types for a malformed file
+        raise CheckpointError(f"{folder / CONFIG_FILE} is no valid configuration: {error}") from error
+
+
+def require_complete(folder: Path) -> None:
+    """Raise `CheckpointError` unless the folder holds configuration, weights and both processors."""
+    weights = ADAPTER_FILE if (folder / ADAPTER_FILE).is_file() else WEIGHTS_FILE
+    names = (CONFIG_FILE, weights, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing)}; a checkpoint needs all of {', '.join(names)}. "
+            "Copy it again from its source"
+        )

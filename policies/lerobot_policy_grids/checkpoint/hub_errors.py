@@ -1,0 +1,70 @@
+"""What the Hub's refusals mean, in words a user can act on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import GridsError, HubError
+
+# First match wins: the client's errors inherit from each other.
+_MEANINGS: tuple[tuple[type[BaseException], str], ...] = (
+    (GatedRepoError, "its owner must grant you access; ask on its page, then log in with `hf auth login`"),
+    (RepositoryNotFoundError, "it does not exist, or is private and you are not logged in; try `hf auth login`"),
+    (RevisionNotFoundError, "the repository has no such revision; look at its history"),
+    (OfflineModeIsEnabled, "the Hub is switched off; unset HF_HUB_OFFLINE"),
+    (LocalEntryNotFoundError, "it is not in the cache and the Hub cannot be reached; check the network"),
+    (EntryNotFoundError, "the repository lacks that file"),
+    (HFValidationError, "that is no name of a repository; give user/name"),
+)
+_STATUS = {
+    401: "your token is not valid; log in with `hf auth login`",
+    403: "your token may not do that; log in with one that can write there",
+    409: "it exists already",
+    412: "somebody else changed the repository meanwhile; look at what, then run this again",
+    429: "too many requests; wait a few minutes",
+}
+
+
+@contextmanager
+def asking_the_hub(what: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into a `HubError` that says what was tried, why it failed, what to do."""
+    try:
+        yield
+    except GridsError:
+        raise
+    except Exception as error:  # the Hub client's errors share no base class
+        raise HubError(f"{what}: {explain(error)}") from error
+
+
+def explain(error: BaseException) -> str:
+    """One line: what went wrong with the Hub, what to do, and the server's own words."""
+    # The client falls back to its cache first, and says only then what it could not reach.
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(
+        error.__cause__, (HfHubHTTPError, OfflineModeIsEnabled)
+    ):
+        error = error.__cause__
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{_meaning(error)} ({words})"
+
+
+def _meaning(error: BaseException) -> str:
+    for kind, meaning in _MEANINGS:
+        if isinstance(error, kind):
+            return meaning
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return _STATUS.get(status, f"the Hub answered {status}; try again later")
+    if isinstance(error, (httpx.HTTPError, ConnectionError, TimeoutError)):
+        return "the Hub cannot be reached; check the network, then run this again"
+    return f"the Hub's client failed with {type(error).__name__}"

@@ -1,0 +1,116 @@
+"""Building a policy and loading a checkpoint folder into it, and an adapter's base from the Hub.
+
+The base is fetched by commit and checked by hash, and not through LeRobot's classes: `from_pretrained` of some of them
+ignores the revision, and returns random weights after any failure.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
+
+from ..configuration_grids import GRIDS_TYPE
+from ..errors import CheckpointError
+from ..families import families
+from .digests import digest_of
+from .files import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json
+from .hub_errors import explain
+from .manifest import Base, verify_manifest
+from .weights import load_weights
+
+
+def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """Construct the policy that a configuration describes with random weights, fetching none.
+
+    Args:
+        config: Configuration of a base policy or of a grids policy.
+        **kwargs: Further arguments of its constructor.
+    """
+    # A grids configuration passes this on to its base.
+    if hasattr(config, "load_vlm_weights"):
+        config.load_vlm_weights = False
+    return get_policy_class(config.type)(config, **kwargs)
+
+
+def load_checkpoint(policy: Any, folder: Path, *, verify: bool = False) -> None:
+    """Load a checkpoint folder's weights into a policy, dense or grids: exactly, or not at all.
+
+    An adapter's base is fetched from the Hub, or its cache, first.
+
+    Args:
+        policy: Built from the folder's configuration.
+        folder: The checkpoint.
+        verify: Hash every file, also those that have not changed since they were hashed last.
+
+    Raises:
+        CheckpointError: If the weights or an adapter's base do not fit, or a file is not as the folder's manifest says.
+    """
+    manifest = verify_manifest(folder, verify=verify)
+    if manifest is None or manifest.base is None:
+        load_file(policy, folder / WEIGHTS_FILE)
+    elif policy.config.type == GRIDS_TYPE:
+        load_file(policy.base, fetch_base(manifest.base, verify=verify))
+        load_weights(policy, folder / ADAPTER_FILE, required="reducer.")
+    else:
+        raise CheckpointError(f"{folder} is an adapter for a '{policy.config.type}' policy, expected '{GRIDS_TYPE}'")
+
+
+def load_file(policy: Any, path: Path) -> None:
+    """Load a weights file that holds all of a policy, under its names of today or of older releases.
+
+    Raises:
+        CheckpointError: If it does not fit exactly.
+    """
+    family = families().get(policy.config.type)
+    load_weights(policy, path, None if family is None else partial(family.checkpoint_names, policy))
+
+
+def fetch_base_weights(repo_id: str, revision: str) -> Path:
+    """The weights file of a dense policy on the Hub, at a commit.
+
+    A folder that happens to have the repository's name is never used. What the Hub's cache has needs no network.
+
+    Args:
+        repo_id: `user/name`.
+        revision: 40 hexadecimal digits, which no push can move.
+
+    Raises:
+        CheckpointError: If the Hub does not give it, or it is no dense policy of a supported type.
+    """
+    kind = read_json(_fetch(repo_id, revision, CONFIG_FILE)).get("type")
+    if kind not in families():
+        raise CheckpointError(
+            f"base {repo_id}@{revision} is a {kind!r} policy, expected a dense one of {', '.join(sorted(families()))}; "
+            "an adapter needs the dense policy itself under it"
+        )
+    return _fetch(repo_id, revision, WEIGHTS_FILE)
+
+
+def fetch_base(base: Base, *, verify: bool = False) -> Path:
+    """The weights file that an adapter was trained on.
+
+    Args:
+        base: What the adapter's manifest names.
+        verify: Hash the file although it has not changed since it was hashed last.
+
+    Raises:
+        CheckpointError: If it cannot be fetched, or is another file than that; both fingerprints are named.
+    """
+    weights = fetch_base_weights(base.repo_id, base.revision)
+    seen = digest_of(weights, verify=verify)
+    if seen != base.sha256:
+        raise CheckpointError(
+            f"base {base.repo_id}@{base.revision}: {weights} has SHA-256 {seen}, but the adapter was trained on "
+            f"{base.sha256}; remove that file to fetch it again, or use a full checkpoint"
+        )
+    return weights
+
+
+def _fetch(repo_id: str, revision: str, name: str) -> Path:
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=revision))
+    except Exception as error:  # the Hub client's errors share no base class
+        raise CheckpointError(f"base {repo_id}@{revision} cannot be fetched: {explain(error)}") from error

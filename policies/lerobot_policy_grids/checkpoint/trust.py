@@ -1,0 +1,193 @@
+"""Reading a checkpoint that somebody else published, before LeRobot or transformers does.
+
+A processor's JSON can name any Python callable (`"class": "os.system"`), LeRobot calls it while it loads, and some
+registered steps run code from whatever repository they are told. So nothing is handed on that is not on the lists
+below, or in the checkpoint's family: file names, types and bounds of configuration fields, processor steps with their
+options, and the few repositories that the family takes tokenizers from.
+"""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs import PreTrainedConfig
+
+from ..configuration_grids import GRIDS_TYPE
+from ..errors import CheckpointError
+from ..families import Family, families
+from ..reducers import ReducerConfig
+from .files import CONFIG_FILE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE, STATE_FILE, read_json, size_limit
+from .manifest import COMMIT, REPOSITORY
+
+_NORMALIZER = frozenset({"eps", "features", "norm_map", "normalize_observation_keys"})
+# Steps of every family -> their options. A family adds its own.
+STEPS: dict[str, frozenset[str]] = {
+    "rename_observations_processor": frozenset({"rename_map"}),
+    "to_batch_processor": frozenset(),
+    "tokenizer_processor": frozenset(
+        {"max_length", "task_key", "padding_side", "padding", "truncation", "tokenizer_name"}
+    ),
+    "device_processor": frozenset({"device", "float_dtype"}),
+    "normalizer_processor": _NORMALIZER,
+    "unnormalizer_processor": _NORMALIZER,
+    "relative_actions_processor": frozenset({"enabled", "exclude_joints", "action_names"}),
+    "absolute_actions_processor": frozenset({"enabled"}),
+}
+# Without the name of its tokenizer a step would run the code of whatever comes next.
+REQUIRED_OPTIONS = {"action_tokenizer_processor": "action_tokenizer_name", "tokenizer_processor": "tokenizer_name"}
+
+# No size, count or width of a supported policy is larger; schedules count steps, which may be.
+LARGEST = 2**16
+SCHEDULES = ("optimizer_", "scheduler_", "schedule_steps")
+LONGEST_TEXT = 1000
+
+REFUSED = "not loaded; if you trust its author, fetch it with `hf download` and give the folder"
+
+
+def check_published(folder: Path) -> None:
+    """Raise `CheckpointError` unless a checkpoint from elsewhere holds only what a checkpoint needs.
+
+    Weights are not read here: safetensors cannot hold code, and `load_weights` takes them exactly or not at all. Nor
+    are a dense policy's processors: who builds on it makes new ones, who acts with it calls `check_processors`.
+
+    Args:
+        folder: A pulled folder, or a snapshot in the Hub's cache.
+    """
+    for path in sorted(folder.iterdir()):
+        _check_file(folder, path)
+    path = folder / CONFIG_FILE
+    content = read_json(path)
+    _check_config(path, content)
+    if content["type"] == GRIDS_TYPE:
+        check_processors(folder)
+
+
+def check_processors(folder: Path) -> None:
+    """Raise `CheckpointError` unless both processors of a checkpoint from elsewhere have only steps of its family."""
+    path = folder / CONFIG_FILE
+    family = _family_of(path, read_json(path))
+    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
+        _check_processor(folder, folder / name, family)
+
+
+def _family_of(path: Path, content: dict[str, Any]) -> Family:
+    kind, base, known = content.get("type"), content.get("base"), families()
+    if kind == GRIDS_TYPE:
+        if not isinstance(base, dict) or base.get("type") not in known:
+            raise CheckpointError(f"{path} has no base policy of a supported type; {REFUSED}")
+        return known[base["type"]]
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(
+            f"{path} has type {kind!r}, expected one of {', '.join(sorted((GRIDS_TYPE, *known)))}; {REFUSED}"
+        )
+    return known[kind]
+
+
+def _check_file(folder: Path, path: Path) -> None:
+    limit = size_limit(path.name)
+    if limit is None:
+        return  # never opened
+    # The Hub's cache keeps contents beside its snapshots and links to them.
+    homes = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        homes.append((folder.parent.parent / "blobs").resolve())
+    if not path.is_file() or path.resolve().parent not in homes:
+        raise CheckpointError(f"{path} is no file of its own folder; {REFUSED}")
+    if path.stat().st_size > limit:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; {REFUSED}")
+
+
+def _check_config(path: Path, content: dict[str, Any]) -> None:
+    family = _family_of(path, content)
+    _check_fields(path, content, PreTrainedConfig.get_choice_class(content["type"]), family)
+    if content["type"] != GRIDS_TYPE:
+        return
+    base = content["base"]
+    _check_fields(path, base, PreTrainedConfig.get_choice_class(base["type"]), family)
+    reducer, reducers = content.get("reducer"), ReducerConfig.get_known_choices()
+    if not isinstance(reducer, dict) or reducer.get("type") not in reducers:
+        raise CheckpointError(f"{path} has reducer {reducer!r}, expected one of {', '.join(reducers)}; {REFUSED}")
+    _check_fields(path, reducer, reducers[reducer["type"]], family)
+    for config in (content, base):
+        for name in ("pretrained_path", "pretrained_revision"):
+            if config.get(name) is not None:
+                raise CheckpointError(f"{path} has {name}={config[name]!r}, expected null; {REFUSED}")
+    for name, pattern in (("base_repo_id", REPOSITORY), ("base_revision", COMMIT)):
+        value = content.get(name)
+        if value is not None and (not isinstance(value, str) or not pattern.fullmatch(value)):
+            raise CheckpointError(f"{path} has {name}={value!r}, expected {pattern.pattern}; {REFUSED}")
+
+
+def _check_fields(path: Path, content: dict[str, Any], kind: type, family: Family) -> None:
+    """Exact types and bounds of a configuration: draccus takes the text "32" for a number, and any number."""
+    if content.get("use_peft"):
+        raise CheckpointError(f"{path} has use_peft=true, which makes LeRobot look for another base; {REFUSED}")
+    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    unknown = sorted(content.keys() - types.keys() - {"type"})
+    if unknown:
+        raise CheckpointError(
+            f"{path} has fields that type '{content['type']}' does not know, {', '.join(unknown)}; {REFUSED}"
+        )
+    for name, value in content.items():
+        expected = (int, float) if types.get(name) is float else (types.get(name),)
+        if types.get(name) in (int, float, bool, str) and type(value) not in expected:
+            raise CheckpointError(f"{path} has {name}={value!r}, expected {types[name].__name__}; {REFUSED}")
+        if name not in ("base", "reducer"):
+            _check_value(path, name, value, family)
+
+
+def _check_value(path: Path, name: str, value: Any, family: Family) -> None:
+    """Bounds of everything in a field or an option, and the repositories it may name."""
+    # What names a repository in a step is refused where the family lists none.
+    allowed = family.repositories.get(name, frozenset() if name in REQUIRED_OPTIONS.values() else None)
+    if allowed is not None and value not in allowed:
+        raise CheckpointError(f"{path} has {name}={value!r}, expected one of {', '.join(sorted(allowed))}; {REFUSED}")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_value(path, name, key, family)
+            _check_value(path, name, item, family)
+    elif isinstance(value, list):
+        for item in value:
+            _check_value(path, name, item, family)
+    elif isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise CheckpointError(f"{path} has {len(value)} characters in {name}, expected {LONGEST_TEXT}; {REFUSED}")
+    elif isinstance(value, (int, float)) and abs(value) > LARGEST and not name.startswith(SCHEDULES):
+        raise CheckpointError(f"{path} has {name}={value}, expected at most {LARGEST}; {REFUSED}")
+
+
+def _check_processor(folder: Path, path: Path, family: Family) -> None:
+    content = read_json(path)
+    steps = content.get("steps")
+    if content.keys() - {"name", "steps"} or not isinstance(steps, list) or len(steps) > 20:
+        raise CheckpointError(f"{path} is no processor of a policy, which has a name and steps; {REFUSED}")
+    for step in steps:
+        if not isinstance(step, dict) or step.keys() - {"registry_name", "config", "state_file"}:
+            raise CheckpointError(
+                f"{path} has a step with {sorted(step) if isinstance(step, dict) else step!r}, expected registry_name, "
+                f"config and state_file; anything else can run code, {REFUSED}"
+            )
+        _check_step(folder, path, step, family)
+
+
+def _check_step(folder: Path, path: Path, step: dict[str, Any], family: Family) -> None:
+    known = {**STEPS, **family.steps}
+    name, options = step.get("registry_name"), step.get("config", {})
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(f"{path} has the step {name!r}, which '{family.policy_type}' does not use; {REFUSED}")
+    if not isinstance(options, dict) or options.keys() - known[name]:
+        seen = ", ".join(sorted(options)) if isinstance(options, dict) else repr(options)
+        raise CheckpointError(
+            f"{path}: step '{name}' has {seen}, expected {', '.join(sorted(known[name])) or 'no options'}; {REFUSED}"
+        )
+    if REQUIRED_OPTIONS.get(name, "") not in ("", *options):
+        raise CheckpointError(f"{path}: step '{name}' lacks {REQUIRED_OPTIONS[name]}; {REFUSED}")
+    for option, value in options.items():
+        _check_value(path, option, value, family)
+    if "state_file" in step:
+        state = step["state_file"]
+        if not isinstance(state, str) or not re.fullmatch(STATE_FILE, state) or not (folder / state).is_file():
+            raise CheckpointError(
+                f"{path}: step '{name}' has state_file {state!r}, expected a file beside it that is named "
+                f"like policy_preprocessor_step_3_normalizer_processor.safetensors; {REFUSED}"
+            )

@@ -1,0 +1,82 @@
+"""Loading weights exactly, or not at all.
+
+LeRobot loads with `strict=False`: a checkpoint with missing keys becomes a policy with random weights and a
+line in the log.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+# What weights may be stored in and converted from; anything else is another quantity.
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    rename: Callable[[list[str]], dict[str, str]] | None = None,
+    required: str = "",
+) -> None:
+    """Load a safetensors file into `module`: exactly its keys and shapes, all values finite.
+
+    Tensors are read one by one, so that the peak in memory is the module and its largest tensor. Values take
+    the module's precision, as in LeRobot's own loading, but only from float32, bfloat16 or float16.
+
+    Args:
+        module: Where the values go.
+        path: The file.
+        rename: Maps the file's names to {the module's name: the file's name}, for checkpoints of older
+            releases. None takes the names as they are.
+        required: Only names that begin so must be in the file; the others keep their values unless they are.
+
+    Raises:
+        CheckpointError: Naming the file and the first keys that do not fit. The module is then in an
+            undefined state and must not be used.
+    """
+    advice = "the file does not belong to this configuration, or is damaged; copy the checkpoint again"
+    targets = module.state_dict(keep_vars=True)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            sources = {name: name for name in names} if rename is None else rename(names)
+            for name in sorted(sources.keys() & targets.keys()):
+                problem = _copy(file.get_tensor(sources[name]), targets[name])
+                if problem:
+                    raise CheckpointError(f"{path}: '{sources[name]}' {problem}; {advice}")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
+    # Tied weights are stored under one of their names.
+    stored = {targets[name].data_ptr() for name in sources.keys() & targets.keys()}
+    missing = [
+        name for name, target in targets.items() if name.startswith(required) and target.data_ptr() not in stored
+    ]
+    unexpected = [source for name, source in sources.items() if name not in targets]
+    if missing or unexpected:
+        shown = [f"missing {_first(missing)}"] if missing else []
+        shown += [f"unexpected {_first(unexpected)}"] if unexpected else []
+        raise CheckpointError(f"{path}: keys do not match the policy, {' and '.join(shown)}; {advice}")
+
+
+def _copy(source: Tensor, target: Tensor) -> str:
+    """Copy values where they fit; otherwise say why they do not."""
+    if source.shape != target.shape:
+        return f"has shape {tuple(source.shape)}, expected {tuple(target.shape)}"
+    if source.dtype != target.dtype and not {source.dtype, target.dtype} <= {*PRECISIONS}:
+        return f"has dtype {source.dtype}, expected {target.dtype}"
+    if not torch.isfinite(source).all():
+        return "holds NaN or infinity"
+    with torch.no_grad():
+        target.copy_(source)
+    return ""
+
+
+def _first(keys: Iterable[str], limit: int = 3) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"'{name}'" for name in names[:limit]) + more

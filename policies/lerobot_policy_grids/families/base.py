@@ -1,0 +1,294 @@
+"""What a VLA family declares: where its visual tokens are, and everything else this project must know of it.
+
+A family is stateless: what `attach` changes lives on the policy, and `detach` undoes it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from lerobot.configs import PreTrainedConfig
+from torch import Tensor, nn
+
+from ..errors import UnsupportedPolicyError
+from ..reducers import TokenLayout
+from ..reducers.anchors import Region
+from .seam import Seam
+
+
+class DensePolicy(Protocol):
+    """What this project asks of a LeRobot policy. Its inner modules are its family's affair."""
+
+    config: Any
+    model: Any
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any] | None]:
+        """Training loss of a pre-processed batch, and plain numbers to log."""
+
+    def predict_action_chunk(self, batch: dict[str, Any]) -> Tensor:
+        """Action chunk [b, chunk_size, action_dim]."""
+
+    def select_action(self, batch: dict[str, Any]) -> Tensor:
+        """The next action [b, action_dim]."""
+
+    def reset(self) -> None:
+        """Forget queued actions."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of any module."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a family is trained unless told otherwise.
+
+    Attributes:
+        steps: Training steps.
+        batch: Frames per step, over all devices and accumulated micro-batches.
+        micro_batch: Frames per device at once.
+        lr: Peak learning rate.
+        warmup: Share of the steps in which the learning rate rises linearly.
+    """
+
+    steps: int = 20_000
+    batch: int = 64
+    micro_batch: int = 8
+    lr: float = 5e-5
+    warmup: float = 0.05
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The parts of a policy that are measured one by one.
+
+    Attributes:
+        vision: The vision tower.
+        projector: What maps its features to the trunk's width.
+        steps_field: Field of the configuration that counts the steps after the prefill (denoising or decoding).
+        prefix: Name of the method of `policy.model` that embeds the prefix.
+        decodes: Whether steps generate tokens, each dearer than the one before; denoising steps all cost the same.
+    """
+
+    vision: nn.Module
+    projector: nn.Module
+    steps_field: str
+    prefix: str
+    decodes: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a policy is trained to predict: where a teacher's and a student's is read, and how far apart they are.
+
+    Attributes:
+        module: Its output is the prediction, its first input the trunk's last hidden state.
+        loss: Distance of (student's output, teacher's output, batch), a scalar.
+        softened: The same with a temperature as a fourth argument, where the prediction is a distribution.
+    """
+
+    module: nn.Module
+    loss: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    softened: Callable[[Tensor, Tensor, Mapping[str, Tensor], float], Tensor] | None = None
+
+
+class Family(ABC):
+    """One LeRobot policy type.
+
+    Args:
+        policy_type: LeRobot's name of it.
+        sources: What `--policy` may call it, and where its dense policy comes from: a Hub id, a folder in this package,
+            or None for random weights.
+        recipe: How it is trained.
+        image_size: Side in pixels of the square that its default checkpoint sees.
+        language_tokens: Instruction tokens after padding.
+
+    Attributes:
+        resolution_field: Field of the configuration with the size in pixels that images are brought to.
+        extra: Extra of this distribution that installs what the policy needs.
+        steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
+            the Hub.
+        repositories: Field or option -> the repositories of tokenizers and models that it may name.
+        position_ids: How its trunk numbers visual tokens unless told otherwise.
+        counted_on_meta: Whether its FLOPs can be counted without values.
+    """
+
+    resolution_field: ClassVar[str]
+    extra: ClassVar[str]
+    steps: ClassVar[Mapping[str, frozenset[str]]] = {}
+    repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
+    position_ids: ClassVar[str] = "consecutive"
+    counted_on_meta: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        policy_type: str,
+        *,
+        sources: Mapping[str, str | Path | None],
+        recipe: Recipe,
+        image_size: int,
+        language_tokens: int,
+    ) -> None:
+        self.policy_type = policy_type
+        self.sources = dict(sources)
+        self.recipe = recipe
+        self.image_size = image_size
+        self.language_tokens = language_tokens
+
+    # The seam.
+
+    @abstractmethod
+    def layout(self, policy: DensePolicy) -> TokenLayout:
+        """Describe the dense visual tokens of `policy`.
+
+        Raises:
+            UnsupportedPolicyError: If its images do not give a whole grid of tokens.
+        """
+
+    @abstractmethod
+    def attach(self, policy: DensePolicy, seam: Seam) -> None:
+        """From now on the images of `policy` become visual tokens by `seam.tokens`.
+
+        Raises:
+            UnsupportedPolicyError: If a reducer is attached already.
+        """
+
+    @abstractmethod
+    def detach(self, policy: DensePolicy) -> None:
+        """Undo everything; the policy is then bit-identical to what it was. Harmless when nothing is attached."""
+
+    @abstractmethod
+    def feature_source(self, policy: DensePolicy) -> nn.Module:
+        """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
+
+    @abstractmethod
+    def image_region(self, policy: DensePolicy, height: int, width: int) -> Region:
+        """Where a camera image of (height, width) lies in the letterboxed square that the vision tower sees.
+
+        Returns:
+            (left, top, right, bottom) in [0, 1] of that square.
+        """
+
+    def common_region(self, policy: DensePolicy) -> Region:
+        """The smallest region that holds the image of every camera, whatever its shape."""
+        shapes = [feature.shape[-2:] for feature in policy.config.image_features.values()]
+        regions = [self.image_region(policy, height, width) for height, width in shapes]
+        lefts, tops, rights, bottoms = zip(*regions, strict=True)
+        return min(lefts), min(tops), max(rights), max(bottoms)
+
+    # Optional abilities.
+
+    def keep_positions(self, policy: DensePolicy, seam: Seam) -> None:
+        """From now on the trunk of `policy` numbers its tokens as if all visual tokens were there.
+
+        Raises:
+            UnsupportedPolicyError: If this family's trunk cannot be told so.
+        """
+        raise UnsupportedPolicyError(
+            f"the trunk of a '{self.policy_type}' policy cannot be given dense position ids; drop position_ids"
+        )
+
+    def attach_to_trunk(self, policy: DensePolicy, seam: Seam) -> None:
+        """From now on the trunk of `policy` goes on with what `seam.prune` keeps, after its first layers.
+
+        Raises:
+            UnsupportedPolicyError: If this family's trunk cannot be reached from outside.
+        """
+        raise UnsupportedPolicyError(
+            f"no tokens can be dropped inside the trunk of a '{self.policy_type}' policy; choose a reducer "
+            "that works before the trunk, such as grids, uniform, pool, random or tome"
+        )
+
+    def to_bfloat16(self, policy: DensePolicy) -> bool:
+        """Bring the policy to its family's own bfloat16 form, where it has one, and say whether it did."""
+        return False
+
+    def checkpoint_names(self, policy: DensePolicy, names: list[str]) -> dict[str, str]:
+        """How the names in a dense checkpoint file, perhaps of an older release, map to the policy's parameters.
+
+        Returns:
+            {parameter name: name in the file}. Names that upstream drops on purpose are left out.
+        """
+        return {name: name for name in names}
+
+    # Learning and measuring.
+
+    @abstractmethod
+    def target(self, policy: DensePolicy) -> Target:
+        """What `policy` predicts in a training step, for distillation."""
+
+    @abstractmethod
+    def stages(self, policy: DensePolicy) -> Stages:
+        """The parts of `policy` that are measured one by one."""
+
+    def prefix_length(self, prefix: Any) -> int:
+        """Tokens in what `Stages.prefix` returns."""
+        length: int = prefix[0].shape[1]
+        return length
+
+    # Building it without a network.
+
+    def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> PreTrainedConfig:
+        """The configuration of the default checkpoint's architecture for these features.
+
+        Args:
+            inputs: LeRobot's input features.
+            outputs: LeRobot's output features.
+            size: Side in pixels of the square images.
+            dtype: "bfloat16" or "float32", for families that have the choice.
+        """
+        options: dict[str, Any] = {self.resolution_field: (size, size), "input_features": inputs}
+        return PreTrainedConfig.get_choice_class(self.policy_type)(device="cpu", output_features=outputs, **options)
+
+    def offline(self, config: Any) -> AbstractContextManager[None]:
+        """In this block a policy of `config` is constructed without asking the Hub for sizes or tokenizers."""
+        return nullcontext()
+
+    def finish(self, policy: DensePolicy) -> None:  # noqa: B027 (most families need nothing)
+        """After constructing a real-size policy without weights: undo what would not run so."""
+
+    @abstractmethod
+    def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> DensePolicy:
+        """LeRobot's own class at some hundred thousand parameters with random weights, offline.
+
+        Args:
+            inputs: LeRobot's input features.
+            outputs: LeRobot's output features.
+            folder: For files that the policy wants to read, such as a tokenizer's.
+            **options: Further fields of the configuration.
+        """
+
+
+def centred_region(height: int, width: int, target_height: int, target_width: int) -> Region:
+    """`Family.image_region` for images that are resized with their aspect ratio kept and padded evenly around."""
+    ratio = max(width / target_width, height / target_height)
+    left = (target_width - int(width / ratio)) // 2 / target_width
+    top = (target_height - int(height / ratio)) // 2 / target_height
+    return left, top, left + int(width / ratio) / target_width, top + int(height / ratio) / target_height
+
+
+def lower_right_region(height: int, width: int, target_height: int, target_width: int) -> Region:
+    """`Family.image_region` for images that are resized with their aspect ratio kept and padded left and on top."""
+    ratio = max(width / target_width, height / target_height)
+    return 1 - int(width / ratio) / target_width, 1 - int(height / ratio) / target_height, 1.0, 1.0
+
+
+def refuse_second_attach(attached: bool) -> None:
+    """Raise the one error every family gives when a reducer is attached twice."""
+    if attached:
+        raise UnsupportedPolicyError("this policy already has a reducer attached; detach it first")
+
+
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """In this block attributes of a module or an object are others."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)

@@ -1,0 +1,90 @@
+"""ToMe: average the most similar tokens until k are left, after Token Merging.
+
+"Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 2210.09461): bipartite soft matching with
+size-weighted averages. Differs from the paper:
+- It merges the vision tower's output, where the other reducers sit, instead of r tokens in every block of the tower;
+  the paper's matching is repeated, each round merging at most half of what is left. So it saves trunk, not vision.
+- Similarity is the cosine of the tokens themselves, for want of attention keys there.
+- There is no proportional attention: a trunk that was not made for it attends to a merged token as to any other.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled, in_float32
+from .layout import TokenLayout, cell_coordinates, take
+
+
+@ReducerConfig.register_subclass("tome")
+@dataclass
+class ToMeConfig(CameraBudgetConfig):
+    """Token Merging."""
+
+    summary: ClassVar[str] = (
+        "averaged from all by likeness (Token Merging, [arXiv 2210.09461](https://arxiv.org/abs/2210.09461))"
+    )
+
+    def build(self, layout: TokenLayout) -> "ToMeReducer":
+        return ToMeReducer(layout.token_grid, **self.budgets(layout))
+
+
+def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One round of bipartite soft matching (paper, section 3).
+
+    Tokens are dealt alternately into two sets; each of the first is joined by an edge to its most similar of the
+    second, and the `count` strongest edges are contracted.
+
+    Args:
+        tokens: [b, n, c].
+        sizes: [b, n, 1], how many dense tokens each stands for.
+        places: [b, n, 2], their mean coordinates.
+        count: Edges to contract, at most n // 2.
+
+    Returns:
+        (tokens, sizes, places) with n - count rows.
+    """
+    with torch.no_grad():
+        unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
+        similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+        strength, partner = similarity.max(-1)
+        # On a tie the earlier token, as topk promises none.
+        order = strength.argsort(dim=-1, descending=True, stable=True)
+        merged, kept = order[:, :count], order[:, count:].sort(-1).values
+        target = partner.gather(1, merged)
+
+    def contract(rows: Tensor) -> Tensor:
+        first, second = rows[:, ::2], rows[:, 1::2]
+        index = target[..., None].expand(-1, -1, rows.shape[-1])
+        return torch.cat([take(first, kept), second.scatter_add(1, index, take(first, merged))], dim=1)
+
+    total = contract(sizes)
+    return contract(tokens * sizes) / total, total, contract(places * sizes) / total
+
+
+class ToMeReducer(MapReducer):
+    """Bipartite merging of the dense tokens down to k."""
+
+    def forward(
+        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
+    ) -> Sampled:
+        """Merge the tokens of each feature map [b, h, w, c] down to k, in raster order of their mean places.
+
+        Raises:
+            TokenGridError: If the map's grid is not `token_grid`.
+        """
+        self.check_grid(feature_map)
+        k = num_tokens or self.num_tokens
+        tokens = feature_map.flatten(1, 2).float()
+        sizes = tokens.new_ones(*tokens.shape[:2], 1)
+        places = cell_coordinates(self.token_grid, tokens.device).expand(len(tokens), -1, -1)
+        with in_float32(tokens):
+            while (left := tokens.shape[1]) > k:
+                tokens, sizes, places = merge_most_similar(tokens, sizes, places, min(left // 2, left - k))
+        height, width = self.token_grid
+        raster = (places[..., 1] * height).floor() * width + places[..., 0] * width
+        order = raster.argsort(dim=-1, stable=True)
+        return Sampled(take(tokens, order).to(feature_map.dtype), take(places, order))
