@@ -97,7 +97,8 @@ def grids_checkpoint(dataset, dense_checkpoint, tmp_path_factory) -> Path:
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("checkpoints") / "grids"
     folder.mkdir()
-    built = start(str(dense_checkpoint), 16, load_metadata(str(dataset)), num_tokens_max=36)
+    reducer = {"type": "grids", "num_tokens_max": 36}
+    built = start(str(dense_checkpoint), 16, load_metadata(str(dataset)), reducer=reducer)
     # Untrained offsets are zero; these let every path of the sampler matter.
     for parameter in built.policy.reducer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -1,6 +1,7 @@
 """The wheel: what it holds, and that LeRobot finds it without the source tree."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import installing
+from lerobot_policy_grids.families import families
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"lerobot_grids", "lerobot_policy_grids", "lerobot_grids_cli", "lerobot_grids_cards"}
@@ -66,13 +68,25 @@ def test_no_loose_modules_in_the_shelves():
 
 
 def test_extras_name_every_family():
-    from lerobot_policy_grids.families import ADAPTERS
-
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    # LeRobot has one extra for its three π policies.
-    families = {"pi" if kind.startswith("pi") else kind for kind in ADAPTERS if not kind.startswith("tiny")}
-    assert families <= extras.keys()
+    for family in families().values():
+        # `fit` chooses LoRA by itself where memory is short.
+        assert f"lerobot[{family.extra}]" in extras[family.extra]
+        assert "lerobot_policy_grids[lora]" in extras[family.extra]
+        assert family.extra in extras["all"][0]
+    assert extras["lora"] == ["lerobot[peft]"]
     assert {"sim", "all", "dev"} <= extras.keys()
+
+
+def test_nothing_outside_the_families_names_one():
+    """A family is one file: what else knew of it would have to be found and changed with it."""
+    names = {kind for kind in families() if not kind.startswith("tiny")}
+    names |= {"paligemma", "siglip", "florence"}
+    for package in PACKAGES:
+        for path in ROOT.glob(f"**/{package}/**/*.py"):
+            if not {".venv", "families", "tiny"} & set(path.parts):
+                words = set(re.findall(r"[a-z_0-9]+", path.read_text().lower()))
+                assert not names & words, (path, names & words)
 
 
 def test_every_module_says_what_it_is():

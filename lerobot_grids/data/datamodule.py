@@ -18,7 +18,6 @@ from lerobot_policy_grids.errors import DatasetError, GridsError
 from .frame_cache import FrameCache, fits_in_memory
 from .frame_order import FrameOrder
 
-
 # Dataset feature with object and goal positions. Not an observation, so no policy sees it.
 POSITIONS = "auxiliary.positions"
 

@@ -132,7 +132,7 @@ def fit(dataset, tmp_path, capsys):
         (["--resume"], "nothing to resume"),
         (["--colour=red"], "colour"),
         (["--steps=many"], "steps"),
-        (["--model.condition_on=[smell]"], "smell"),
+        (["--reducer.condition_on=[smell]"], "smell"),
         (["--policy=smolvla"], "cannot be fetched from the Hub"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

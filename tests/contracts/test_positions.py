@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from lerobot_policy_grids.families.positions import dense_positions
 
 from driving import ROUNDING, act, run, train_offsets, wrap
+from lerobot_policy_grids.families.positions import dense_positions
 
 
 def spy(trunk, seen):

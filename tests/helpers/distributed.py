@@ -56,7 +56,7 @@ def main(dataset: str, policy: str, result: str, processes: int, strategy: str) 
     lightning.seed_everything(0, verbose=False)
     data = LeRobotDataModule(dataset, batch_size=GLOBAL_BATCH // processes, val_fraction=0)
     module = GridsModule(
-        data.meta, policy=policy, tokens=4, budget="elastic:4,9", distill=0.5, jitter=0, state_noise=0, warmup_steps=1
+        data.meta, policy=policy, tokens=4, schedule="elastic:4,9", distill=0.5, jitter=0, state_noise=0, warmup_steps=1
     )
     keep = KeepGradients()
     trainer = lightning.Trainer(

@@ -9,16 +9,20 @@ from lerobot_policy_grids.reducers import reducer_config
 # One vision call for all cameras instead of one each: other batch sizes round differently in float32.
 ROUNDING = 1e-5
 # Of the policy's configuration; all other options are the reducer's.
-POLICY_OPTIONS = ("position_ids", "schedule", "schedule_steps")
+POLICY_OPTIONS = ("position_ids", "schedule", "schedule_steps", "base_repo_id", "base_revision", "device", "version")
+
+
+def config_of(base, reducer="grids", **options):
+    """A grids configuration around a dense one; options of the policy and of the reducer."""
+    own = {name: options.pop(name) for name in POLICY_OPTIONS if name in options}
+    return GridsConfig(base=base, reducer=reducer_config(reducer, **options), **own)
 
 
 def wrap(policy, k, reducer="grids", **options):
     """A grids policy of k tokens around a dense one, in evaluation mode."""
-    own = {name: options.pop(name) for name in POLICY_OPTIONS if name in options}
     if reducer != "blind":
         options["num_tokens"] = k
-    config = GridsConfig(base=policy.config, reducer=reducer_config(reducer, **options), **own)
-    wrapped = GridsPolicy(config, base=policy)
+    wrapped = GridsPolicy(config_of(policy.config, reducer, **options), base=policy)
     return wrapped.eval()
 
 

@@ -37,7 +37,8 @@ def trained_once(dataset, dense_checkpoint, tmp_path_factory) -> Path:
     snapshot = tmp_path_factory.mktemp("cache") / "models--lab--dense" / "snapshots" / commit
     shutil.copytree(dense_checkpoint, snapshot)
     torch.manual_seed(1)
-    built = start(str(snapshot), 16, load_metadata(str(dataset)), num_tokens_max=36)
+    reducer = {"type": "grids", "num_tokens_max": 36}
+    built = start(str(snapshot), 16, load_metadata(str(dataset)), reducer=reducer)
     for parameter in built.policy.reducer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("trained")

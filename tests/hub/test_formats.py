@@ -12,11 +12,11 @@ from comparing import BASE, act, assert_same_bits, state_of
 from lerobot_grids.hub.formats import write_adapter, write_full
 from lerobot_grids.policies import load
 from lerobot_grids.profiling.architectures import instantiate, make_config
-from lerobot_policy_grids import GridsConfig, GridsPolicy
+from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.manifest import read_manifest, write_manifest
 from lerobot_policy_grids.errors import CheckpointError
 from lerobot_policy_grids.families import get_family
-from lerobot_policy_grids.reducers import make_reducer
+from lerobot_policy_grids.reducers import reducer_config
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "adapter"
 
@@ -41,8 +41,8 @@ def test_at_real_size_it_is_under_two_percent_of_the_base(family):
     """As benchmarks/adapter_size.py measured it, of a sampler that still has that size."""
     measured = json.loads((RESULTS / f"{family}.json").read_text())
     dense = instantiate(make_config(family, measured["cameras"]), "meta")
-    config = GridsConfig(base=dense.config, num_tokens=measured["num_tokens"], device="cpu")
-    reducer = make_reducer(config, get_family(dense.config.type).layout(dense))
+    config = reducer_config("grids", num_tokens=measured["num_tokens"])
+    reducer = config.build(get_family(dense.config.type).layout(dense))
     assert sum(value.numel() for value in reducer.state_dict().values()) == measured["adapter_parameters"]
     assert sum(parameter.numel() for parameter in dense.parameters()) == measured["base_parameters"]
     assert measured["adapter_bytes"] < 0.02 * measured["base_bytes"]

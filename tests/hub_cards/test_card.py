@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lerobot_grids_cards import Measurements, PolicyFacts, read_measurements, render
+from lerobot_policy_grids import ReducerConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FACTS = PolicyFacts("me/pi0-16", "pi0", 16, 36, ["observation.images.top"], "full")
@@ -120,7 +121,9 @@ def test_what_was_reduced_without_training_is_not_this_policy(tmp_path):
 @pytest.mark.parametrize(("reducer", "says"), [("pool", "averages of blocks"), ("blind", "sees nothing")])
 def test_a_card_says_what_reduces(reducer, says):
     tokens = 0 if reducer == "blind" else 16
-    facts = PolicyFacts("me/x", "pi0", tokens, 16, ["observation.images.top"], "full", reducer=reducer)
+    summary = ReducerConfig.get_choice_class(reducer).summary
+    cameras = ["observation.images.top"]
+    facts = PolicyFacts("me/x", "pi0", tokens, 16, cameras, "full", reducer=reducer, reducer_summary=summary)
     card = render(facts, Measurements())
     assert f"**{tokens} visual tokens**, " in card
     assert says in card

@@ -23,9 +23,11 @@ def test_a_grids_checkpoint_can_be_trained_on(dataset, grids_checkpoint):
 def test_what_a_grids_checkpoint_was_built_with_is_kept(dataset, grids_checkpoint):
     meta = load_metadata(str(dataset))
     assert start(str(grids_checkpoint), None, meta).policy.num_tokens == 16
-    for options in ({"reducer": "blind"}, {"condition_on": ["image"]}, {"num_tokens_max": 40}):
+    for reducer in ("blind", {"condition_on": ["image"]}, {"type": "grids", "num_tokens_max": 40}):
         with pytest.raises(GridsError, match="was built with"):
-            start(str(grids_checkpoint), 16, meta, **options)
+            start(str(grids_checkpoint), 16, meta, reducer=reducer)
+    with pytest.raises(GridsError, match="was built with position_ids=consecutive"):
+        start(str(grids_checkpoint), 16, meta, position_ids="dense")
 
 
 def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path):
@@ -33,16 +35,16 @@ def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path)
     meta = load_metadata(str(dataset_of(tmp_path / "wide", image=(48, 96, 3))))
     policy = start(str(dense_checkpoint), 16, meta).policy
     assert policy.config.input_features["observation.image"].shape == (3, 48, 96)
-    assert policy.adapter.layout(policy.base).region == (0.0, 0.5, 1.0, 1.0)
+    assert policy.family.layout(policy.base).region == (0.0, 0.5, 1.0, 1.0)
     assert (policy.reducer.anchor_cells[:, 1] >= 6).all()
 
 
 def test_the_commit_of_the_base_is_kept(dataset, dense_checkpoint, tmp_path, monkeypatch):
-    from lerobot_policy_grids import checkpoint
+    from lerobot_policy_grids.checkpoint import find
 
     snapshot = tmp_path / "models--me--base" / "snapshots" / ("ab" * 20)
     shutil.copytree(dense_checkpoint, snapshot)
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *args, **options: str(snapshot))
+    monkeypatch.setattr(find, "snapshot_download", lambda *args, **options: str(snapshot))
     built = start("me/base@main", 16, load_metadata(str(dataset)))
     folder = tmp_path / "saved"
     folder.mkdir()
@@ -88,7 +90,7 @@ def test_unknown_policies(dataset, tmp_path):
     with pytest.raises(UnsupportedPolicyError, match="'pi9' is unknown"):
         start("pi9", 16, meta)
     (tmp_path / "config.json").write_text('{"type": "act"}')
-    with pytest.raises(UnsupportedPolicyError, match="'act' has no adapter"):
+    with pytest.raises(UnsupportedPolicyError, match="'act' is not supported"):
         start(str(tmp_path), 16, meta)
 
 

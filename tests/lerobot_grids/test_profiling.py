@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
-from lerobot_grids.profiling.bench import compare_costs, wrap
+from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
 from lerobot_grids_cli.main import main
+from lerobot_policy_grids import compress
 
 
 def linear(tokens, *widths):
@@ -58,7 +59,7 @@ def pi0_on_meta(request):
 def test_pi0_costs_what_its_dimensions_say(pi0_on_meta, k):
     cameras, policy = pi0_on_meta
     batch = make_batch(policy, 48, "meta")
-    measured = policy if k == 256 else wrap(policy, k)
+    measured = policy if k == 256 else compress(policy, k)
     try:
         flops, length = count_flops(measured, batch), prefix_length(measured, batch)
     finally:
@@ -76,7 +77,7 @@ def test_pi0_costs_what_its_dimensions_say(pi0_on_meta, k):
     [("pi0", 2, 3073.0, 1086.8), ("pi0", 3, 4379.1, 1370.9), ("pi05", 2, 3707.2, 1700.2)],
 )
 def test_whole_policy_totals(family, cameras, dense, reduced):
-    result = compare_costs(family, [16], cameras=cameras)
+    result = bench(family, [16], cameras=cameras)
     full, sixteen = result.costs
     assert full.total_flops / 1e9 == pytest.approx(dense, rel=0.01)
     assert (sixteen.total_flops - sixteen.flops["sampler"]) / 1e9 == pytest.approx(reduced, rel=0.01)
@@ -98,7 +99,7 @@ def test_decoding_steps_grow_with_what_they_attend_to():
 
 
 def test_a_smaller_image_is_shown_beside():
-    result = compare_costs("pi0", [64], cameras=1, resolutions=[112])
+    result = bench("pi0", [64], cameras=1, resolutions=[112])
     assert [cost.name for cost in result.costs] == ["dense", "K=64", "dense at 112 px"]
     assert [cost.visual_tokens for cost in result.costs] == [256, 64, 64]
     assert result.costs[2].flops["vision"] == pytest.approx(siglip(1, tokens=64), rel=1e-3)
@@ -107,7 +108,7 @@ def test_a_smaller_image_is_shown_beside():
 def test_latency_is_split_into_stages_that_add_up():
     policy = instantiate(make_config("tiny", 1), "cpu")
     batch = make_batch(policy, 8, "cpu")
-    latency, p95 = measure_latency(wrap(policy, 16), batch, warmup=1, repeats=3)
+    latency, p95 = measure_latency(compress(policy, 16), batch, warmup=1, repeats=3)
     stages = ("vision", "projector", "sampler", "prefill", "steps")
     assert sum(latency[name] for name in stages) == pytest.approx(latency["total"])
     # Measured around their modules; steps and prefill are differences, which a busy machine may turn negative.

@@ -89,10 +89,10 @@ def test_the_exported_checkpoint_acts_like_the_trained_policy(trained, dataset):
     batch["observation.image"] = batch["observation.image"].float() / 255
     noise = torch.randn(4, 16, 32)
     module.policy.eval()
-    expected = module.policy.predict_action_chunk(module.built.preprocessor(dict(batch)), noise=noise)
+    expected = module.policy.predict_action_chunk(module.loaded.preprocessor(dict(batch)), noise=noise)
     got = loaded.policy.predict_action_chunk(loaded.preprocessor(dict(batch)), noise=noise)
     assert torch.equal(got, expected)
-    assert torch.equal(loaded.postprocessor(got), module.built.postprocessor(expected))
+    assert torch.equal(loaded.postprocessor(got), module.loaded.postprocessor(expected))
 
 
 def test_training_only_the_reducer_leaves_the_base_alone(dataset, dense_checkpoint, tmp_path):

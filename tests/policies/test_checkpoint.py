@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors.torch import save_file
 from torch import nn
 
-from lerobot_policy_grids import checkpoint
+from lerobot_policy_grids.checkpoint import find
 from lerobot_policy_grids.checkpoint.atomic import atomic_folder
 from lerobot_policy_grids.checkpoint.find import find_checkpoint, provenance, resolve_checkpoint
 from lerobot_policy_grids.checkpoint.weights import load_weights
@@ -147,7 +147,7 @@ def test_a_hub_id_is_fetched_at_its_revision(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     calls = []
     fetch = lambda repository, **options: calls.append((repository, options["revision"])) or str(tmp_path)  # noqa: E731
-    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    monkeypatch.setattr(find, "snapshot_download", fetch)
     assert find_checkpoint("me/policy") == tmp_path
     assert find_checkpoint("me/policy@0123abc") == tmp_path
     assert calls == [("me/policy", None), ("me/policy", "0123abc")]
@@ -166,7 +166,7 @@ def test_what_the_hub_refuses_is_named(error, monkeypatch):
             "404 the server's own words", response=httpx.Response(404, request=httpx.Request("GET", "http://x"))
         )
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    monkeypatch.setattr(find, "snapshot_download", fetch)
     with pytest.raises(CheckpointError, match=r"me/policy@main is no folder.*server's own words"):
         find_checkpoint("me/policy@main")
 

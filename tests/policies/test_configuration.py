@@ -9,9 +9,11 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTr
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
-from lerobot_policy_grids import GridsConfig, TinySmolVLAConfig
+from driving import config_of
+from lerobot_policy_grids import GridsConfig, ReducerConfig, TinySmolVLAConfig
 from lerobot_policy_grids.configuration_grids import BasePolicyChoice
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
+from lerobot_policy_grids.reducers import reducer_config
 
 INPUTS = {
     "observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
@@ -21,22 +23,30 @@ OUTPUTS = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
 
 
 def tiny(**options):
-    return GridsConfig(base=TinySmolVLAConfig(device="cpu"), **options)
+    features = {name: options.pop(name) for name in ("input_features", "output_features") if name in options}
+    config = config_of(TinySmolVLAConfig(device="cpu"), **options)
+    for name, value in features.items():
+        setattr(config, name, value)
+    config.share_with_base()
+    return config
 
 
 @pytest.mark.parametrize(
     "config",
     [
         tiny(input_features=INPUTS, output_features=OUTPUTS),
-        tiny(num_tokens=4, num_tokens_max=36, condition_on=["image"], reducer="blind"),
-        GridsConfig(base=SmolVLAConfig(device="cpu", chunk_size=8, n_action_steps=8), num_tokens=9),
+        tiny(num_tokens=4, num_tokens_max=36, condition_on=["image"]),
+        *(tiny(reducer=name) for name in ReducerConfig.get_known_choices()),
+        tiny(schedule="elastic", position_ids="dense", num_tokens_max=36),
+        config_of(SmolVLAConfig(device="cpu", chunk_size=8, n_action_steps=8), num_tokens=9),
     ],
 )
 def test_saved_and_read_back_equal(config, tmp_path):
     config._save_pretrained(tmp_path)
     read = PreTrainedConfig.from_pretrained(tmp_path)
     assert type(read) is GridsConfig
-    config.num_tokens_max = config.max_tokens
+    if config.reducer.budget:
+        config.reducer.num_tokens_max = config.reducer.largest
     assert read == config
     assert json.loads((tmp_path / "config.json").read_text())["version"] == 1
 
@@ -67,7 +77,30 @@ class Command:
 def test_base_fields_are_parsed_from_a_command_line():
     flags = {"type": "grids", "base.type": "smolvla", "base.chunk_size": 8, "base.n_action_steps": 8, "num_tokens": 9}
     config = draccus.parse(Command, args=[f"--policy.{name}={value}" for name, value in flags.items()]).policy
-    assert (config.type, config.base.type, config.base.chunk_size, config.num_tokens) == ("grids", "smolvla", 8, 9)
+    assert (config.type, config.base.type, config.base.chunk_size) == ("grids", "smolvla", 8)
+    assert config.reducer.num_tokens == 9
+
+
+def test_each_reducer_takes_its_own_options_and_no_others():
+    def parse(**flags):
+        arguments = [f"--policy.{name}={value}" for name, value in {"type": "grids", **flags}.items()]
+        return draccus.parse(Command, args=arguments).policy.reducer
+
+    base = {"base.type": "tiny_smolvla"}
+    pool = parse(**base, **{"reducer.type": "pool", "reducer.num_tokens": 9})
+    assert (pool.type, pool.num_tokens) == ("pool", 9)
+    assert parse(**base, **{"reducer.type": "fastv", "reducer.full_layers": 1}).full_layers == 1
+    assert parse(**base, **{"reducer.anchored": False}).anchored is False
+    for name, option in (
+        ("pool", "anchored"),
+        ("blind", "num_tokens"),
+        ("grids", "full_layers"),
+        ("fastv", "camera_tokens"),
+    ):
+        with pytest.raises(draccus.utils.DecodingError, match=option):
+            parse(**base, **{"reducer.type": name, f"reducer.{option}": 1})
+        with pytest.raises(GridsError, match=f"has no option {option}"):
+            tiny(reducer=name, **{option: 1})
 
 
 def test_what_lerobot_sets_reaches_the_base():
@@ -105,6 +138,8 @@ def test_device_follows_the_base_and_then_leads():
 def test_impossible_budgets(k):
     with pytest.raises(BudgetError, match="choose num_tokens"):
         tiny(num_tokens=k)
+    with pytest.raises(BudgetError, match="choose num_tokens"):
+        GridsConfig(base=TinySmolVLAConfig(device="cpu"), num_tokens=k)
     with pytest.raises(BudgetError, match=r"1 \.\. 4"):
         tiny(num_tokens=5, num_tokens_max=4)
 
@@ -114,6 +149,12 @@ def test_other_mistakes():
         tiny(reducer="magic")
     with pytest.raises(GridsError, match="smell"):
         tiny(condition_on=["smell"])
+    with pytest.raises(GridsError, match="keeps the position ids"):
+        tiny(reducer="fastv", position_ids="dense")
+    with pytest.raises(BudgetError, match="keeps none"):
+        GridsConfig(base=TinySmolVLAConfig(device="cpu"), reducer=reducer_config("blind"), num_tokens=4)
+    with pytest.raises(GridsError, match="lerobot-grids push"):
+        GridsConfig(base=TinySmolVLAConfig(device="cpu"), repo_id="me/policy")
     with pytest.raises(CheckpointError, match="version 2"):
         tiny(version=2)
     with pytest.raises(GridsError, match=r"--policy\.base\.type"):

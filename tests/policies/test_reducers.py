@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from driving import config_of
 from lerobot_policy_grids.errors import BudgetError, TokenGridError
 from lerobot_policy_grids.reducers.attention import FastVReducer, Prefix, SparseVLMReducer, cluster, raters
 from lerobot_policy_grids.reducers.lattice import PoolReducer, UniformReducer, lattice_shape
@@ -180,7 +181,7 @@ def test_sparsevlm_keeps_what_raters_look_at_and_recycles_the_best_of_the_rest()
 def test_budgets_without_a_lattice_are_refused_before_training(reducer):
     from lerobot.configs import FeatureType, PolicyFeature
 
-    from lerobot_policy_grids import GridsConfig, GridsPolicy, TinySmolVLAConfig
+    from lerobot_policy_grids import GridsPolicy, TinySmolVLAConfig
 
     inputs = {"observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96))}
     inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
@@ -188,14 +189,14 @@ def test_budgets_without_a_lattice_are_refused_before_training(reducer):
     base = TinySmolVLAConfig(device="cpu", input_features=inputs, output_features=outputs)
 
     def make(**options):
-        return GridsPolicy(GridsConfig(base=base, reducer=reducer, num_tokens=4, num_tokens_max=16, **options))
+        return GridsPolicy(config_of(base, reducer, num_tokens=4, num_tokens_max=16, **options))
 
     policy = make()
     for budget in ("elastic", "linear"):
         with pytest.raises(BudgetError, match="no even lattice"):
-            make(token_budget=budget, token_budget_steps=10 if budget == "linear" else 0)
+            make(schedule=budget, schedule_steps=10 if budget == "linear" else 0)
     with pytest.raises(BudgetError, match="no even lattice"):
-        make(camera_tokens={"observation.image": 7}, token_budget="steps:0=16")
+        make(camera_tokens={"observation.image": 7}, schedule="steps:0=16")
     with pytest.raises(BudgetError, match="7 tokens make no even lattice"):
         policy.num_tokens = 7
     assert policy.num_tokens == 4

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from lerobot_policy_grids.checkpoint.load import build
-from lerobot_policy_grids.tiny import TinySmolVLAConfig, TinyTokenizerStep
-from lerobot_policy_grids.tiny.tokenizer import VLM_FOLDER
+from lerobot_policy_grids.tiny import VLM_FOLDER, TinySmolVLAConfig, TinyTokenizerStep
+from lerobot_policy_grids.tiny.build_vlm import build
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from lerobot_grids.policies import load
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.find import find_checkpoint, read_config
 from lerobot_policy_grids.checkpoint.manifest import Base, write_manifest
+from lerobot_policy_grids.checkpoint.trust import check_processors
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 
 PRE, POST, WEIGHTS = "policy_preprocessor.json", "policy_postprocessor.json", "model.safetensors"
@@ -36,6 +37,10 @@ def edit(name, change, folder):
 
 def config(**changes):
     return partial(edit, "config.json", lambda c: c.update(changes))
+
+
+def reducer(**changes):
+    return partial(edit, "config.json", lambda c: c["reducer"].update(changes))
 
 
 def base(**changes):
@@ -116,15 +121,7 @@ HOSTILE = {
     "Popen": (add_step(**POPEN), "can run code"),
     "class beside a good name": (add_step(registry_name="to_batch_processor", **POPEN), "can run code"),
     "class in the postprocessor": (partial(edit, POST, lambda c: c["steps"].append(POPEN)), "can run code"),
-    "another tokenizer's code": (
-        add_step(registry_name=FAST, config={"action_tokenizer_name": "evil/repo", "trust_remote_code": True}),
-        "action_tokenizer_name='evil/repo'",
-    ),
-    "a local folder's code": (
-        add_step(registry_name=FAST, config={"action_tokenizer_name": MARKER}),
-        "action_tokenizer_name=",
-    ),
-    "no tokenizer name": (add_step(registry_name=FAST, config={"trust_remote_code": True}), "lacks action_tokenizer"),
+    "another family's tokenizer": (add_step(registry_name=FAST, config={}), "does not use"),
     "trust_remote_code elsewhere": (
         add_step(registry_name="tokenizer_processor", config={"tokenizer_name": "x/y", "trust_remote_code": True}),
         "has tokenizer_name, trust_remote_code",
@@ -133,7 +130,11 @@ HOSTILE = {
         add_step(registry_name="tokenizer_processor", config={"tokenizer_name": "evil/repo"}),
         "tokenizer_name='evil/repo'",
     ),
-    "a step of another policy": (add_step(registry_name="reward_classifier_processor", config={}), "no supported"),
+    "a step of another policy": (
+        add_step(registry_name="reward_classifier_processor", config={}),
+        "'tiny_smolvla' does not use",
+    ),
+    "a step of another family": (add_step(registry_name="pi0_new_line_processor", config={}), "does not use"),
     "an unknown option": (set_step("to_batch_processor", config={"hook": "x"}), "expected no options"),
     "steps are no list": (partial(edit, PRE, lambda c: c.update(steps={})), "no processor"),
     "a step is text": (partial(edit, PRE, lambda c: c["steps"].append("os.system")), "can run code"),
@@ -160,6 +161,9 @@ HOSTILE = {
     "type a list": (config(type=["grids"]), "has type"),
     "base in base": (base(type="grids"), "no base policy"),
     "no base": (config(base=None), "no base policy"),
+    "no reducer": (config(reducer=None), "has reducer None"),
+    "reducer unknown": (reducer(type="evil"), "has reducer"),
+    "a field of another reducer": (reducer(type="pool"), "does not know, anchored"),
     "config a list": (write("config.json", "[1]"), "expected an object"),
     "config empty": (write("config.json", ""), "cannot be read as JSON"),
     "config nested": (nested, "nested"),
@@ -167,11 +171,11 @@ HOSTILE = {
     "processor nested": (write(PRE, '{"steps":' + "[" * 99 + "]" * 99 + "}"), "nested"),
     "processor no JSON": (write(POST, b"\xff\xfe"), "cannot be read as JSON"),
     "unknown field": (config(evil=1), "does not know, evil"),
-    "text for a number": (config(num_tokens="16"), "num_tokens='16', expected int"),
+    "text for a number": (reducer(num_tokens="16"), "num_tokens='16', expected int"),
     "truth for a number": (base(chunk_size=True), "chunk_size=True, expected int"),
-    "a float for a whole number": (config(hidden_width=512.0), "hidden_width=512.0, expected int"),
+    "a float for a whole number": (reducer(hidden_width=512.0), "hidden_width=512.0, expected int"),
     # Memory.
-    "a huge width": (config(hidden_width=10**9), "hidden_width=1000000000, expected at most"),
+    "a huge width": (reducer(hidden_width=10**9), "hidden_width=1000000000, expected at most"),
     "a huge dimension": (base(max_state_dim=10**9), "max_state_dim"),
     "a huge image": (
         partial(edit, "config.json", lambda c: c["input_features"]["observation.image"].update(shape=[3, 10**9, 1])),
@@ -209,6 +213,20 @@ HOSTILE = {
     "base id is too long": (config(base_repo_id="a/b/c"), "base_repo_id"),
     "base id is home": (config(base_repo_id="~"), "base_repo_id"),
     "base at a branch": (config(base_revision="main"), "base_revision"),
+}
+
+
+# Of π0-FAST, whose action tokenizer comes with its own code.
+CODE = {
+    "another tokenizer's code": (
+        add_step(registry_name=FAST, config={"action_tokenizer_name": "evil/repo", "trust_remote_code": True}),
+        "action_tokenizer_name='evil/repo'",
+    ),
+    "a local folder's code": (
+        add_step(registry_name=FAST, config={"action_tokenizer_name": MARKER}),
+        "action_tokenizer_name=",
+    ),
+    "no tokenizer name": (add_step(registry_name=FAST, config={"trust_remote_code": True}), "lacks action_tokenizer"),
 }
 
 
@@ -327,3 +345,15 @@ def test_the_families_own_processors_pass(kind, tmp_path, monkeypatch):
         processor.save_pretrained(tmp_path)
     check_published(tmp_path)
     check_processors(tmp_path)
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_of_another_action_tokenizer_is_refused(folder, case):
+    change, message = CODE[case]
+    write("config.json", '{"type": "pi0_fast"}')(folder)
+    # The tiny policy's own tokenizer is no step of this family.
+    partial(edit, PRE, lambda c: c.update(steps=[]))(folder)
+    check_processors(folder)
+    change(folder)
+    with pytest.raises(CheckpointError, match=message):
+        check_processors(folder)

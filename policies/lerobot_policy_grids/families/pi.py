@@ -152,7 +152,7 @@ class Pi(Family):
         config = PreTrainedConfig.get_choice_class(self.policy_type)(
             input_features=inputs, output_features=outputs, image_resolution=size, device="cpu", **fields
         )
-        with _small_sizes(_modeling(self.policy_type)):
+        with small_sizes(self.policy_type):
             policy: Any = get_policy_class(self.policy_type)(config)
         # π0.5's time conditioning starts at zero, which closes every gate: the policy would be nearly blind.
         for name, parameter in policy.named_parameters():
@@ -211,7 +211,7 @@ class PiFast(Pi):
     @contextmanager
     def offline(self, config: Any) -> Iterator[None]:
         names = {"text_tokenizer_name": str(VLM_FOLDER)}
-        with replaced(config, **names), replaced(_modeling(self.policy_type), AutoProcessor=_NoProcessor):
+        with replaced(config, **names), replaced(modeling(self.policy_type), AutoProcessor=_NoProcessor):
             yield
 
     def finish(self, policy: Any) -> None:
@@ -244,7 +244,8 @@ def _paligemma(policy: Any) -> Any:
     return policy.model.paligemma_with_expert.paligemma.model
 
 
-def _modeling(policy_type: str) -> Any:
+def modeling(policy_type: str) -> Any:
+    """LeRobot's module of a policy type."""
     return import_module(f"lerobot.policies.{policy_type}.modeling_{policy_type}")
 
 
@@ -349,7 +350,9 @@ VOCABULARY = (*SPECIAL, *(chr(code) for code in range(32, 127)), "Action", *(f"w
 
 
 @contextmanager
-def _small_sizes(module: Any) -> Iterator[None]:
+def small_sizes(policy_type: str) -> Iterator[None]:
+    """In this block a π policy of this type is constructed small."""
+    module = modeling(policy_type)
     # LeRobot reshapes by a literal 8 heads.
     gemma = module.GemmaConfig(
         width=SMALL_WIDTH, depth=2, mlp_dim=2 * SMALL_WIDTH, num_heads=8, num_kv_heads=1, head_dim=8

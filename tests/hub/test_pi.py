@@ -1,6 +1,4 @@
-"""Adapters of the π policies: tied weights, names of older releases, and bfloat16 trunks with float32 parts."""
-
-from importlib import import_module
+"""Adapter checkpoints of the π policies: tied weights, names of older releases, and bfloat16 trunks with float32 parts."""
 
 import pytest
 import torch
@@ -8,12 +6,12 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from safetensors.torch import load_file, save_file
 
-import tiny_pi
 from comparing import BASE, assert_same_bits, state_of
 from driving import train_offsets, wrap
 from lerobot_grids.hub.formats import write_adapter, write_full
 from lerobot_policy_grids.checkpoint.find import read_config
 from lerobot_policy_grids.checkpoint.load import build, load_checkpoint
+from lerobot_policy_grids.families.pi import SMALL_IMAGE, small_sizes
 
 PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 
@@ -21,13 +19,13 @@ PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 @pytest.fixture(params=["pi0", "pi05"])
 def kind(request):
     """A π policy that is constructed small, wherever it is constructed."""
-    with tiny_pi.tiny_sizes(import_module(f"lerobot.policies.{request.param}.modeling_{request.param}")):
+    with small_sizes(request.param):
         yield request.param
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def dense(request, kind):
-    size = (tiny_pi.IMAGE_SIZE, tiny_pi.IMAGE_SIZE)
+    size = (SMALL_IMAGE, SMALL_IMAGE)
     sizes = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8, "image_resolution": size}
     config = PreTrainedConfig.get_choice_class(kind)(device="cpu", dtype=request.param, **sizes)
     config.input_features = {

@@ -1,4 +1,4 @@
-"""Token budgets over training."""
+"""Token schedules over training."""
 
 import math
 import statistics
@@ -6,9 +6,9 @@ import statistics
 import pytest
 from lerobot.configs import FeatureType, PolicyFeature
 
-from lerobot_policy_grids import GridsConfig, TinySmolVLAConfig
+from driving import config_of
+from lerobot_policy_grids import GridsPolicy, TinySmolVLAConfig
 from lerobot_policy_grids.errors import BudgetError
-from lerobot_policy_grids.modeling_grids import GridsPolicy
 from lerobot_policy_grids.schedule import TokenSchedule
 
 FEATURES = {
@@ -75,17 +75,17 @@ def test_budgets_out_of_reach_are_refused(text):
 
 
 def test_a_schedule_without_the_length_of_the_run_says_so_in_training():
-    with pytest.raises(BudgetError, match="token_budget_steps"):
+    with pytest.raises(BudgetError, match="schedule_steps"):
         TokenSchedule("cosine", 144, 16).at(0)
 
 
 def policy_of(**options):
     base = TinySmolVLAConfig(device="cpu", **FEATURES)
-    return GridsPolicy(GridsConfig(base=base, num_tokens=4, num_tokens_max=36, device="cpu", **options))
+    return GridsPolicy(config_of(base, num_tokens=4, num_tokens_max=36, device="cpu", **options))
 
 
 def test_lerobots_update_moves_the_budget_in_training_only():
-    policy = policy_of(token_budget="steps:0=36,2=9,3=4")
+    policy = policy_of(schedule="steps:0=36,2=9,3=4")
     assert policy.num_tokens == 4  # not in training yet
     policy.train()
     seen = []
@@ -98,7 +98,7 @@ def test_lerobots_update_moves_the_budget_in_training_only():
 
 
 def test_the_step_is_saved_and_training_goes_on_from_it(tmp_path):
-    policy = policy_of(token_budget="steps:0=36,2=9,3=4").train()
+    policy = policy_of(schedule="steps:0=36,2=9,3=4").train()
     policy.update()
     policy.update()
     policy.save_pretrained(tmp_path)
@@ -110,15 +110,15 @@ def test_the_step_is_saved_and_training_goes_on_from_it(tmp_path):
 def test_camera_limits_that_make_no_sense_are_refused():
     base = TinySmolVLAConfig(device="cpu", **FEATURES)
     with pytest.raises(BudgetError, match="the policy's cameras are"):
-        GridsPolicy(GridsConfig(base=base, num_tokens=4, camera_tokens={"observation.images.none": 2}, device="cpu"))
+        GridsPolicy(config_of(base, num_tokens=4, camera_tokens={"observation.images.none": 2}))
     name = next(iter(base.image_features))
     with pytest.raises(BudgetError, match="at least 1"):
-        GridsPolicy(GridsConfig(base=base, num_tokens=4, camera_tokens={name: 0}, device="cpu"))
+        GridsPolicy(config_of(base, num_tokens=4, camera_tokens={name: 0}))
 
 
 def test_budgets_that_could_do_nothing_are_refused():
     base = TinySmolVLAConfig(device="cpu", **FEATURES)
     with pytest.raises(BudgetError, match="nothing to come down from"):
-        GridsPolicy(GridsConfig(base=base, num_tokens=4, token_budget="linear", device="cpu"))
-    with pytest.raises(BudgetError, match="a blind policy has no visual tokens"):
-        GridsPolicy(GridsConfig(base=base, reducer="blind", token_budget="elastic", device="cpu"))
+        GridsPolicy(config_of(base, num_tokens=4, schedule="linear"))
+    with pytest.raises(BudgetError, match="a blind policy, which has no visual tokens"):
+        config_of(base, reducer="blind", schedule="elastic")

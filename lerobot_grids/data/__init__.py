@@ -1,0 +1,6 @@
+"""Demonstrations: a LeRobotDataset, split by episodes, in an order that is a function of the seed."""
+
+from .datamodule import POSITIONS, LeRobotDataModule, load_metadata
+from .images import is_image, unit_images
+
+__all__ = ["POSITIONS", "LeRobotDataModule", "is_image", "load_metadata", "unit_images"]
