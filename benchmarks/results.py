@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_grids.evaluation.statistics import paired_comparison, wilson_interval
-from lerobot_grids.evaluation.success import Evaluation, summarise
 
 Line = dict[str, Any]
 # Two lines that agree in these are the same measurement, and the newer one replaces the older.
@@ -66,23 +65,6 @@ def episode_seeds(line: Line) -> list[int]:
     """The seed of each episode of a task; the same for every task."""
     seeds = line["episode_seeds"]
     return list(range(seeds["first"], seeds["first"] + seeds["count"])) if isinstance(seeds, dict) else seeds
-
-
-def evaluation(line: Line) -> Evaluation:
-    """A line as `lerobot-grids eval` had it; its `save` writes a result.json again."""
-    tasks = [
-        summarise(
-            task,
-            [bit == "1" for bit in bits],
-            episode_seeds(line),
-            line["seconds"][task],
-            line.get("suites", {}).get(task, task),
-        )
-        for task, bits in line["outcomes"].items()
-    ]
-    fields = {name: line.get(NAMES.get(name, name)) for name in (*SHARED, "n_action_steps", "resolution")}
-    texts = {name: line.get(name, "") for name in ("environment", "perturb", "reducer")}
-    return Evaluation(**fields, **texts, tasks=tasks, tamper=line["tamper"].split(",") if "tamper" in line else [])
 
 
 def comparison_line(content: Line) -> Line:

@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "benchmarks" / "studies"
 STATE = "training_state/last.ckpt"
+# One-thread jobs side by side use a small machine better than one job with more threads.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
-class Failed(Exception):
+class StudyError(Exception):
     """A command failed, or must not be run."""
 
 
@@ -54,121 +57,57 @@ def words(options: str | None) -> list[str]:
     return [str(ROOT / word) if "/" in word and (ROOT / word).exists() else word for word in shlex.split(options or "")]
 
 
-class Runner:
-    """Runs the commands of one study in its folder."""
-
-    def __init__(self, study: dict[str, Any], output: Path, dry_run: bool) -> None:
-        self.output, self.dry_run = output, dry_run
-        self.program = words(study.get("program", "lerobot-grids"))
-        if self.program[0] == "python":
-            self.program[0] = sys.executable
-        # Beside this Python, where the virtual environment is not active.
-        elif (beside := Path(sys.executable).with_name(self.program[0])).exists() and not dry_run:
-            self.program[0] = str(beside)
-        threads = os.environ.get("OMP_NUM_THREADS", "1")
-        self.environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": threads,
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
-
-    def marker(self, name: str) -> Path:
-        """The file that says that a command ended, and what it was."""
-        return self.output / "done" / name
-
-    def done(self, name: str, arguments: list[str], after: list[str], keep: bool = False) -> bool:
-        """Whether just this command ended already, later than those it depends on; `keep` refuses another one."""
-        marker = self.marker(name)
-        if not marker.is_file():
-            return False
-        was = marker.read_text().rstrip("\n")
-        if was == shlex.join(arguments):
-            times = [self.marker(other).stat().st_mtime for other in after if self.marker(other).is_file()]
-            return all(moment <= marker.stat().st_mtime for moment in times)
-        if keep:
-            raise Failed(
-                f"{self.output / name} is there, from\n  {was}\nand not\n  {shlex.join(arguments)}\n"
-                f"Remove {marker}, or choose another --output."
-            )
-        return False
-
-    def run(
-        self, name: str, arguments: list[str], after: list[str] | None = None, *, creates: str | None = None, show=False
-    ) -> None:
-        """Run a command unless it is done. What it `creates` is kept, if whole; a half-done training run goes on."""
-        if self.done(name, arguments, after or [], keep=creates is not None):
-            print(f"done before   {name}", flush=True)
-            return
-        command = [*self.program, *arguments]
-        if self.dry_run:
-            print(shlex.join(command))
-            return
-        if creates is not None and (self.output / creates / STATE).is_file():
-            command.append("--resume")
-        elif creates is not None:
-            shutil.rmtree(self.output / creates, ignore_errors=True)
-        log, start = self.output / "logs" / f"{name}.log", time.monotonic()
-        for path in (log, self.marker(name)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
-            streams = {} if show else {"stdout": file, "stderr": subprocess.STDOUT}
-            status = subprocess.run(command, cwd=self.output, env=self.environment, **streams).returncode
-        if status:
-            said = "".join(log.read_text().splitlines(keepends=True)[-15:])
-            raise Failed(f"{name} failed, with status {status}:\n{shlex.join(command)}\n{said}")
-        self.marker(name).write_text(shlex.join(arguments) + "\n")
-        print(f"{time.strftime('%H:%M:%S')} {time.monotonic() - start:5.0f} s  {name}", flush=True)
-
-
 class Study:
-    """What a study's file asks for, as commands."""
+    """What a study's file asks for, as commands that run in its folder."""
 
     def __init__(self, content: dict[str, Any], asked: argparse.Namespace, output: Path, file: Path) -> None:
-        self.content, self.output, self.file, self.workers = content, output, file, asked.workers
-        self.runner = Runner(content, output, asked.dry_run)
+        self.content, self.asked, self.output, self.file = content, asked, output, file
+        self.methods = {
+            n: {"fit": way} if isinstance(way, str) else way for n, way in content.get("methods", {}).items()
+        }
+        names = [*self.methods, *content.get("bench", {})]
+        if odd := set(asked.only or []) - set(names):
+            raise StudyError(f"--only {' '.join(sorted(odd))}; this study has {', '.join(names)}")
+        self.chosen = [name for name in self.methods if not asked.only or name in asked.only]
         self.seeds = asked.seeds or content.get("seeds", [0, 1, 2])
-        self.more = [] if asked.episodes is None else [f"--episodes={asked.episodes}"]
-        self.steps = [] if asked.steps is None else [f"--steps={asked.steps}"]
-        every = content.get("methods") or {}
-        self.methods = {name: {"fit": way} if isinstance(way, str) else way for name, way in every.items()}
-        self.bench = content.get("bench") or {}
-        if odd := set(asked.only or []) - set(self.methods) - set(self.bench):
-            raise Failed(f"--only {' '.join(sorted(odd))}; this study has {', '.join((*self.methods, *self.bench))}")
-        self.chosen = [name for name in (*self.methods, *self.bench) if not asked.only or name in asked.only]
+
+    def source(self, name: str) -> str:
+        """The method whose training a method acts with, or the policy that it is."""
+        return str(self.methods[name].get("of", name))
+
+    def trained(self, name: str) -> bool:
+        """Whether a method acts with what this study trains."""
+        source = self.source(name)
+        return source in self.methods and "of" not in self.methods[source]
 
     def seeds_of(self, name: str) -> list[int | None]:
         """Training seeds of a method; [None] for a policy as it is."""
-        way = self.methods[name]
-        if "of" in way:
-            return [s for s in way.get("seeds", self.seeds_of(way["of"]))] if way["of"] in self.methods else [None]
-        return [seed for seed in self.seeds if seed in way.get("seeds", self.seeds)]
+        allowed = [self.methods[n].get("seeds", self.seeds) for n in {name, self.source(name)} & set(self.methods)]
+        return [seed for seed in self.seeds if all(seed in some for some in allowed)] if self.trained(name) else [None]
 
     def checkpoint(self, name: str, seed: int | None) -> str:
         """Where a method's policy lies, seen from the study's folder."""
-        of = self.methods[name].get("of", name)
-        return f"{of}-s{seed}" if of in self.methods else of
+        return self.source(name) if seed is None else f"{self.source(name)}-s{seed}"
 
-    def fit(self, name: str, seed: int) -> None:
-        """Train a method with one seed."""
-        options = [*words(self.content.get("fit")), *words(self.methods[name].get("fit")), *self.steps]
-        run = self.checkpoint(name, seed)
-        base = ["--policy", self.content["base"], "--dataset", "demonstrations"]
-        arguments = ["fit", *base, *options, "--seed", str(seed), "--output", run]
-        self.runner.run(run, arguments, creates=run)
+    def run(self) -> None:
+        """Everything, in order."""
+        runs = {(self.source(n), seed): None for n in self.chosen if self.trained(n) for seed in self.seeds_of(n)}
+        if runs or "validate" in self.content:
+            self.command("demonstrations", ["record", *words(self.content["record"])], creates=True)
+        self.parallel(self.fit, sorted(runs, key=lambda run: run[1] or 0))
+        if "compare" in self.content:
+            for options in self.content.get("conditions", [""]):
+                self.compare(options)
+        else:
+            self.parallel(self.act, [(name, seed) for name in self.chosen for seed in self.seeds_of(name)])
+        for name, options in self.content.get("bench", {}).items():
+            if not self.asked.only or name in self.asked.only:
+                if self.command(name, ["bench", *words(options), "--json", f"{name}.json"]):
+                    results.put(self.file, results.bench_lines(self.load(f"{name}.json")))
 
-    def train(self) -> None:
-        """Record the demonstrations and train everything that the chosen methods act with."""
-        wanted = {self.methods[name].get("of", name) for name in self.chosen if name in self.methods}
-        runs = [(name, seed) for seed in self.seeds for name in self.methods if name in wanted]
-        runs = [(name, seed) for name, seed in runs if "of" not in self.methods[name] and seed in self.seeds_of(name)]
-        if runs and "record" in self.content or "validate" in self.content:
-            arguments = ["record", *words(self.content["record"]), "--output", "demonstrations"]
-            self.runner.run("demonstrations", arguments, creates="demonstrations")
-        self.parallel(self.fit, runs)
-
-    def parallel(self, act: Any, jobs: list[tuple[Any, ...]]) -> None:
-        """As many at once as there are workers; what runs still ends when one has failed, and nothing new starts."""
-        with ThreadPoolExecutor(1 if self.runner.dry_run else self.workers) as pool:
+    def parallel(self, act: Callable[..., None], jobs: list[Any]) -> None:
+        """As many at once as there are workers; when one fails, those that run end and no other starts."""
+        with ThreadPoolExecutor(1 if self.asked.dry_run else self.asked.workers) as pool:
             futures = [pool.submit(act, *job) for job in jobs]
             try:
                 for future in futures:
@@ -177,62 +116,99 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
+    def fit(self, name: str, seed: int) -> None:
+        """Train a method with one seed."""
+        options = [*words(self.content.get("fit")), *words(self.methods[name].get("fit"))]
+        options += [] if self.asked.steps is None else ["--steps", str(self.asked.steps)]
+        start = ["fit", "--policy", self.content["base"], "--dataset", "demonstrations"]
+        self.command(f"{name}-s{seed}", [*start, *options, "--seed", str(seed)], creates=True)
+
     def act(self, name: str, seed: int | None) -> None:
         """Evaluate one policy, and validate it where the study does."""
-        way, run = self.methods[name], self.checkpoint(name, seed)
-        label = name if seed is None else f"{name}-s{seed}"
-        at = [f"--{option}={value}" for option, value in way.get("at", {}).items()]
-        for command in ("eval", "validate"):
-            if command not in self.content:
-                continue
-            result, data = f"{label}.{command}.json", ["--dataset", "demonstrations"] if command == "validate" else []
-            arguments = [command, "--policy", run, *at, *data, *words(self.content[command]), "--json", result]
-            arguments += [*self.more, "--output", f"eval/{label}"] if command == "eval" else []
-            self.runner.run(f"{label}.{command}", arguments, [run])
-            if not self.runner.dry_run:
-                content = json.loads((self.output / result).read_text())
-                if command == "eval":
-                    self.put([results.evaluation_line(content, name, seed)])
-                else:
-                    self.put(results.validation_lines(content, name, seed))
-
-    def put(self, lines: list[results.Line]) -> None:
-        """Keep lines. A policy's name is that of its method, without folders of this machine."""
-        results.put(self.file, lines)
+        run, label = self.checkpoint(name, seed), name if seed is None else f"{name}-s{seed}"
+        policy = ["--policy", run, *(f"--{key}={value}" for key, value in self.methods[name].get("at", {}).items())]
+        options = [*words(self.content["eval"]), *self.episodes(), "--output", f"eval/{label}"]
+        if self.command(f"{label}.eval", ["eval", *policy, *options], [run]):
+            results.put(self.file, [results.evaluation_line(self.load(f"eval/{label}/result.json"), name, seed)])
+        if "validate" in self.content:
+            options = ["--dataset", "demonstrations", *words(self.content["validate"]), "--json", f"eval/{label}.json"]
+            if self.command(f"{label}.validate", ["validate", *policy, *options], [run]):
+                results.put(self.file, results.validation_lines(self.load(f"eval/{label}.json"), name, seed))
 
     def compare(self, options: str) -> None:
         """Set the chosen methods side by side under one condition."""
-        names = [name for name in self.chosen if name in self.methods]
-        policies = {name: [self.checkpoint(name, seed) for seed in self.seeds_of(name)] for name in names}
-        if any("at" in self.methods[name] for name in names):
-            ways = {name: {"policies": policies[name]} | self.methods[name].get("at", {}) for name in names}
-            chosen = ["--methods", json.dumps(ways)]
-        else:
-            chosen = [f"{name}={','.join(runs)}" for name, runs in policies.items()]
-        folder = "compare" + options.replace("--", "-").replace(" ", "-").replace(":", "-").replace("=", "-")
-        arguments = ["compare", *chosen, *words(self.content["compare"]), *words(options), *self.more]
-        arguments += ["--workers", str(self.workers), "--output", folder]
-        self.runner.run(folder, arguments, [run for runs in policies.values() for run in runs])
-        if self.runner.dry_run:
-            return
-        self.put([results.comparison_line(json.loads((self.output / folder / "compare.json").read_text()))])
-        for name in names:
-            for number, seed in enumerate(self.seeds_of(name)):
-                content = json.loads((self.output / folder / f"{name}-{number}.json").read_text())
-                self.put([results.evaluation_line(content, name, seed)])
+        seeds = {name: self.seeds_of(name) for name in self.chosen}
+        policies = {name: [self.checkpoint(name, seed) for seed in seeds[name]] for name in self.chosen}
+        methods = [f"{name}={','.join(runs)}" for name, runs in policies.items()]
+        if any("at" in self.methods[name] for name in self.chosen):
+            more = {name: {"policies": runs} | self.methods[name].get("at", {}) for name, runs in policies.items()}
+            methods = ["--methods", json.dumps(more)]
+        folder = "-".join(["compare", *options.replace("--", "").replace(":", " ").split()])
+        arguments = ["compare", *methods, *words(self.content["compare"]), *words(options), *self.episodes()]
+        arguments += ["--workers", str(self.asked.workers), "--output", folder]
+        if self.command(folder, arguments, [run for runs in policies.values() for run in runs]):
+            lines = [results.comparison_line(self.load(f"{folder}/compare.json"))]
+            for name in self.chosen:
+                for i, seed in enumerate(seeds[name]):
+                    lines.append(results.evaluation_line(self.load(f"{folder}/{name}-{i}.json"), name, seed))
+            results.put(self.file, lines)
 
-    def run(self) -> None:
-        """Everything, in order."""
-        self.train()
-        if "compare" in self.content:
-            for options in self.content.get("conditions", [""]):
-                self.compare(options)
-        else:
-            self.parallel(self.act, [(n, seed) for n in self.chosen if n in self.methods for seed in self.seeds_of(n)])
-        for name in (name for name in self.chosen if name in self.bench):
-            self.runner.run(name, ["bench", *words(self.bench[name]), "--json", f"{name}.json"])
-            if not self.runner.dry_run:
-                self.put(results.bench_lines(json.loads((self.output / f"{name}.json").read_text())))
+    def episodes(self) -> list[str]:
+        """The option, where it was given."""
+        return [] if self.asked.episodes is None else ["--episodes", str(self.asked.episodes)]
+
+    def load(self, name: str) -> dict[str, Any]:
+        """A result."""
+        return dict(json.loads((self.output / name).read_text()))
+
+    def command(self, name: str, arguments: list[str], after: list[str] | None = None, creates: bool = False) -> bool:
+        """Run a command unless it is done; whether its result is there to be read.
+
+        Args:
+            name: Of its log, of its marker, and of the folder that it `creates`.
+            arguments: Of lerobot-grids.
+            after: What it needs; where that is newer, the command runs again.
+            creates: Whether it makes a policy or a dataset, which is never replaced by one of another recipe.
+        """
+        arguments += ["--output", name] if creates else []
+        text, done, folder = shlex.join(arguments), self.output / "done" / name, self.output / name
+        begun, log = self.output / "begun" / name, self.output / "logs" / f"{name}.log"
+        needed = [path for other in after or [] if (path := self.output / "done" / other).is_file()]
+        was = done.read_text() if done.is_file() else None
+        if was == text and all(path.stat().st_mtime <= done.stat().st_mtime for path in needed):
+            print(f"# done before: {name}", flush=True)
+            return not self.asked.dry_run
+        if creates and was is not None:
+            raise StudyError(
+                f"{folder} is there, by\n  {was}\nand not by\n  {text}\nRemove it and {done}, or choose --output"
+            )
+        program = words(self.content.get("program", "lerobot-grids"))
+        if self.asked.dry_run:
+            print(shlex.join([*program, *arguments]))
+            return False
+        # Of this virtual environment, active or not.
+        beside = Path(sys.executable).with_name(program[0])
+        command = [str(beside) if beside.exists() else program[0], *program[1:], *arguments]
+        if creates and folder.exists():
+            if not begun.is_file():
+                raise StudyError(f"{folder} is there, and not by this study; remove it, or choose --output")
+            if begun.read_text() == text and (folder / STATE).is_file():
+                command.append("--resume")
+            else:
+                print(f"# half done, again: {name}", flush=True)
+                shutil.rmtree(folder)
+        for path in (done, begun, log):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(text)
+        start = time.monotonic()
+        with log.open("w") as file:
+            status = subprocess.run(command, cwd=self.output, env=ENVIRONMENT, stdout=file, stderr=file).returncode
+        if status:
+            end = "\n".join(log.read_text().splitlines()[-15:])
+            raise StudyError(f"{name} failed with status {status}\n{shlex.join(command)}\n{end}\nlog: {log}")
+        done.write_text(text)
+        print(f"{time.strftime('%H:%M:%S')} {time.monotonic() - start:5.0f} s  {name}", flush=True)
+        return True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -252,22 +228,20 @@ def main(arguments: list[str] | None = None) -> int:
     path = Path(asked.study) if asked.study.endswith(".yaml") else STUDIES / f"{asked.study}.yaml"
     if not path.is_file():
         parser.error(f"there is no study '{asked.study}'; there are {names}")
+    content = yaml.safe_load(path.read_text())
     output = (asked.output or Path("outputs") / path.stem).resolve()
-    file = asked.results or output / f"{path.stem}.jsonl"
+    file = (asked.results or output / f"{path.stem}.jsonl").resolve()
+    print(f"# {content['question']}\ncd {output}", flush=True)
     try:
-        study = Study(yaml.safe_load(path.read_text()), asked, output, file.resolve())
-        print(f"cd {output}" if asked.dry_run else f"{path.stem}: {study.content['question']}\nin {output}", flush=True)
-        study.run()
-    except Failed as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 1
+        Study(content, asked, output, file).run()
+    except StudyError as error:
+        sys.exit(f"study.py: {error}")
     except KeyboardInterrupt:
-        print("study.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        sys.exit("study.py: stopped; the same command goes on")
     if not asked.dry_run:
         print(f"\n{results.markdown(results.table(results.read(file)))}\n\nlines: {file}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
