@@ -35,6 +35,8 @@ def key(line: Line) -> tuple[Any, ...]:
 
 def put(path: Path, lines: list[Line]) -> None:
     """Write lines into a file, each in the place of the one that it replaces, or at the end."""
+    if not lines:
+        return
     kept = {key(line): line for line in read(path)} | {key(line): line for line in lines}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in kept.values()))

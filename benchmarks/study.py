@@ -101,39 +101,43 @@ class Study:
         else:
             self.parallel(self.act, [(name, seed) for name in self.chosen for seed in self.seeds_of(name)])
         for name, options in self.content.get("bench", {}).items():
-            if not self.asked.only or name in self.asked.only:
-                if self.command(name, ["bench", *words(options), "--json", f"{name}.json"]):
-                    results.put(self.file, results.bench_lines(self.load(f"{name}.json")))
+            if self.asked.only and name not in self.asked.only:
+                continue
+            if self.command(name, ["bench", *words(options), "--json", f"{name}.json"]):
+                results.put(self.file, results.bench_lines(self.load(f"{name}.json")))
 
-    def parallel(self, act: Callable[..., None], jobs: list[Any]) -> None:
-        """As many at once as there are workers; when one fails, those that run end and no other starts."""
+    def parallel(self, act: Callable[..., list[results.Line]], jobs: list[Any]) -> None:
+        """As many at once as there are workers, and keep their lines; when one fails, those that run end first."""
         with ThreadPoolExecutor(1 if self.asked.dry_run else self.asked.workers) as pool:
             futures = [pool.submit(act, *job) for job in jobs]
             try:
                 for future in futures:
-                    future.result()
+                    results.put(self.file, future.result())
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def fit(self, name: str, seed: int) -> None:
+    def fit(self, name: str, seed: int) -> list[results.Line]:
         """Train a method with one seed."""
         options = [*words(self.content.get("fit")), *words(self.methods[name].get("fit"))]
         options += [] if self.asked.steps is None else ["--steps", str(self.asked.steps)]
         start = ["fit", "--policy", self.content["base"], "--dataset", "demonstrations"]
         self.command(f"{name}-s{seed}", [*start, *options, "--seed", str(seed)], creates=True)
+        return []
 
-    def act(self, name: str, seed: int | None) -> None:
+    def act(self, name: str, seed: int | None) -> list[results.Line]:
         """Evaluate one policy, and validate it where the study does."""
         run, label = self.checkpoint(name, seed), name if seed is None else f"{name}-s{seed}"
         policy = ["--policy", run, *(f"--{key}={value}" for key, value in self.methods[name].get("at", {}).items())]
+        lines: list[results.Line] = []
         options = [*words(self.content["eval"]), *self.episodes(), "--output", f"eval/{label}"]
         if self.command(f"{label}.eval", ["eval", *policy, *options], [run]):
-            results.put(self.file, [results.evaluation_line(self.load(f"eval/{label}/result.json"), name, seed)])
+            lines.append(results.evaluation_line(self.load(f"eval/{label}/result.json"), name, seed))
         if "validate" in self.content:
             options = ["--dataset", "demonstrations", *words(self.content["validate"]), "--json", f"eval/{label}.json"]
             if self.command(f"{label}.validate", ["validate", *policy, *options], [run]):
-                results.put(self.file, results.validation_lines(self.load(f"eval/{label}.json"), name, seed))
+                lines += results.validation_lines(self.load(f"eval/{label}.json"), name, seed)
+        return lines
 
     def compare(self, options: str) -> None:
         """Set the chosen methods side by side under one condition."""
