@@ -128,7 +128,8 @@ class Study:
     def act(self, name: str, seed: int | None) -> list[results.Line]:
         """Evaluate one policy, and validate it where the study does."""
         run, label = self.checkpoint(name, seed), name if seed is None else f"{name}-s{seed}"
-        policy = ["--policy", run, *(f"--{key}={value}" for key, value in self.methods[name].get("at", {}).items())]
+        at = [word for key, value in self.methods[name].get("at", {}).items() for word in (f"--{key}", str(value))]
+        policy = ["--policy", run, *at]
         lines: list[results.Line] = []
         options = [*words(self.content["eval"]), *self.episodes(), "--output", f"eval/{label}"]
         if self.command(f"{label}.eval", ["eval", *policy, *options], [run]):
