@@ -113,7 +113,7 @@ def small(tmp_path):
     content["methods"]["a2"] = {"of": "a", "at": {"tokens": 2}}
 
     def run(*more, **changes):
-        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content | changes))
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content | changes, sort_keys=False))
         study.main([str(tmp_path / "small.yaml"), "--output", str(tmp_path / "out"), *more])
         calls = (tmp_path / "out" / "calls").read_text().splitlines()
         (tmp_path / "out" / "calls").write_text("")
