@@ -1,6 +1,6 @@
 """An adapter beside its base, as files: their sizes, and how long it takes to verify the base by its SHA-256.
 
-    python benchmarks/adapter_size.py pi0|smolvla [--dtype bfloat16] [--cameras 2] [--folder FOLDER] [--json_file FILE]
+    python benchmarks/adapter_size.py pi0|smolvla [--dtype bfloat16] [--cameras 2] [--folder FOLDER] [--results FILE]
 
 The family's real architecture with random weights, wrapped with the default sampler at K = 16, no network. Base and
 policy are laid out as the Hub's client keeps them, the adapter is written and loaded by the code that `push` and
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import results as kept
 from jsonargparse import auto_cli
 
 COMMIT, VLM = "0" * 40, "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
@@ -32,7 +33,7 @@ def snapshot(cache: Path, repo_id: str) -> Path:
     return home / "snapshots" / COMMIT
 
 
-def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, object]:
+def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, Any]:
     """Sizes in bytes and times in seconds."""
     # Read when the client is imported.
     os.environ |= {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -83,6 +84,7 @@ def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, ob
     files = {path.name: path.stat().st_size for path in sorted(adapter.iterdir())}
     base_bytes = (base / "model.safetensors").stat().st_size
     return {
+        "kind": "adapter",
         "policy": family,
         "dtype": dtype,
         "cameras": cameras,
@@ -91,8 +93,6 @@ def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, ob
         "adapter_parameters": sum(value.numel() for value in expected.values()),
         "base_bytes": base_bytes,
         "adapter_files": files,
-        "adapter_bytes": sum(files.values()),
-        "share": sum(files.values()) / base_bytes,
         "verify_base_s": verify_base_s,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "machine": f"{processor()}, {os.cpu_count()} cores",
@@ -108,7 +108,7 @@ def processor() -> str:
 
 
 def main(
-    family: str, dtype: str = "bfloat16", cameras: int = 2, folder: str | None = None, json_file: str | None = None
+    family: str, dtype: str = "bfloat16", cameras: int = 2, folder: str | None = None, results: str | None = None
 ) -> None:
     """Measure one family.
 
@@ -117,14 +117,15 @@ def main(
         dtype: Of the π policies' trunk; SmolVLA is made in float32.
         cameras: Number of cameras.
         folder: Where to put the files meanwhile; they are removed.
-        json_file: File for the result.
+        results: File that gets the line, such as benchmarks/results/adapter.jsonl.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         result = measure(family, "float32" if family == "smolvla" else dtype, cameras, Path(place))
-    print(json.dumps(result, indent=2))
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
-    assert result["share"] < 0.02, "the adapter has 2 % of its base or more"
+    share = sum(result["adapter_files"].values()) / result["base_bytes"]
+    print(f"{json.dumps(result, indent=2)}\nadapter / base: {100 * share:.2f} %")
+    if results is not None:
+        kept.put(Path(results), [result])
+    assert share < 0.02, "the adapter has 2 % of its base or more"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Time per training step: `lerobot-grids fit` beside `lerobot-train`, and with a teacher beside without.
 
-    python benchmarks/training_cost.py DATASET DENSE [--repeats 3] [--json FILE]
+    python benchmarks/training_cost.py DATASET DENSE [--repeats 3] [--results FILE]
 
 DATASET: a folder made by `lerobot-grids record`; DENSE: a dense tiny policy trained on it. Each row is run for a
 few and for more steps, and the difference counted, so that start and first validation drop out. Repeats alternate
 between the rows.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import results as kept
 from jsonargparse import auto_cli
 
 SHORT, LONG, BATCH = 10, 70, 32
@@ -63,7 +63,7 @@ def run(command: list[str], steps: int) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-def main(dataset: str, dense: str, repeats: int = 3, json_file: str | None = None) -> None:
+def main(dataset: str, dense: str, repeats: int = 3, results: str | None = None) -> None:
     """Measure, print and save."""
     commands = rows(dataset, dense)
     steps: dict[str, list[float]] = {name: [] for name in commands}
@@ -75,24 +75,22 @@ def main(dataset: str, dense: str, repeats: int = 3, json_file: str | None = Non
             memory[name] = max(memory[name], peak)
             print(f"{name}: {1000 * steps[name][-1]:.0f} ms per step", flush=True)
     seconds = {name: statistics.median(values) for name, values in steps.items()}
-    result = {
+    for name, value in seconds.items():
+        print(f"{name}: {1000 * value:.0f} ms per step, {BATCH / value:.0f} samples/s", flush=True)
+    print(f"lerobot-train / fit: {seconds['lerobot-train'] / seconds['fit']:.2f}")
+    what = {
+        "batch": BATCH,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "batch": BATCH,
-        "repeats": repeats,
-        "seconds_per_step": seconds,
-        "all_seconds_per_step": steps,
-        "samples_per_s": {name: BATCH / value for name, value in seconds.items()},
-        "peak_resident_mib": memory,
-        "fit_over_lerobot_train": seconds["lerobot-train"] / seconds["fit"],
-        "uncached_fit_over_lerobot_train": seconds["lerobot-train"] / seconds["fit, frames not cached"],
-        "own_teacher_ratio": seconds["fit, a teacher of its own"] / seconds["fit"],
-        "self_teacher_ratio": seconds["fit reducer+lora, self-teacher"] / seconds["fit reducer+lora"],
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if json_file is not None:
-        Path(json_file).write_text(text + "\n")
+    lines = [
+        {"kind": "training-cost", "command": name, "run": "main", "seconds_per_step": values}
+        | {"peak_resident_mib": memory[name]}
+        | what
+        for name, values in steps.items()
+    ]
+    if results is not None:
+        kept.put(Path(results), lines)
 
 
 if __name__ == "__main__":

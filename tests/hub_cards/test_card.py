@@ -1,15 +1,14 @@
 """A card shows what is known and what was measured; what is not known is not there."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
+import kept_results
 from lerobot_grids_cards import Measurements, PolicyFacts, read_measurements, render
 from lerobot_policy_grids import ReducerConfig
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FACTS = PolicyFacts("me/pi0-16", "pi0", 16, 36, ["observation.images.top"], "full")
 
 
@@ -38,12 +37,11 @@ def test_without_measurements_it_claims_nothing():
     }
 
 
-def test_real_results_of_the_project():
-    paths = [
-        RESULTS / "demo" / "tiny_metaworld.json",
-        RESULTS / "demo" / "grids16.json",
-        RESULTS / "bench" / "pi0-2-cpu.json",
-    ]
+def test_real_results_of_the_project(tmp_path):
+    paths = [tmp_path / name for name in ("tiny_metaworld.json", "grids16.json", "pi0-2-cpu.json")]
+    kept_results.write_evaluation("demo", "tiny_metaworld", paths[0])
+    kept_results.write_evaluation("demo", "grids16", paths[1])
+    kept_results.write_bench("pi0", 2, paths[2], "AMD EPYC")
     card = render(FACTS, read_measurements(paths, lambda policy: policy.endswith("grids16")))
     assert "**16 of 144 visual tokens**" in card
     assert "| **this policy** | 16 | all | 97/100 | 97 % | 92 – 99 % | 100000 to 100024 |" in card  # noqa: RUF001
@@ -60,8 +58,9 @@ def test_real_results_of_the_project():
     ]
 
 
-def test_costs_that_were_only_counted_show_no_milliseconds():
-    card = render(FACTS, read_measurements([RESULTS / "bench" / "pi0-2.json"], lambda policy: False))
+def test_costs_that_were_only_counted_show_no_milliseconds(tmp_path):
+    kept_results.write_bench("pi0", 2, tmp_path / "pi0-2.json")
+    card = render(FACTS, read_measurements([tmp_path / "pi0-2.json"], lambda policy: False))
     assert "## Cost of one action chunk" in card
     assert "p50 ms" not in card
     assert "Milliseconds" not in card
@@ -94,7 +93,7 @@ def test_a_dense_policy_and_a_template_of_ones_own(tmp_path):
 
 
 def test_success_in_a_changed_scene_is_called_so(tmp_path):
-    content = json.loads((RESULTS / "demo" / "grids16.json").read_text())
+    content = kept_results.write_evaluation("demo", "grids16", tmp_path / "r.json")
     content |= {"perturb": "camera:2", "tamper": ["state"]}
     (tmp_path / "grids16.json").write_text(json.dumps(content))
     card = render(FACTS, read_measurements([tmp_path / "grids16.json"], lambda policy: True))
@@ -103,7 +102,7 @@ def test_success_in_a_changed_scene_is_called_so(tmp_path):
 
 
 def test_a_suite_stands_for_its_tasks(tmp_path):
-    content = json.loads((RESULTS / "demo" / "grids16.json").read_text())
+    content = kept_results.write_evaluation("demo", "grids16", tmp_path / "r.json")
     content["suites"] = [content["total"] | {"task": "libero_goal"}]
     (tmp_path / "r.json").write_text(json.dumps(content))
     rows = read_measurements([tmp_path / "r.json"], lambda policy: True).successes
@@ -111,7 +110,7 @@ def test_a_suite_stands_for_its_tasks(tmp_path):
 
 
 def test_what_was_reduced_without_training_is_not_this_policy(tmp_path):
-    content = json.loads((RESULTS / "demo" / "grids16.json").read_text()) | {"reducer": "fastv"}
+    content = kept_results.write_evaluation("demo", "grids16", tmp_path / "r.json") | {"reducer": "fastv"}
     (tmp_path / "r.json").write_text(json.dumps(content))
     card = render(FACTS, read_measurements([tmp_path / "r.json"], lambda policy: True))
     assert "this policy" not in card
