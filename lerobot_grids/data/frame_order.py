@@ -11,8 +11,8 @@ from ..seeds import seed_of
 class FrameOrder(Sampler[list[int]]):
     """Endless batches of frame numbers, shuffled anew in each pass over the data.
 
-    A function of the seed and the batch's number alone: a run that goes on continues exactly, and every process computes
-    the same shuffle.
+    A function of the seed and the batch's number alone: a run that goes on continues exactly, and every process
+    computes the same shuffle.
 
     Args:
         frames: Number of frames.

@@ -1,4 +1,4 @@
-"""Adapter checkpoints of the π policies: tied weights, names of older releases, and bfloat16 trunks with float32 parts."""
+"""Adapters of the π policies: tied weights, names of older releases, and bfloat16 trunks with float32 parts."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from comparing import BASE, assert_same_bits, state_of
 from driving import train_offsets, wrap
-from lerobot_grids.hub.formats import write_adapter, write_full
 from lerobot_policy_grids.checkpoint.find import read_config
 from lerobot_policy_grids.checkpoint.load import build, load_checkpoint
 from lerobot_policy_grids.families.pi import SMALL_IMAGE, small_sizes
+from published import as_adapter, as_full
 
 PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 
@@ -50,9 +50,8 @@ def test_an_adapter_is_the_policy_bit_for_bit(hub, dense, kind, tmp_path):
     policy.save_pretrained(full)
     for name in PROCESSORS:
         (full / name).write_text("{}")
-    for folder, write, source in ((adapter, write_adapter, full), (merged, write_full, adapter)):
-        folder.mkdir()
-        write(source, folder)
+    as_adapter(full, adapter)
+    as_full(adapter, merged)
     names = load_file(adapter / "grids_adapter.safetensors").keys()
     assert {name for name in names if not name.startswith("reducer.")} == {"base.model.action_out_proj.weight"}
     for folder in (full, adapter, merged):

@@ -124,7 +124,7 @@ def test_measuring_leaves_the_policy_as_it_was(grids_checkpoint):
     batch["observation.state"] = batch["observation.state"][:, :4]
     noise = torch.randn(1, 16, 32)
     before = policy.predict_action_chunk(dict(batch), noise=noise)
-    steps, attention = policy.base.config.num_steps, policy.adapter.stages(policy.base).vision.config
+    steps, attention = policy.base.config.num_steps, policy.family.stages(policy.base).vision.config
     attention = (attention, attention._attn_implementation)
     count_flops(policy, batch), prefix_length(policy, batch), measure_latency(policy, batch, 0, 1)
     assert policy.base.config.num_steps == steps
@@ -156,12 +156,12 @@ def test_a_checkpoint_is_measured_with_its_own_cameras(grids_checkpoint, tmp_pat
     ("arguments", "message"),
     [
         (["--policy=pi9"], "'pi9' is unknown"),
-        (["--tokens=0"], "no list of positive numbers"),
-        (["--tokens=a,b"], "no list of positive numbers"),
+        (["--policy=tiny", "--tokens=0"], "no list of positive numbers"),
+        (["--policy=tiny", "--tokens=a,b"], "no list of positive numbers"),
         (["--policy=tiny", "--tokens=145"], "12 x 12 = 144"),
         (["--policy=tiny", "--resolution=100"], "set resize_imgs_with_padding to multiples of 8"),
-        (["--cameras=0"], "--cameras 0"),
-        (["--device=foo"], "device 'foo' is not available"),
+        (["--policy=tiny", "--cameras=0"], "--cameras 0"),
+        (["--policy=tiny", "--device=foo"], "device 'foo' is not available"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
