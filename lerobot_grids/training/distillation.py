@@ -42,18 +42,33 @@ class Predicted:
 
 
 @contextmanager
-def watch(target: Target) -> Iterator[list[Predicted]]:
-    """Collect what the policy predicts while the block runs."""
+def watch(target: Target, noise: dict[str, Tensor] | None = None) -> Iterator[list[Predicted]]:
+    """Collect what the policy predicts while the block runs.
+
+    Args:
+        target: Where.
+        noise: Noise and time of the policy that ran before, which this one gets too; filled if it is empty.
+    """
     seen: list[Predicted] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append(Predicted(output, inputs[0]))
 
-    handle = target.module.register_forward_hook(keep)
+    def replay(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        assert noise is not None
+        assert target.noise is not None
+        if not noise:
+            noise.update({name: kwargs[name] for name in target.noise[1]})
+        return args, kwargs | noise
+
+    handles = [target.module.register_forward_hook(keep)]
+    if target.noise is not None and noise is not None:
+        handles.append(target.noise[0].register_forward_pre_hook(replay, with_kwargs=True))
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class Teacher(ABC):
@@ -69,10 +84,10 @@ class Teacher(ABC):
     def dense(self) -> Iterator[Any]:
         """The dense policy, while the block runs: in evaluation mode, with all visual tokens."""
 
-    def predict(self, batch: Mapping[str, Any]) -> Predicted:
-        """Run one training step's forward pass without gradients."""
+    def predict(self, batch: Mapping[str, Any], noise: dict[str, Tensor] | None = None) -> Predicted:
+        """Run one training step's forward pass without gradients; `noise` as in `watch`."""
         with torch.no_grad(), self.dense() as policy:
-            with watch(get_family(policy.config.type).target(policy)) as seen:
+            with watch(get_family(policy.config.type).target(policy), noise) as seen:
                 policy.forward(copied(batch))
             return seen[-1]
 
@@ -168,11 +183,12 @@ class Distillation:
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(task loss of the student, its distance to the teacher), each a scalar."""
         draws = _new_seed()
+        noise: dict[str, Tensor] = {}
         with self.policy.seam.share_vision() if self.teacher.shares_vision else nullcontext():
             torch.manual_seed(draws)
-            teacher = self.teacher.predict(batch)
+            teacher = self.teacher.predict(batch, noise)
             torch.manual_seed(draws)
-            with watch(self.target) as seen:
+            with watch(self.target, noise) as seen:
                 task_loss, _ = self.policy.forward(copied(batch))
         student = seen[-1]
         if self.temperature is not None and self.target.softened is not None:

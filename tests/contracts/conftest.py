@@ -31,6 +31,7 @@ class Row:
         tokens_per_camera: N.
         trunk: Attributes from `policy.model` to the module whose `forward` takes inputs_embeds=[prefix, suffix],
             attention_mask and position_ids; empty for a family that works otherwise.
+        sequence: For such a family: the module that gets the reduced sequence, and its keyword arguments [b, n, c].
         seam: The method that the family overrides with the one that reduces tokens.
         pruned: When tokens can be dropped inside its trunk: "act", "train".
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
@@ -43,6 +44,7 @@ class Row:
     tokens_per_camera: int
     trunk: str
     seam: str
+    sequence: tuple[str, tuple[str, ...]] = ("", ())
     pruned: tuple[str, ...] = ()
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
@@ -69,7 +71,7 @@ class Row:
         batch["action_is_pad"] = torch.zeros(BATCH, steps, dtype=torch.bool)
         batch["action_is_pad"][0, -3:] = True
         if self.tokenizes:
-            tasks = ["push the puck to the goal", "pick up the mug", "open the drawer quickly"]
+            tasks = ["push", "pick up the mug", "open the drawer quickly"]
             return make_pre_post_processors(policy.config)[0](batch | {"task": tasks})
         batch["observation.language.tokens"] = torch.randint(5, 90, (BATCH, 8))
         mask = torch.ones(BATCH, 8, dtype=torch.bool)
@@ -83,6 +85,19 @@ class Row:
     def trunk_of(self, policy: Any) -> Any:
         """The module that `trunk` names."""
         return policy.model.get_submodule(self.trunk)
+
+    def lengths(self, policy: Any) -> Any:
+        """Collects how many tokens the prefix has, of each call that runs the whole prefix."""
+        if self.trunk:
+            return Lengths(self.spy(policy))
+        seen: list[int] = []
+        path, names = self.sequence
+
+        def count(module: Any, args: Any, kwargs: Any) -> None:
+            seen.append(sum(kwargs[name].shape[1] for name in names))
+
+        policy.model.get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
+        return seen
 
     def spy(self, policy: Any) -> list[Any]:
         """Collects (prefix length, mask bool [b, q, k], position ids) of each call that runs the whole prefix."""
@@ -101,6 +116,19 @@ class Row:
         # LeRobot calls `.forward` itself, which module hooks do not see.
         trunk.forward = forward
         return seen
+
+
+class Lengths:
+    """The lengths in what `Row.spy` collects."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.seen[index][0]
+
+    def clear(self) -> None:
+        self.seen.clear()
 
 
 PI = {

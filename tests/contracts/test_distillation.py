@@ -23,7 +23,7 @@ def student_of(family, num_tokens, lora=False, cameras=1):
 
 def dense_prediction(family, batch, seed, cameras=1):
     """What the policy predicts that was never wrapped."""
-    policy = family.policy(cameras)
+    policy = family.policy(cameras).requires_grad_(False)
     target = get_family(policy.config.type).target(policy)
     torch.manual_seed(seed)
     with torch.no_grad(), watch(target) as seen:

@@ -78,18 +78,17 @@ def test_prefix_is_shorter_and_masks_and_positions_follow(concatenating_family, 
         assert torch.equal(positions[0, :visual], torch.arange(visual))
 
 
-def test_a_camera_may_get_fewer_tokens_than_the_others(concatenating_family):
-    family = concatenating_family
+def test_a_camera_may_get_fewer_tokens_than_the_others(family):
     policy = family.policy(2)
     batch = family.batch(policy)
     lengths, chunks = [], []
     names = list(policy.config.image_features)
     for limits in ({}, {names[1]: 2}, {names[1]: 9}):
         policy = family.policy(2)
-        seen = family.spy(policy)
+        seen = family.lengths(policy)
         wrapped = train_offsets(wrap(policy, 5, camera_tokens=limits))
         chunks.append(act(wrapped, batch))
-        lengths.append(seen[0][0])
+        lengths.append(seen[0])
     assert lengths[0] - lengths[1] == 3
     assert lengths[2] == lengths[0]
     assert torch.equal(chunks[2], chunks[0])
@@ -160,12 +159,13 @@ def test_feature_map_is_row_major(family):
     height, width = wrapped.reducer.token_grid
     for row, column in ((1, width - 2), (height - 2, 1), (2, 7)):
         maps.clear()
-        images = torch.zeros_like(batch[key])
+        # Not flat: a normalised flat area amplifies anything.
+        images = torch.randn_like(batch[key])
         for bright in (0.0, 1.0):
             cell_height, cell_width = images.shape[-2] // height, images.shape[-1] // width
             rows = slice(row * cell_height, (row + 1) * cell_height)
             columns = slice(column * cell_width, (column + 1) * cell_width)
-            images[..., rows, columns] = bright
+            images[..., rows, columns] = 4 * bright
             wrapped.predict_action_chunk(dict(batch) | {key: images.clone()})
         change = (maps[1] - maps[0]).norm(dim=-1)[0]
         seen_row, seen_column = divmod(int(change.argmax()), width)

@@ -58,7 +58,7 @@ def test_it_matters_and_is_undone(family):
     policy = family.policy()
     batch = family.batch(policy)
     before = act(policy, batch)
-    here = act(train_offsets(wrap(policy, 4)), batch)
+    here = act(train_offsets(wrap(policy, 4, position_ids="consecutive")), batch)
     policy.config.device = "cpu"
     wrapped = wrap(family.policy(), 4, position_ids="dense")
     there = act(train_offsets(wrapped), batch)

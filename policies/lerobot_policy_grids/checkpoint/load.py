@@ -65,7 +65,10 @@ def load_file(policy: Any, path: Path) -> None:
         CheckpointError: If it does not fit exactly.
     """
     family = families().get(policy.config.type)
-    load_weights(policy, path, None if family is None else partial(family.checkpoint_names, policy))
+    if family is None:
+        load_weights(policy, path)
+    else:
+        load_weights(policy, path, partial(family.checkpoint_names, policy), family.checkpoint_value)
 
 
 def fetch_base_weights(repo_id: str, revision: str) -> Path:

@@ -21,6 +21,7 @@ def load_weights(
     module: nn.Module,
     path: Path,
     rename: Callable[[list[str]], dict[str, str]] | None = None,
+    convert: Callable[[str, Tensor], Tensor] | None = None,
     required: str = "",
 ) -> None:
     """Load a safetensors file into `module`: exactly its keys and shapes, all values finite.
@@ -33,6 +34,7 @@ def load_weights(
         path: The file.
         rename: Maps the file's names to {the module's name: the file's name}, for checkpoints of older
             releases. None takes the names as they are.
+        convert: Gives the module's value of (the file's name, the file's value). None takes values as they are.
         required: Only names that begin so must be in the file; the others keep their values unless they are.
 
     Raises:
@@ -46,7 +48,8 @@ def load_weights(
             names = list(file.keys())
             sources = {name: name for name in names} if rename is None else rename(names)
             for name in sorted(sources.keys() & targets.keys()):
-                problem = _copy(file.get_tensor(sources[name]), targets[name])
+                value = file.get_tensor(sources[name])
+                problem = _copy(value if convert is None else convert(sources[name], value), targets[name])
                 if problem:
                     raise CheckpointError(f"{path}: '{sources[name]}' {problem}; {advice}")
     except (SafetensorError, OSError) as error:

@@ -87,11 +87,14 @@ class Target:
         module: Its output is the prediction, its first input the trunk's last hidden state.
         loss: Distance of (student's output, teacher's output, batch), a scalar.
         softened: The same with a temperature as a fourth argument, where the prediction is a distribution.
+        noise: A module, and the keyword arguments with which it gets noise and time, where the policy draws them after
+            other draws of its training mode: the same seed before both would not give both the same.
     """
 
     module: nn.Module
     loss: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     softened: Callable[[Tensor, Tensor, Mapping[str, Tensor], float], Tensor] | None = None
+    noise: tuple[nn.Module, tuple[str, ...]] | None = None
 
 
 class Family(ABC):
@@ -212,6 +215,10 @@ class Family(ABC):
             {parameter name: name in the file}. Names that upstream drops on purpose are left out.
         """
         return {name: name for name in names}
+
+    def checkpoint_value(self, source: str, value: Tensor) -> Tensor:
+        """A value of a dense checkpoint file, stored under the name `source`, as the policy has it."""
+        return value
 
     # Learning and measuring.
 
