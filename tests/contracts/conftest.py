@@ -146,6 +146,16 @@ FAMILIES: dict[str, Row] = {
     "pi05": Row("pi05", **PI, pruned=("act",), options={"num_inference_steps": 3}),
     "pi0_fast": Row("pi0_fast", **PI),
     "pi0_fast without cache": Row("pi0_fast", **PI, options={"use_kv_cache": False}),
+    "xvla": Row(
+        "xvla",
+        image_size=64,
+        tokens_per_camera=64,
+        trunk="",
+        sequence=("transformer", ("vlm_features", "aux_visual_inputs")),
+        seam="_build_model_inputs",
+        bfloat16={"dtype": "bfloat16"},
+        tokenizes=True,
+    ),
 }
 
 
