@@ -25,11 +25,13 @@ from lerobot_policy_grids.checkpoint import (
     read_config,
     resolve_checkpoint,
 )
+from lerobot_policy_grids.checkpoint.files import TOKENIZER_FOLDER
 from lerobot_policy_grids.checkpoint.find import require_complete
 from lerobot_policy_grids.checkpoint.save import save_policy
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import families, get_family
+from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.reducers import ReducerConfig, reducer_config
 
 Tokens = int | Literal["dense"]
@@ -207,7 +209,7 @@ def start(
             )
     else:
         policy = _wrap(policy, folder, tokens, asked, schedule, position_ids)
-    preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
+    preprocessor, postprocessor = make_processors(policy.config, meta.stats)
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
             step.rename_map = rename_map
@@ -247,6 +249,8 @@ def _wrap(
     position_ids: str | None,
 ) -> GridsPolicy:
     options = {"type": "grids", **asked}
+    if tokens is not None and options["type"] == "blind":
+        raise GridsError(f"--tokens {tokens}, but reducer 'blind' keeps none; drop one of the two")
     if tokens is not None:
         options.setdefault("num_tokens", tokens)
         if options["num_tokens"] != tokens:
@@ -320,6 +324,9 @@ def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
+    if (folder / TOKENIZER_FOLDER).is_dir():
+        # Releases that do not know of this folder would look for its name on the Hub.
+        overrides["tokenizer_processor"] = {"tokenizer_name": str(folder / TOKENIZER_FOLDER)}
     try:
         pre, post = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
     except Exception as error:  # LeRobot raises whatever its steps meet

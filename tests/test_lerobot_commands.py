@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 
 def lerobot(command, *arguments, timeout=280):
     """Run one of LeRobot's commands and return its output."""
@@ -51,8 +53,9 @@ def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
     )
     checkpoint = output / "checkpoints" / "last" / "pretrained_model"
     config = json.loads((checkpoint / "config.json").read_text())
-    assert (config["type"], config["base"]["type"], config["num_tokens"]) == ("grids", "tiny_smolvla", 9)
-    assert config["token_budget_step"] == 2
+    assert (config["type"], config["base"]["type"]) == ("grids", "tiny_smolvla")
+    assert config["reducer"]["num_tokens"] == 9
+    assert load_file(checkpoint / "model.safetensors")["reducer.schedule_step"] == 2
     # More training from it, by path, with another budget within the maximum.
     lerobot(
         "lerobot-train",
@@ -108,7 +111,8 @@ start = time.perf_counter()
 
 @parser.wrap()
 def main(cfg: {config}):
-    print("PARSED", cfg.policy.type, getattr(cfg.policy, "num_tokens", None), round(time.perf_counter() - start, 2))
+    reducer = getattr(cfg.policy, "reducer", None)
+    print("PARSED", cfg.policy.type, reducer and reducer.num_tokens, round(time.perf_counter() - start, 2))
 
 main()
 """

@@ -15,6 +15,7 @@ from lerobot.envs.utils import env_to_policy_features
 from lerobot.scripts.lerobot_eval import eval_policy
 from lerobot.utils.constants import ACTION
 
+from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import SimulationError
 
 from ..policies import LoadedPolicy, token_counts
@@ -161,7 +162,8 @@ def acting(
     loaded: LoadedPolicy, env_config: EnvConfig, task: Task, tampering: list[str], seed: int
 ) -> Iterator[dict[str, Any]]:
     """What LeRobot's rollout takes besides the environment. In this block the policy's input is spoiled."""
-    before, after = make_env_pre_post_processors(env_cfg=env_config, policy_cfg=loaded.policy.config)
+    # The base's configuration: LeRobot prepares observations for some policies by their class.
+    before, after = make_env_pre_post_processors(env_cfg=env_config, policy_cfg=base_config(loaded.policy.config))
     with tamper(tampering, loaded.policy, loaded.preprocessor, task.other_instruction, seed) as spoil:
         yield {
             "policy": loaded.policy,

@@ -18,7 +18,7 @@ from torch import Tensor
 from lerobot_policy_grids import GridsConfig
 from lerobot_policy_grids.checkpoint import build, load_checkpoint, read_config
 from lerobot_policy_grids.checkpoint.digests import digest_of
-from lerobot_policy_grids.checkpoint.files import ADAPTER_FILE, CARD_FILE, MANIFEST_FILE, WEIGHTS_FILE, size_limit
+from lerobot_policy_grids.checkpoint.files import ADAPTER_FILE, CARD_FILE, MANIFEST_FILE, WEIGHTS_FILE, names_in
 from lerobot_policy_grids.checkpoint.find import require_complete
 from lerobot_policy_grids.checkpoint.load import fetch_base_weights, load_file
 from lerobot_policy_grids.checkpoint.manifest import Base, verify_manifest
@@ -110,12 +110,12 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _take(source: Path, target: Path, weights: str | None = None) -> None:
     """Copy the small files of a checkpoint, and link its weights where the file system can."""
-    for path in sorted(source.iterdir()):
-        name = path.name
+    for name in names_in(source):
         if name == weights:
-            _link(path, target / name)
-        elif size_limit(name) is not None and name not in (ADAPTER_FILE, WEIGHTS_FILE, MANIFEST_FILE, CARD_FILE):
-            shutil.copyfile(path, target / name)
+            _link(source / name, target / name)
+        elif name not in (ADAPTER_FILE, WEIGHTS_FILE, MANIFEST_FILE, CARD_FILE):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def _link(path: Path, target: Path) -> None:

@@ -87,7 +87,7 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
         CheckpointError: If the checkpoint is incomplete, damaged, holds NaN or links, or could not be loaded by others.
         GridsError: If something in it should not leave this machine, or a result is not what it should be.
     """
-    links = [path.name for path in source.iterdir() if path.is_symlink()]
+    links = [path.name for path in source.rglob("*") if path.is_symlink()]
     if links:
         raise CheckpointError(f"{source} holds links, {', '.join(links)}; only plain files are pushed, copy them there")
     require_complete(source)
@@ -117,7 +117,7 @@ def _write_format(source: Path, staging: Path, format: Format) -> Base | None:
             if (staging / ADAPTER_FILE).stat().st_size <= WORTHWHILE * (source / WEIGHTS_FILE).stat().st_size:
                 return base
             for path in staging.iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             format = "full"
     if format == "adapter":
         return write_adapter(source, staging)

@@ -33,7 +33,7 @@ def check_outgoing(folder: Path) -> None:
         CheckpointError: If weights are damaged, or hold NaN or infinity.
         GridsError: If a file, or the header of a weights file, holds a token or a path of this machine.
     """
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.suffix == ".safetensors":
             _require_finite(path)
         _refuse_private(path)

@@ -74,6 +74,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
         )
     with atomic_folder(target, replace=force) as folder:
         for file in files:
+            (folder / file.rfilename).parent.mkdir(exist_ok=True)
             shutil.copyfile(cached / file.rfilename, folder / file.rfilename)
             _check_download(folder / file.rfilename, file)
         require_complete(folder)

@@ -86,7 +86,7 @@ def push(
         check_login(repo_id)
     with _staging(folder) as staging:
         prepare(folder, staging, repo_id, format, description or Description())
-        names = sorted(path.name for path in staging.iterdir())
+        names = _files_in(staging)
         pushed = Pushed(
             repo_id=repo_id,
             format="adapter" if ADAPTER_FILE in names else "full",
@@ -142,7 +142,7 @@ def commit_folder(
     Raises:
         HubError: If the Hub refuses, or somebody else pushed meanwhile; the repository is as it was, or new and empty.
     """
-    api, names = HfApi(), sorted(path.name for path in folder.iterdir())
+    api, names = HfApi(), _files_in(folder)
     with asking_the_hub(f"{repo_id} cannot be pushed to"):
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         info = api.model_info(repo_id)
@@ -160,3 +160,7 @@ def commit_folder(
         with asking_the_hub(f"{repo_id} was pushed as {commit.oid}, but cannot be tagged"):
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return Committed(str(commit.oid), str(url), stale)
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -28,12 +28,15 @@ import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import configs as lerobot_configs
 from lerobot.envs import metaworld as lerobot_metaworld
-from lerobot.envs.utils import freeze_after_episode_end
+from lerobot.envs import utils as lerobot_utils
 
 from lerobot_policy_grids.errors import SimulationError
 
 from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at
 from .perturbations import Perturbation, Perturber, parse_perturbations
+
+# From LeRobot 0.6.1 on; before, its own environments did without.
+_frozen_at_its_end = getattr(lerobot_utils, "freeze_after_episode_end", lambda make: make)
 
 # Tasks that a policy which knows the object's position solves and a blind policy does not.
 DEFAULT_TASKS = ("push-v3", "coffee-push-v3", "sweep-into-v3", "hand-insert-v3")
@@ -225,7 +228,7 @@ class MetaworldConfig(lerobot_configs.MetaworldEnv):
         vector = lerobot_configs._make_vec_env_cls(use_async_envs, n_envs)
         envs: dict[str, dict[int, gymnasium.vector.VectorEnv]] = {}
         for task in expand_tasks(self.task):
-            make = freeze_after_episode_end(
+            make = _frozen_at_its_end(
                 partial(MetaworldEnv, task, self.size, self.max_steps, self.render_interval, perturbations)
             )
             envs[task] = {0: vector([make] * n_envs)}

@@ -1,5 +1,6 @@
 """What a run must have in common with the run that it goes on from: its options, as they are, and what they became."""
 
+import json
 from typing import Any
 
 import draccus
@@ -16,15 +17,16 @@ def identity_of(module: Any) -> dict[str, Any]:
     """Every option that decides what a training step does, by a name that users know."""
     trainer, data = module.trainer, module.trainer.datamodule
     averages = [callback.decay for callback in trainer.callbacks if isinstance(callback, TrainedWeightsAverage)]
-    configuration = _flat(draccus.encode(module.policy.config), "policy.config")
+    # Plain values, which a training state may hold.
+    configuration = _flat(json.loads(json.dumps(draccus.encode(module.policy.config), default=str)), "policy.config")
     return {
-        **{name: value for name, value in configuration.items() if name.rpartition(".")[2] not in CHANGES},
-        # What "auto" and the recipe chose, where they were asked.
+        # With what "auto" and the recipe chose, where they were asked.
         **dict(module.hparams) | {"train": module.trainable.train, "lr": module.lr},
         **{f"data.{name}": value for name, value in data.identity.items()},
         "ema": averages[0] if averages else None,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "devices": trainer.world_size,
+        **{name: value for name, value in configuration.items() if name.rpartition(".")[2] not in CHANGES},
     }
 
 

@@ -19,6 +19,9 @@ from .errors import BudgetError, CheckpointError, GridsError
 from .families import DensePolicy, Seam, get_family
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
+from .versions import warn_of_unknown_lerobot
+
+warn_of_unknown_lerobot()
 
 # Draws after which an elastic schedule has shown what it draws.
 MANY_STEPS = 1000

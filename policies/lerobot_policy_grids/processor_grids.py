@@ -1,17 +1,18 @@
 """A grids policy sees and acts through its base policy's own processors."""
 
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
-from lerobot.policies.factory import make_pre_post_processors
 from torch import Tensor
 
-from .configuration_grids import GridsConfig
+from .configuration_grids import GridsConfig, base_config
+
+Statistics = dict[str, dict[str, Tensor]]
 
 
 def make_grids_pre_post_processors(
-    config: GridsConfig,
-    dataset_stats: dict[str, dict[str, Tensor]] | None = None,
-    dataset_meta: Any | None = None,
+    config: GridsConfig, dataset_stats: Statistics | None = None, dataset_meta: Any | None = None
 ) -> tuple[Any, Any]:
     """Build the base policy's pre- and post-processor.
 
@@ -24,4 +25,27 @@ def make_grids_pre_post_processors(
         (pre-processor, post-processor).
     """
     config.share_with_base()
-    return make_pre_post_processors(config.require_base(), dataset_stats=dataset_stats, dataset_meta=dataset_meta)
+    return make_processors(config, dataset_stats, dataset_meta)
+
+
+def make_processors(
+    config: Any, dataset_stats: Statistics | None = None, dataset_meta: Any | None = None
+) -> tuple[Any, Any]:
+    """Build the processors of a dense policy, or of the one inside a grids policy, found by LeRobot's naming rule.
+
+    LeRobot's own factory would do in 0.6.1; in 0.6.0 it takes a class derived from a policy of its own for that policy.
+
+    Args:
+        config: Configuration of a dense or a grids policy.
+        dataset_stats: Statistics for normalisation.
+        dataset_meta: Dataset metadata, for policies that ask for it.
+
+    Returns:
+        (pre-processor, post-processor).
+    """
+    base = base_config(config)
+    module = import_module(type(base).__module__.replace("configuration_", "processor_"))
+    make = getattr(module, f"make_{base.type}_pre_post_processors")
+    extra = {"dataset_meta": dataset_meta} if "dataset_meta" in signature(make).parameters else {}
+    preprocessor, postprocessor = make(base, dataset_stats=dataset_stats, **extra)
+    return preprocessor, postprocessor

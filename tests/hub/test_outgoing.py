@@ -20,7 +20,7 @@ from published import REPO
 
 def test_nothing_says_who_or_where(hub, trained, tmp_path, capfd):
     config = json.loads((trained / "config.json").read_text())
-    config["repo_id"] = "someone/else"
+    config["base"]["repo_id"] = "someone/else"
     (trained / "config.json").write_text(json.dumps(config))
     fit = {
         "dataset": str(tmp_path / "data"),

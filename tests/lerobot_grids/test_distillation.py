@@ -32,7 +32,10 @@ def test_logit_loss_is_the_mean_divergence_of_the_next_tokens(temperature):
     divergence = (p * (p / q).log()).sum(-1)
     real = [(0, 0), (0, 1), (0, 2), (1, 0)]  # entry i is used where token i + 1 is real
     expected = sum(divergence[row, i] for row, i in real) / len(real) * temperature**2
-    torch.testing.assert_close(token_divergence(student, teacher, mask, temperature), expected)
+    batch = {"action.token_mask": mask}
+    torch.testing.assert_close(token_divergence(student, teacher, batch, temperature), expected)
+    if temperature == 1:
+        torch.testing.assert_close(token_divergence(student, teacher, batch), expected)
 
 
 def test_feature_loss_does_not_depend_on_the_scale():
@@ -65,9 +68,11 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
     with pytest.raises(GridsError, match="teaches a policy with few visual tokens"):
         module_of(dataset, policy=str(dense_checkpoint), tokens="dense")
     with pytest.raises(GridsError, match="drop --reducer blind"):
-        module_of(dataset, policy=str(dense_checkpoint), reducer="blind")
+        module_of(dataset, policy=str(dense_checkpoint), reducer="blind", tokens=None)
     with pytest.raises(GridsError, match="would teach nothing"):
         module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), distill=0.0)
+    with pytest.raises(GridsError, match="which have no temperature"):
+        module_of(dataset, policy=str(dense_checkpoint), distill_temperature=2.0)
     with pytest.raises(GridsError, match="shares of the loss"):
         module_of(dataset, policy=str(dense_checkpoint), distill=1.5)
     other = tmp_path / "other"

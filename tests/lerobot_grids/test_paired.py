@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lerobot_grids.evaluation import comparison
+from lerobot_grids.evaluation import paired as paired_module
 from lerobot_grids.evaluation.paired import Method, compare
 from lerobot_grids.evaluation.statistics import paired_comparison, wilson_interval
 from lerobot_grids.evaluation.success import Evaluation, summarise
@@ -69,7 +69,7 @@ def test_seeds_are_paired_with_the_references_seeds():
         return evaluation
 
     reference = [run(True, False), run(False, False)]
-    row = comparison._summarise("ours", [run(True, True), run(False, True)], reference)
+    row = paired_module._summarise("ours", [run(True, True), run(False, True)], reference)
     assert (row.paired.wins, row.paired.losses) == (2, 0)
     assert row.by_seed == [1.0, 0.5]
     assert row.by_task == {"push": (3, 4)}
@@ -78,7 +78,7 @@ def test_seeds_are_paired_with_the_references_seeds():
     moved = run(True, True)
     moved.tasks[0].seeds = [9, 10]
     with pytest.raises(GridsError, match="first method's episodes"):
-        comparison._summarise("ours", [moved, moved], reference)
+        paired_module._summarise("ours", [moved, moved], reference)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_methods_are_run_and_measured(compared, tmp_path):
 def test_what_is_there_is_not_run_again(compared, monkeypatch):
     folder, methods, result = compared
     seen = []
-    monkeypatch.setattr(comparison, "evaluate", lambda *args, **kwargs: pytest.fail("ran again"))
+    monkeypatch.setattr(paired_module, "evaluate", lambda *args, **kwargs: pytest.fail("ran again"))
     again = compare(
         methods, SHORT, folder, episodes=2, batch_size=2, costs=False, on_evaluation=lambda *it: seen.append(it)
     )
@@ -145,7 +145,7 @@ def test_what_is_there_must_be_the_same(compared):
 
 def test_mistakes_are_found_before_anything_runs(compared, tmp_path, monkeypatch):
     _, methods, _ = compared
-    monkeypatch.setattr(comparison, "evaluate", lambda *args, **kwargs: pytest.fail("ran"))
+    monkeypatch.setattr(paired_module, "evaluate", lambda *args, **kwargs: pytest.fail("ran"))
     with pytest.raises(CheckpointError, match="nowhere"):
         compare(methods | {"last": Method(["nowhere/at/all"])}, SHORT, tmp_path, episodes=2)
     with pytest.raises(GridsError, match=r"unequal numbers of checkpoints \(dense 1, .*twice 2\)"):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,11 +94,11 @@ class Terminate(lightning.Callback):
             trainer._signal_connector.received_sigterm = True
 
 
-def train(dataset, policy, output, *callbacks, resume=None, **options):
+def train(dataset, policy, output, *callbacks, resume=None, of_module=None, **options):
     """In this process; returns the state that the run leaves."""
     lightning.seed_everything(0, verbose=False)
     data = LeRobotDataModule(str(dataset), batch_size=2, val_fraction=0.2, max_val_frames=4)
-    module = GridsModule(data.meta, policy=str(policy), tokens=4)
+    module = GridsModule(data.meta, policy=str(policy), tokens=4, **of_module or {})
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=4,
@@ -141,6 +142,28 @@ def test_terminated_in_a_validation_that_uses_the_average(tmp_path, dataset, den
     output, state = tmp_path / "cut", tmp_path / "cut" / STATE_FILES[0]
     assert train(dataset, dense_checkpoint, output, Terminate(validation=True), **options)["global_step"] == 3
     assert_same(train(dataset, dense_checkpoint, output, resume=state, **options), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": 1e-3}, {"jitter": 0.3}, {"reducer": {"condition_on": ["image"]}}, {"distill": 0.5}, {"state_noise": 0.1}],
+    ids=str,
+)
+def test_every_option_of_a_training_step_belongs_to_the_run(options, tmp_path, dataset, dense_checkpoint):
+    train(dataset, dense_checkpoint, tmp_path, val_check_interval=100)
+    with pytest.raises(CheckpointError, match=rf"{next(iter(options))} .*\(now .*give the same options as before"):
+        train(dataset, dense_checkpoint, tmp_path, resume=tmp_path / STATE_FILES[0], of_module=options)
+
+
+def test_another_teacher_is_another_run(tmp_path, dataset, dense_checkpoint):
+    other = tmp_path / "other"
+    shutil.copytree(dense_checkpoint, other)
+    options = [{"distill": 0.5, "teacher": str(teacher)} for teacher in (dense_checkpoint, other)]
+    train(dataset, dense_checkpoint, tmp_path / "run", val_check_interval=100, of_module=options[0])
+    with pytest.raises(CheckpointError, match=r"had teacher .*other"):
+        train(
+            dataset, dense_checkpoint, tmp_path / "run", resume=tmp_path / "run" / STATE_FILES[0], of_module=options[1]
+        )
 
 
 def test_other_options_than_before_are_named(tmp_path, dataset, dense_checkpoint):

@@ -19,6 +19,21 @@ PICTURE_FILE = "looks.png"
 # Beside a checkpoint that `fit` made: the options of the run.
 OPTIONS_FILE = "fit.yaml"
 
+# Newer LeRobot keeps a processor's tokenizer beside it.
+TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+    }
+)
+
 STATE_FILE = re.compile(r"policy_(pre|post)processor_step_\d{1,3}_[a-z0-9_]{1,80}\.safetensors")
 
 MIB = 2**20
@@ -32,6 +47,7 @@ SIZE_LIMITS = {
     PICTURE_FILE: 20 * MIB,
 }
 STATE_LIMIT = 64 * MIB
+TOKENIZER_LIMIT = 128 * MIB
 WEIGHTS_LIMIT = 64 * 1024 * MIB
 
 # Shown on the Hub, edited there, and not needed to act.
@@ -45,6 +61,7 @@ LOADED = [
     WEIGHTS_FILE,
     ADAPTER_FILE,
     "policy_*processor_step_*.safetensors",
+    f"{TOKENIZER_FOLDER}/*",
 ]
 
 # Deeper than any configuration, and far from Python's recursion limit.
@@ -52,10 +69,19 @@ MAX_DEPTH = 16
 
 
 def size_limit(name: str) -> int | None:
-    """Largest size in bytes of a checkpoint's file; None if no checkpoint holds a file of this name."""
+    """Largest size in bytes of a checkpoint's file, by its path inside; None if no checkpoint holds such a file."""
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return TOKENIZER_LIMIT if folder == TOKENIZER_FOLDER and file in TOKENIZER_FILES else None
     if name in (WEIGHTS_FILE, ADAPTER_FILE):
         return WEIGHTS_LIMIT
     return STATE_LIMIT if STATE_FILE.fullmatch(name) else SIZE_LIMITS.get(name)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Paths, inside a checkpoint folder, of the files that a checkpoint may hold, in order."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if size_limit(name) is not None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

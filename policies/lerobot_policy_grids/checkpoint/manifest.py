@@ -7,14 +7,13 @@ The card and its picture are left out, because people edit them on the Hub.
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from .digests import digest_of
-from .files import ADAPTER_FILE, MANIFEST_FILE, SHOWN, WEIGHTS_FILE, read_json, size_limit
+from .files import ADAPTER_FILE, MANIFEST_FILE, SHOWN, WEIGHTS_FILE, names_in, read_json, size_limit
 
 # Version of the manifest; raised when a field changes its meaning.
 FORMAT_VERSION = 1
@@ -71,7 +70,7 @@ def write_manifest(folder: Path, base: Base | None = None) -> None:
         folder: The checkpoint.
         base: What an adapter needs; None for a full checkpoint.
     """
-    names = _listed(path.name for path in folder.iterdir())
+    names = _listed(folder)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digest_of(folder / name)} for name in names}
     content = {
         "format_version": FORMAT_VERSION,
@@ -139,7 +138,7 @@ def verify_manifest(folder: Path, *, verify: bool = False) -> Manifest | None:
     if manifest is None:
         return None
     advice = "the checkpoint is damaged or was changed; pull it again with --force"
-    present = set(_listed(path.name for path in folder.iterdir()))
+    present = set(_listed(folder))
     missing, unlisted = sorted(manifest.files.keys() - present), sorted(present - manifest.files.keys())
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {MANIFEST_FILE} lists; {advice}")
@@ -155,5 +154,5 @@ def verify_manifest(folder: Path, *, verify: bool = False) -> Manifest | None:
     return manifest
 
 
-def _listed(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if size_limit(name) is not None and name not in (MANIFEST_FILE, *SHOWN))
+def _listed(folder: Path) -> list[str]:
+    return [name for name in names_in(folder) if name not in (MANIFEST_FILE, *SHOWN)]

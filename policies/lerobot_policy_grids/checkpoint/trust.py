@@ -17,7 +17,15 @@ from ..configuration_grids import GRIDS_TYPE
 from ..errors import CheckpointError
 from ..families import Family, families
 from ..reducers import ReducerConfig
-from .files import CONFIG_FILE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE, STATE_FILE, read_json, size_limit
+from .files import (
+    CONFIG_FILE,
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    STATE_FILE,
+    TOKENIZER_FOLDER,
+    read_json,
+    size_limit,
+)
 from .manifest import COMMIT, REPOSITORY
 
 _NORMALIZER = frozenset({"eps", "features", "norm_map", "normalize_observation_keys"})
@@ -37,6 +45,9 @@ STEPS: dict[str, frozenset[str]] = {
 # Without the name of its tokenizer a step would run the code of whatever comes next.
 REQUIRED_OPTIONS = {"action_tokenizer_processor": "action_tokenizer_name", "tokenizer_processor": "tokenizer_name"}
 
+# The option by which a step names its tokenizer, and the step that may bring one along.
+TOKENIZER_OPTION, TOKENIZER_STEP = "tokenizer_name", "tokenizer_processor"
+
 # No size, count or width of a supported policy is larger; schedules count steps, which may be.
 LARGEST = 2**16
 SCHEDULES = ("optimizer_", "scheduler_", "schedule_steps")
@@ -54,7 +65,7 @@ def check_published(folder: Path) -> None:
     Args:
         folder: A pulled folder, or a snapshot in the Hub's cache.
     """
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         _check_file(folder, path)
     path = folder / CONFIG_FILE
     content = read_json(path)
@@ -85,11 +96,14 @@ def _family_of(path: Path, content: dict[str, Any]) -> Family:
 
 
 def _check_file(folder: Path, path: Path) -> None:
-    limit = size_limit(path.name)
+    name = path.relative_to(folder).as_posix()
+    limit = size_limit(name)
+    if name.startswith(TOKENIZER_FOLDER) and limit is None and not path.is_dir():
+        raise CheckpointError(f"{path} is no file of a tokenizer; {REFUSED}")
     if limit is None:
         return  # never opened
     # The Hub's cache keeps contents beside its snapshots and links to them.
-    homes = [folder.resolve()]
+    homes = [folder.resolve(), folder.resolve() / TOKENIZER_FOLDER]
     if folder.parent.name == "snapshots":
         homes.append((folder.parent.parent / "blobs").resolve())
     if not path.is_file() or path.resolve().parent not in homes:
@@ -162,7 +176,7 @@ def _check_processor(folder: Path, path: Path, family: Family) -> None:
     if content.keys() - {"name", "steps"} or not isinstance(steps, list) or len(steps) > 20:
         raise CheckpointError(f"{path} is no processor of a policy, which has a name and steps; {REFUSED}")
     for step in steps:
-        if not isinstance(step, dict) or step.keys() - {"registry_name", "config", "state_file"}:
+        if not isinstance(step, dict) or step.keys() - {"registry_name", "config", "state_file", "artifacts"}:
             raise CheckpointError(
                 f"{path} has a step with {sorted(step) if isinstance(step, dict) else step!r}, expected registry_name, "
                 f"config and state_file; anything else can run code, {REFUSED}"
@@ -182,6 +196,9 @@ def _check_step(folder: Path, path: Path, step: dict[str, Any], family: Family) 
         )
     if REQUIRED_OPTIONS.get(name, "") not in ("", *options):
         raise CheckpointError(f"{path}: step '{name}' lacks {REQUIRED_OPTIONS[name]}; {REFUSED}")
+    if "artifacts" in step:
+        _check_tokenizer(folder, path, step)
+        options = {option: value for option, value in options.items() if option != TOKENIZER_OPTION}
     for option, value in options.items():
         _check_value(path, option, value, family)
     if "state_file" in step:
@@ -191,3 +208,20 @@ def _check_step(folder: Path, path: Path, step: dict[str, Any], family: Family) 
                 f"{path}: step '{name}' has state_file {state!r}, expected a file beside it that is named "
                 f"like policy_preprocessor_step_3_normalizer_processor.safetensors; {REFUSED}"
             )
+
+
+def _check_tokenizer(folder: Path, path: Path, step: dict[str, Any]) -> None:
+    """A tokenizer that lies in the checkpoint: its folder alone, and no code."""
+    named = step["config"].get(TOKENIZER_OPTION)
+    if step["registry_name"] != TOKENIZER_STEP or step["artifacts"] != {TOKENIZER_OPTION: TOKENIZER_FOLDER}:
+        raise CheckpointError(
+            f"{path}: step '{step['registry_name']}' has artifacts {step['artifacts']!r}, expected the folder "
+            f"'{TOKENIZER_FOLDER}' of a {TOKENIZER_STEP}; {REFUSED}"
+        )
+    settings = folder / TOKENIZER_FOLDER / "tokenizer_config.json"
+    if named != TOKENIZER_FOLDER or not settings.is_file():
+        raise CheckpointError(
+            f"{path}: its tokenizer is {named!r}, expected '{TOKENIZER_FOLDER}', with {settings.name} in it; {REFUSED}"
+        )
+    if "auto_map" in read_json(settings):
+        raise CheckpointError(f"{settings} has auto_map, which names code; {REFUSED}")

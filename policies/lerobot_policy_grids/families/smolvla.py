@@ -216,8 +216,8 @@ def _run_layer(
     attention_mask: Tensor,
     batch_size: int,
     head_dim: int,
-    use_cache: bool = True,
     past_key_values: Any = None,
+    **options: Any,
 ) -> Any:
     """`forward_attn_layer` or `forward_cross_attn_layer` on what is left of the prefix."""
     prefix = inputs_embeds[0]
@@ -242,10 +242,11 @@ def _run_layer(
         attention_mask,
         batch_size,
         head_dim,
-        use_cache=use_cache,
         past_key_values=past_key_values,
+        **options,
     )
-    if shortened and prefix is None and past_key_values is not None:
+    # LeRobot 0.6.0 keeps plain tensors there, and never the suffix.
+    if shortened and prefix is None and hasattr(past_key_values, "layers"):
         # LeRobot takes the suffix out of the cache by cropping to the length of the whole prefix.
         past_key_values.layers[layer_idx].crop(pruning.kept_length)
     return result

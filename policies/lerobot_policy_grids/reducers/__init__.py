@@ -4,6 +4,7 @@ A `MapReducer` sits between vision tower and trunk, a `TrunkReducer` between two
 this package is imported here, so that a new file registers its configuration by being there.
 """
 
+from dataclasses import fields
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -26,9 +27,11 @@ def reducer_config(name: str, **options: object) -> ReducerConfig:
     known = ReducerConfig.get_known_choices()
     if name not in known:
         raise GridsError(f"reducer '{name}' is unknown; choose one of {', '.join(known)}")
-    unknown = sorted(options.keys() - known[name].__dataclass_fields__.keys())
+    has = [field.name for field in fields(known[name])]
+    unknown = sorted(options.keys() - set(has))
     if unknown:
-        has = ", ".join(known[name].__dataclass_fields__) or "none"
-        raise GridsError(f"reducer '{name}' has no option {', '.join(unknown)}; its options are: {has}")
+        raise GridsError(
+            f"reducer '{name}' has no option {', '.join(unknown)}; its options are: {', '.join(has) or 'none'}"
+        )
     config: ReducerConfig = known[name](**options)
     return config

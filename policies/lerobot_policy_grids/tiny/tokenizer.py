@@ -22,3 +22,7 @@ class TinyTokenizerStep(TokenizerProcessorStep):
         super().__post_init__()
         # The step's saved configuration would name the folder of this machine.
         self.tokenizer_name = None
+
+    def save_artifacts(self, save_directory: Path) -> dict[str, str]:
+        """Nothing: newer LeRobot would put a copy of the shipped tokenizer beside the processor."""
+        return {}
