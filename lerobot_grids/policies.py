@@ -27,7 +27,7 @@ from lerobot_policy_grids.checkpoint import (
 )
 from lerobot_policy_grids.checkpoint.files import TOKENIZER_FOLDER
 from lerobot_policy_grids.checkpoint.find import require_complete
-from lerobot_policy_grids.checkpoint.save import save_policy
+from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import families, get_family
@@ -80,8 +80,7 @@ class LoadedPolicy:
             state: The policy's state, where it is not what `policy.state_dict()` gives.
         """
         save_policy(self.policy, folder, state)
-        self.preprocessor.save_pretrained(folder)
-        self.postprocessor.save_pretrained(folder)
+        save_processors(folder, self.preprocessor, self.postprocessor)
 
 
 def load(

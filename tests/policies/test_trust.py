@@ -12,15 +12,21 @@ from functools import partial
 
 import pytest
 import torch
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lerobot_grids.policies import load
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.find import find_checkpoint, read_config
-from lerobot_policy_grids.checkpoint.manifest import Base, write_manifest
-from lerobot_policy_grids.checkpoint.trust import check_processors
+from lerobot_policy_grids.checkpoint.manifest import Base, read_manifest, verify_manifest, write_manifest
+from lerobot_policy_grids.checkpoint.save import save_processors
+from lerobot_policy_grids.checkpoint.trust import check_processors, check_published
 from lerobot_policy_grids.errors import CheckpointError, GridsError
+from lerobot_policy_grids.families import families
+from lerobot_policy_grids.processor_grids import make_processors
+from lerobot_policy_grids.tiny import VLM_FOLDER
 
 PRE, POST, WEIGHTS = "policy_preprocessor.json", "policy_postprocessor.json", "model.safetensors"
 STATE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
@@ -315,36 +321,93 @@ def test_the_hubs_cache_links_to_its_own_contents(folder, tmp_path):
         GridsPolicy.from_pretrained(snapshot)
 
 
-@pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05", "pi0_fast", "tiny_smolvla"])
-def test_the_families_own_processors_pass(kind, tmp_path, monkeypatch):
-    """What LeRobot writes for each family is on the lists."""
-    import transformers
-    from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+@pytest.fixture
+def any_tokenizer(monkeypatch):
+    """Where LeRobot would fetch a tokenizer from the Hub, it gets the one that ships here."""
     from lerobot.processor import tokenizer_processor
 
-    from lerobot_policy_grids.checkpoint.trust import check_processors, check_published
-
-    class Stand:
-        """Stands in for tokenizers that only the Hub has."""
-
+    class Shipped:
         @staticmethod
-        def from_pretrained(*args, **options):
-            return transformers.PreTrainedTokenizerFast.__new__(transformers.PreTrainedTokenizerFast)
+        def from_pretrained(name, **options):
+            return AutoTokenizer.from_pretrained(VLM_FOLDER)
 
-    if kind != "tiny_smolvla":
-        monkeypatch.setattr(tokenizer_processor, "AutoTokenizer", Stand)
-        monkeypatch.setattr(tokenizer_processor, "AutoProcessor", Stand)
-    made = PreTrainedConfig.get_choice_class(kind)(device="cpu")
-    made.input_features = {
+    monkeypatch.setattr(tokenizer_processor, "AutoTokenizer", Shipped)
+    monkeypatch.setattr(tokenizer_processor, "AutoProcessor", Shipped)
+
+
+def made(kind, folder):
+    """A dense policy's configuration in a folder, and its fresh processors."""
+    config = PreTrainedConfig.get_choice_class(kind)(device="cpu")
+    if kind == "xvla":
+        config.florence_config = {"vision_config": {}, "text_config": {}}
+    config.input_features = {
         "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
         "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
     }
-    made.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
-    made.save_pretrained(tmp_path)
-    for processor in make_pre_post_processors(made):
-        processor.save_pretrained(tmp_path)
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    config.save_pretrained(folder)
+    return make_processors(config)
+
+
+@pytest.mark.parametrize("kind", families())
+def test_the_families_own_processors_pass(kind, any_tokenizer, tmp_path):
+    """What LeRobot writes for each family is on the lists, and names a tokenizer that the family has."""
+    save_processors(tmp_path, *made(kind, tmp_path))
     check_published(tmp_path)
     check_processors(tmp_path)
+    assert not (tmp_path / "tokenizer").exists()
+
+
+BROUGHT = {"registry_name": "tokenizer_processor", "artifacts": {"tokenizer_name": "tokenizer"}}
+BROUGHT |= {"config": {"tokenizer_name": "tokenizer", "max_length": 48}}
+
+
+@pytest.fixture
+def brought(tmp_path):
+    """A checkpoint as newer LeRobot saves it, with its tokenizer in it."""
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(VLM_FOLDER / name, tmp_path / "tokenizer" / name)
+    (tmp_path / "config.json").write_text('{"type": "smolvla"}')
+    for name in (PRE, POST):
+        (tmp_path / name).write_text('{"name": "x", "steps": []}')
+    add_step(**BROUGHT)(tmp_path)
+    return tmp_path
+
+
+def test_a_tokenizer_may_come_along(brought):
+    check_published(brought)
+    check_processors(brought)
+    (brought / WEIGHTS).write_bytes(b"x")
+    write_manifest(brought)
+    assert "tokenizer/tokenizer.json" in read_manifest(brought).files
+    verify_manifest(brought)
+    (brought / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer.json has \d+ bytes, expected"):
+        verify_manifest(brought)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_step("tokenizer_processor", artifacts={"tokenizer_name": "../x"}), "has artifacts"),
+        (set_step("tokenizer_processor", artifacts={"code": "tokenizer"}), "has artifacts"),
+        (set_step("tokenizer_processor", config={"tokenizer_name": "evil/repo"}), "its tokenizer is 'evil/repo'"),
+        (add_step(registry_name="to_batch_processor", artifacts={"tokenizer_name": "tokenizer"}), "has artifacts"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "with tokenizer_config.json in it"),
+        (write("tokenizer/tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "x.Y"}}'), "names code"),
+        (write("tokenizer/evil.py", "print()"), "no file of a tokenizer"),
+        (link("tokenizer/tokenizer.json", "/etc/passwd"), "no file of its own folder"),
+    ],
+)
+def test_a_tokenizer_that_comes_along_brings_no_code(brought, change, message):
+    change(brought)
+    def check():
+        check_published(brought)
+        check_processors(brought)
+
+    with pytest.raises(CheckpointError, match=message):
+        check()
 
 
 @pytest.mark.parametrize("case", CODE)

@@ -1,5 +1,7 @@
-"""Writing a policy's configuration and weights, the same with every LeRobot release."""
+"""Writing a policy and its processors, the same with every LeRobot release."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +26,33 @@ def save_policy(policy: Any, folder: Path, state: dict[str, Tensor] | None = Non
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     # One file, whatever its size.
     save_torch_state_dict(state, str(folder), max_shard_size=max(size, 1))
+
+
+def save_processors(folder: Path, *processors: Any) -> None:
+    """Write a policy's pre- and post-processor, with tokenizers by their name.
+
+    Newer LeRobot copies a tokenizer, and the code that comes with one, into the checkpoint, where older releases do not
+    look for it and nobody else should run it.
+
+    Args:
+        folder: Where to; it must exist.
+        *processors: LeRobot's pipelines.
+    """
+    for processor in processors:
+        with _tokenizers_by_name(processor):
+            processor.save_pretrained(folder)
+
+
+@contextmanager
+def _tokenizers_by_name(processor: Any) -> Iterator[None]:
+    for step in processor.steps:
+        step.save_artifacts = _none
+    try:
+        yield
+    finally:
+        for step in processor.steps:
+            del step.save_artifacts
+
+
+def _none(folder: Path) -> dict[str, str]:
+    return {}

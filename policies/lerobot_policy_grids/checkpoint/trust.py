@@ -212,7 +212,7 @@ def _check_step(folder: Path, path: Path, step: dict[str, Any], family: Family) 
 
 def _check_tokenizer(folder: Path, path: Path, step: dict[str, Any]) -> None:
     """A tokenizer that lies in the checkpoint: its folder alone, and no code."""
-    named = step["config"].get(TOKENIZER_OPTION)
+    named = step.get("config", {}).get(TOKENIZER_OPTION)
     if step["registry_name"] != TOKENIZER_STEP or step["artifacts"] != {TOKENIZER_OPTION: TOKENIZER_FOLDER}:
         raise CheckpointError(
             f"{path}: step '{step['registry_name']}' has artifacts {step['artifacts']!r}, expected the folder "

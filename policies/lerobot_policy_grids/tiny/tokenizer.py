@@ -24,5 +24,5 @@ class TinyTokenizerStep(TokenizerProcessorStep):
         self.tokenizer_name = None
 
     def save_artifacts(self, save_directory: Path) -> dict[str, str]:
-        """Nothing: newer LeRobot would put a copy of the shipped tokenizer beside the processor."""
+        """No copy, which newer LeRobot would put beside the processor: the tokenizer ships with this package."""
         return {}
