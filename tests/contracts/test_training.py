@@ -26,6 +26,13 @@ def test_an_untrained_sampler_gets_a_gradient_through_its_coordinates(family):
     assert wrapped.reducer.coordinate_head.out.weight.grad.abs().sum() > 0
 
 
+def test_lerobots_optimiser_preset_takes_base_and_reducer(family):
+    wrapped = wrap(family.policy(), 9)
+    optimizer = wrapped.config.get_optimizer_preset().build(wrapped.get_optim_params())
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert {id(parameter) for parameter in wrapped.parameters() if parameter.requires_grad} == given
+
+
 def test_gradient_checkpointing_changes_no_gradient(family):
     policy = family.policy(cameras=2)
     if not hasattr(policy.model, "gradient_checkpointing_enable"):
