@@ -5,14 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lerobot
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
+from packaging import version
 
 import mutants
 from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.processor_grids import make_processors
 
 BATCH = 3
 
@@ -36,6 +38,7 @@ class Row:
         pruned: When tokens can be dropped inside its trunk: "act", "train".
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
+        since: First LeRobot release with which it is supported.
         options: Fields of the small instance's configuration.
     """
 
@@ -48,6 +51,7 @@ class Row:
     pruned: tuple[str, ...] = ()
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
+    since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -72,7 +76,7 @@ class Row:
         batch["action_is_pad"][0, -3:] = True
         if self.tokenizes:
             tasks = ["push", "pick up the mug", "open the drawer quickly"]
-            return make_pre_post_processors(policy.config)[0](batch | {"task": tasks})
+            return make_processors(policy.config)[0](batch | {"task": tasks})
         batch["observation.language.tokens"] = torch.randint(5, 90, (BATCH, 8))
         mask = torch.ones(BATCH, 8, dtype=torch.bool)
         mask[1, -3:] = False
@@ -155,6 +159,7 @@ FAMILIES: dict[str, Row] = {
         seam="_build_model_inputs",
         bfloat16={"dtype": "bfloat16"},
         tokenizes=True,
+        since="0.6.1",
     ),
 }
 
@@ -165,6 +170,8 @@ def _families(wanted: Any) -> list[str]:
 
 def _chosen(request: Any, tmp_path_factory: Any) -> Row:
     row = FAMILIES[request.param]
+    if version.parse(lerobot.__version__) < version.parse(row.since):
+        pytest.skip(f"{row.policy_type} needs LeRobot {row.since}")
     row.folder = row.folder or tmp_path_factory.mktemp("tokenizers")
     return row
 

@@ -150,7 +150,11 @@ def test_denoising_steps_do_not_lengthen_the_cache(trained_family):
 
     def forward(*args, **kwargs):
         result = inner(*args, **kwargs)
-        lengths.append([layer.get_seq_length() for layer in result[1].layers])
+        cache = result[1]
+        if isinstance(cache, dict):  # LeRobot 0.6.0
+            lengths.append([cache[layer]["key_states"].shape[1] for layer in sorted(cache)])
+        else:
+            lengths.append([layer.get_seq_length() for layer in cache.layers])
         return result
 
     vlm.forward = forward

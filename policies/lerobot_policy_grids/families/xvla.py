@@ -106,6 +106,11 @@ class XVLA(Family):
     repositories: ClassVar = {"tokenizer_name": frozenset({"facebook/bart-large"})}
 
     def layout(self, policy: DensePolicy) -> TokenLayout:
+        if not hasattr(policy.model.vlm, "multi_modal_projector"):
+            raise UnsupportedPolicyError(
+                "this LeRobot builds X-VLA from code of its own, where tokens cannot be sampled; install LeRobot 0.6.1 "
+                "or newer"
+            )
         config, vlm = policy.config, policy.model.vlm.config
         cell = math.prod(vlm.vision_config.patch_stride)
         height, width = self._image_size(config)
