@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
 from .checkpoint.find import find_checkpoint, policy_type
@@ -29,7 +29,9 @@ MANY_STEPS = 1000
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
-def compress(policy: Any, num_tokens: int | None = None, reducer: str | ReducerConfig = "grids") -> "GridsPolicy":
+def compress(
+    policy: DensePolicy, num_tokens: int | None = None, reducer: str | ReducerConfig = "grids"
+) -> "GridsPolicy":
     """Give a dense policy K visual tokens per camera, by an untrained reducer.
 
     Args:
@@ -75,7 +77,7 @@ class GridsPolicy(PreTrainedPolicy):
     config_class = GridsConfig
     name = GRIDS_TYPE
 
-    def __init__(self, config: GridsConfig, *, base: Any | None = None, **kwargs: Any) -> None:
+    def __init__(self, config: GridsConfig, *, base: DensePolicy | None = None, **kwargs: Any) -> None:
         super().__init__(config)
         self.config: GridsConfig
         config.share_with_base()
@@ -150,9 +152,19 @@ class GridsPolicy(PreTrainedPolicy):
     def train(self, mode: bool = True) -> Self:
         """As of any module. In training the budget is that of the step, otherwise `config.reducer.num_tokens`."""
         super().train(mode)
-        if self.config.schedule != "constant":
-            self.follow_schedule(int(self.reducer.schedule_step))
+        self._advance_schedule(0)
         return self
+
+    def update(self) -> None:
+        """Count a training step; lerobot-train calls this after each."""
+        self._advance_schedule(1)
+        if hasattr(self.base, "update"):
+            self.base.update()
+
+    def _advance_schedule(self, steps: int) -> None:
+        # Reading the step waits for the device.
+        if self.config.schedule != "constant":
+            self.follow_schedule(int(self.reducer.schedule_step) + steps)
 
     def follow_schedule(self, step: int) -> int:
         """Set the budget of a training step, counted from 0, and return it."""
@@ -161,12 +173,6 @@ class GridsPolicy(PreTrainedPolicy):
                 reducer.schedule_step.fill_(step)
             self._set_tokens(self.config.token_schedule.at(step) if self.training else self.config.reducer.budget)
         return self.num_tokens
-
-    def update(self) -> None:
-        """A training step is done; lerobot-train says so after each."""
-        self.follow_schedule(int(self.reducer.schedule_step) + 1)
-        if hasattr(self.base, "update"):
-            self.base.update()
 
     @contextmanager
     def looking_everywhere(self) -> Iterator[None]:
@@ -177,14 +183,15 @@ class GridsPolicy(PreTrainedPolicy):
         finally:
             self._looks_everywhere = False
 
-    def detach(self) -> Any:
+    def detach(self) -> DensePolicy:
         """Take the reducer out and return the base policy, bit-identical to what it was before wrapping.
 
         This policy then refuses to act and to be trained.
         """
-        self.family.detach(self.base)
+        base = self.require_attached()
+        self.family.detach(base)
         self._is_attached = False
-        return self.base
+        return base
 
     def require_attached(self) -> DensePolicy:
         """The base policy.
@@ -221,9 +228,9 @@ class GridsPolicy(PreTrainedPolicy):
             GridsError: If it is NaN or infinite, which no robot should be sent.
         """
         action = self.require_attached().select_action(batch, **kwargs)
-        # Newer LeRobot may return an output object that holds the action.
-        values = action if isinstance(action, Tensor) else action.action
-        if not torch.isfinite(values).all():
+        # A newer LeRobot may return an object that holds the action.
+        values = getattr(action, "action", action)
+        if isinstance(values, Tensor) and not torch.isfinite(values).all():
             raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
         return action
 
@@ -245,11 +252,6 @@ class GridsPolicy(PreTrainedPolicy):
         if params and isinstance(params[0], dict):
             return [*params, {"params": added}] if added else params
         return [*(p for p in params if p.requires_grad), *added]
-
-    def init_rtc_processor(self) -> None:
-        """Real-time chunking: LeRobot sets `rtc_config` on the wrapper's configuration, which is the base's."""
-        if hasattr(self.base, "init_rtc_processor"):
-            self.base.init_rtc_processor()
 
     def _get_default_peft_targets(self) -> dict[str, Any] | None:
         """The base policy's LoRA targets under our prefix, with the reducer trained whole."""
@@ -309,14 +311,14 @@ class GridsPolicy(PreTrainedPolicy):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__["_modules"].get("base")
+            base = self.__dict__.get("_modules", {}).get("base")
             if base is None or name.startswith("_"):
                 raise
             return getattr(base, name)
 
 
-def _current_reducer(policy: GridsPolicy) -> nn.Module | None:
-    reducer: nn.Module = policy.reducer
+def _current_reducer(policy: GridsPolicy) -> Reducer | None:
+    reducer: Reducer = policy.reducer
     return None if policy._looks_everywhere else reducer
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..reducers import TokenLayout
+from ..reducers import Reducer, TokenLayout
 
 
 class Seam:
@@ -20,7 +20,7 @@ class Seam:
         layout: The policy's visual tokens.
     """
 
-    def __init__(self, get_reducer: Callable[[], nn.Module | None], layout: TokenLayout) -> None:
+    def __init__(self, get_reducer: Callable[[], Reducer | None], layout: TokenLayout) -> None:
         self._get_reducer = get_reducer
         self.layout = layout
         self._kept: list[Tensor] | None = None
