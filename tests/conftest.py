@@ -13,10 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 
 import installing
 
 SIZE, EPISODES, FRAMES = 96, 6, 24
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory):
+    """What is remembered of files stays out of the user's cache."""
+    constants.HF_HOME = str(tmp_path_factory.mktemp("hf_home"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ from safetensors.torch import load_file, save_file
 from comparing import act, assert_same_bits, state_of
 from lerobot_grids.hub.pull import merge, pull
 from lerobot_grids.hub.push import push
+from lerobot_grids.policies import load
 from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.checkpoint import digests
 from lerobot_policy_grids.errors import CheckpointError, HubError
 from published import ADAPTER, FULL, REPO, on_hub
 
@@ -97,3 +99,25 @@ def test_a_public_repository_does_not_become_private_in_silence(hub, trained):
     push(trained, REPO)
     with pytest.raises(HubError, match="exists and is public"):
         push(trained, REPO, private=True)
+
+
+def test_large_files_are_hashed_once(hub, trained, tmp_path, monkeypatch):
+    hashed, hash_file = [], digests.sha256_of
+
+    def spy(path):
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(digests, "sha256_of", spy)
+    for format in ("full", "adapter"):
+        hashed.clear()
+        push(trained, REPO, format=format)
+        # The adapter's base, too: the manifest names its digest.
+        assert len(hashed) == len(set(hashed))
+    pull(REPO, tmp_path / "pulled")
+    hashed.clear()
+    GridsPolicy.from_pretrained(tmp_path / "pulled")
+    load(tmp_path / "pulled")
+    assert hashed == []
+    load(tmp_path / "pulled", verify=True)
+    assert {"grids_adapter.safetensors", "model.safetensors"} <= set(hashed)
