@@ -201,7 +201,7 @@ def damage(folder, how):
         ("no processors", "lacks policy_preprocessor.json"),
         ("no config", "holds no config.json"),
         ("config is no JSON", "cannot be read as JSON"),
-        ("unknown field", "is no valid configuration"),
+        ("unknown field", "is not a valid configuration"),
         ("truncated", "cannot be read"),
         ("empty file", "cannot be read"),
         ("missing key", "missing 'reducer.coordinate_head.hidden.weight'"),

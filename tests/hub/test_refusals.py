@@ -13,8 +13,8 @@ from published import ADAPTER, REPO
 @pytest.mark.parametrize(
     ("token", "repository", "message"),
     [
-        (TOKEN, "other/repo", "your token may not do that"),
-        (READ_TOKEN, REPO, "your token may not do that"),
+        (TOKEN, "other/repo", "your token has no permission for this"),
+        (READ_TOKEN, REPO, "your token has no permission for this"),
         ("hf_nobody", REPO, "your token is not valid"),
     ],
 )

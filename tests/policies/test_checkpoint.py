@@ -167,7 +167,7 @@ def test_what_the_hub_refuses_is_named(error, monkeypatch):
         )
 
     monkeypatch.setattr(find, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"me/policy@main is no folder.*server's own words"):
+    with pytest.raises(CheckpointError, match=r"me/policy@main is not a folder.*server's own words"):
         find_checkpoint("me/policy@main")
 
 

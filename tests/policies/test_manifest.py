@@ -90,7 +90,7 @@ def test_a_manifest_that_says_something_else_is_refused(folder, changes):
     [
         ("[]", "holds a JSON list, expected an object"),
         ("{", "cannot be read as JSON"),
-        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
         ("[" * 100_000, "nested deeper"),
         ('{"a":' * 40 + "1" + "}" * 40, "nested deeper"),
         ('"' + "x" * 2**20 + '"', "bytes, expected at most"),

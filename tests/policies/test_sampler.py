@@ -178,7 +178,7 @@ def test_run_time_budget_above_the_maximum_is_refused():
 @pytest.mark.parametrize("value", [8.5, "8", None, True])
 def test_what_is_no_whole_number_is_refused(value):
     sampler = GridSampler((12, 12), 4, 8)
-    with pytest.raises(BudgetError, match="no whole number"):
+    with pytest.raises(BudgetError, match="not a whole number"):
         sampler.num_tokens = value
 
 

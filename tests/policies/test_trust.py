@@ -142,7 +142,7 @@ HOSTILE = {
     ),
     "a step of another family": (add_step(registry_name="pi0_new_line_processor", config={}), "does not use"),
     "an unknown option": (set_step("to_batch_processor", config={"hook": "x"}), "expected no options"),
-    "steps are no list": (partial(edit, PRE, lambda c: c.update(steps={})), "no processor"),
+    "steps are no list": (partial(edit, PRE, lambda c: c.update(steps={})), "not a processor"),
     "a step is text": (partial(edit, PRE, lambda c: c["steps"].append("os.system")), "can run code"),
     "pickle as safetensors": (pickled, "cannot be read"),
     "peft": (config(use_peft=True), "use_peft"),
@@ -153,9 +153,9 @@ HOSTILE = {
         set_step("normalizer_processor", state_file=STATE.replace("5", "9")),
         "expected a file beside",
     ),
-    "linked config": (link("config.json", "/etc/passwd"), "no file of its own folder"),
-    "linked state": (link(STATE, "/etc/hostname"), "no file of its own folder"),
-    "linked weights": (link(WEIGHTS, "../other"), "no file of its own folder"),
+    "linked config": (link("config.json", "/etc/passwd"), "not a file of its own folder"),
+    "linked state": (link(STATE, "/etc/hostname"), "not a file of its own folder"),
+    "linked weights": (link(WEIGHTS, "../other"), "not a file of its own folder"),
     "base path": (base(pretrained_path="/etc"), "pretrained_path"),
     "own path": (config(pretrained_path="evil/repo"), "pretrained_path"),
     "base revision": (base(pretrained_revision="main"), "pretrained_revision"),
@@ -317,7 +317,7 @@ def test_the_hubs_cache_links_to_its_own_contents(folder, tmp_path):
     (blobs / PRE).rename(outside)
     (snapshot / PRE).unlink()
     (snapshot / PRE).symlink_to(outside)
-    with pytest.raises(CheckpointError, match="no file of its own folder"):
+    with pytest.raises(CheckpointError, match="not a file of its own folder"):
         GridsPolicy.from_pretrained(snapshot)
 
 
@@ -396,8 +396,8 @@ def test_a_tokenizer_may_come_along(brought):
         (add_step(registry_name="to_batch_processor", artifacts={"tokenizer_name": "tokenizer"}), "has artifacts"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "with tokenizer_config.json in it"),
         (write("tokenizer/tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "x.Y"}}'), "names code"),
-        (write("tokenizer/evil.py", "print()"), "no file of a tokenizer"),
-        (link("tokenizer/tokenizer.json", "/etc/passwd"), "no file of its own folder"),
+        (write("tokenizer/evil.py", "print()"), "not a file of a tokenizer"),
+        (link("tokenizer/tokenizer.json", "/etc/passwd"), "not a file of its own folder"),
     ],
 )
 def test_a_tokenizer_that_comes_along_brings_no_code(brought, change, message):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, where it is found, how it is loaded exactly, and which files from elsewhere are trusted."""
+"""Checkpoints: which files they hold, how they are found and loaded, and which published files are trusted."""
 
 from .atomic import atomic_file, atomic_folder
 from .find import CHECKPOINT_FOLDER, find_checkpoint, is_published, provenance, read_config, resolve_checkpoint

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders completely or not at all."""
 
 import os
 import shutil
@@ -11,10 +11,10 @@ from ..errors import OutputExistsError
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Write a file so that `target` is either whole or as it was before.
+    """Write a file so that `target` is either complete or unchanged.
 
-    Yields a hidden path beside `target` to write to; leaving the block without an exception syncs it to disk and
-    renames it. On an exception it is removed.
+    Yields a hidden path beside `target` to write to. When the block ends without an exception, the file is synced to
+    disk and renamed; after an exception it is removed.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -28,14 +28,14 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Write a folder so that `target` is either whole or as it was before.
+    """Write a folder so that `target` is either complete or unchanged.
 
-    Yields a hidden folder beside `target` to write into; leaving the block without an exception syncs it
-    to disk and renames it. On an exception it is removed.
+    Yields a hidden folder beside `target` to write into. When the block ends without an exception, the folder is
+    synced to disk and renamed; after an exception it is removed.
 
     Args:
-        target: The folder to appear.
-        replace: Whether an existing `target` is replaced; it stays until the new one is on disk.
+        target: The folder to write.
+        replace: Whether an existing `target` is replaced; it stays until the new folder is on disk.
 
     Raises:
         OutputExistsError: If `target` exists and `replace` is false.
@@ -64,7 +64,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def sweep(target: Path) -> None:
-    """Clear up after processes that were killed while they wrote `target`; put an old version back that they moved."""
+    """Remove what killed processes left beside `target`, and restore an old version that they had moved away."""
     for leftover in target.parent.glob(f".{target.name}.*-*"):
         kind, _, process = leftover.name.rpartition("-")
         if not process.isdigit() or (int(process) != os.getpid() and Path(f"/proc/{process}").exists()):

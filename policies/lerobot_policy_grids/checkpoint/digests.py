@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered: hashing the weights of a large base takes longer than loading them."""
+"""SHA-256 of files, cached: hashing the weights of a large base policy takes longer than loading them."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from .atomic import atomic_file
 
-# Digests that are remembered; the oldest go.
+# Largest number of cached digests; the oldest are dropped.
 MOST = 500
 
 
@@ -20,14 +20,14 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(path: Path, *, verify: bool = False) -> str:
-    """SHA-256 of a file, from memory where the file has not changed since it was hashed.
+    """SHA-256 of a file, from a cache if the file has not changed since it was hashed.
 
-    The memory is a file beside the Hub's cache. A file is known again by its inode, size and time of change, so a hard
-    link shares its digest.
+    The cache is a file beside the Hub's cache. It identifies a file by inode, size and modification time, so a hard
+    link shares the digest.
 
     Args:
         path: The file.
-        verify: Hash it in any case.
+        verify: Whether to hash the file even if its digest is cached.
     """
     status = path.stat()
     key = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
@@ -51,7 +51,7 @@ def _read() -> dict[str, str]:
 
 
 def _write(known: dict[str, str]) -> None:
-    # A cache that cannot be written costs time, and nothing else.
+    # Without a cache, files are only hashed again.
     with suppress(OSError):
         _memory().parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(_memory()) as partial:

@@ -1,4 +1,4 @@
-"""The files a checkpoint may hold, and how a file from elsewhere is read without trusting it."""
+"""The files that a checkpoint may hold, and a safe reader for JSON from other people."""
 
 import json
 import re
@@ -9,17 +9,17 @@ from ..errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-# The trained tensors alone, of a checkpoint that names its base.
+# Only the trained tensors, for a checkpoint that names its base policy.
 ADAPTER_FILE = "grids_adapter.safetensors"
 MANIFEST_FILE = "grids_manifest.json"
 PREPROCESSOR_FILE = "policy_preprocessor.json"
 POSTPROCESSOR_FILE = "policy_postprocessor.json"
 CARD_FILE = "README.md"
 PICTURE_FILE = "looks.png"
-# Beside a checkpoint that `fit` made: the options of the run.
+# Options of the training run, beside a checkpoint that `fit` made.
 OPTIONS_FILE = "fit.yaml"
 
-# Newer LeRobot keeps a processor's tokenizer beside it.
+# Newer LeRobot saves a processor's tokenizer beside it.
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = frozenset(
     {
@@ -37,7 +37,7 @@ TOKENIZER_FILES = frozenset(
 STATE_FILE = re.compile(r"policy_(pre|post)processor_step_\d{1,3}_[a-z0-9_]{1,80}\.safetensors")
 
 MIB = 2**20
-# Largest size in bytes of what is not the policy's weights.
+# Largest size in bytes of each small file.
 SIZE_LIMITS = {
     CONFIG_FILE: MIB,
     MANIFEST_FILE: MIB,
@@ -50,9 +50,9 @@ STATE_LIMIT = 64 * MIB
 TOKENIZER_LIMIT = 128 * MIB
 WEIGHTS_LIMIT = 64 * 1024 * MIB
 
-# Shown on the Hub, edited there, and not needed to act.
+# Shown and edited on the Hub; inference does not need them.
 SHOWN = (CARD_FILE, PICTURE_FILE)
-# What a policy is loaded from, for the Hub's client, which filters by wildcards.
+# Files that loading needs, as wildcards for the Hub's client.
 LOADED = [
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -64,12 +64,12 @@ LOADED = [
     f"{TOKENIZER_FOLDER}/*",
 ]
 
-# Deeper than any configuration, and far from Python's recursion limit.
+# More levels than any configuration has, and far below Python's recursion limit.
 MAX_DEPTH = 16
 
 
 def size_limit(name: str) -> int | None:
-    """Largest size in bytes of a checkpoint's file, by its path inside; None if no checkpoint holds such a file."""
+    """Largest size in bytes of the file at this path inside a checkpoint; None if a checkpoint has no such file."""
     folder, _, file = name.rpartition("/")
     if folder:
         return TOKENIZER_LIMIT if folder == TOKENIZER_FOLDER and file in TOKENIZER_FILES else None
@@ -79,7 +79,7 @@ def size_limit(name: str) -> int | None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Paths, inside a checkpoint folder, of the files that a checkpoint may hold, in order."""
+    """Sorted paths, relative to a checkpoint folder, of its files that a checkpoint may hold."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in names if size_limit(name) is not None)
 
@@ -88,8 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a small file.
 
     Raises:
-        CheckpointError: If the file is missing, larger than `SIZE_LIMITS` allow, no JSON, nested too deeply, or holds
-            something else than an object.
+        CheckpointError: If the file is missing, larger than `SIZE_LIMITS` allows, too deeply nested, or not an object.
     """
     limit = SIZE_LIMITS.get(path.name, MIB)
     try:
@@ -97,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; do not use it")
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
-        raise CheckpointError(f"{path} is nested deeper than any checkpoint's; do not use it") from None
+        raise CheckpointError(f"{path} is nested deeper than any checkpoint file; do not use it") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as JSON ({error}); restore the checkpoint from its source"
@@ -112,11 +111,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _depth(value: Any) -> int:
-    # Level by level: recursion is what a deeply nested file attacks.
+    # A loop, because a deeply nested file would exceed the recursion limit.
     depth, level = 0, [value]
     while level:
         depth += 1

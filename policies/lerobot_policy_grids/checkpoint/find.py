@@ -1,4 +1,4 @@
-"""Which checkpoint a user means, and what its configuration says."""
+"""Find the checkpoint that a user names, and read its configuration."""
 
 import re
 from pathlib import Path
@@ -21,15 +21,15 @@ from .files import (
 from .hub_errors import explain
 from .trust import check_published
 
-# Where a training run keeps the checkpoint that LeRobot's commands load.
+# Folder inside a run's output with the checkpoint that LeRobot's commands load.
 CHECKPOINT_FOLDER = "pretrained_model"
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or `pretrained_model/` inside a run's output folder.
+    """The checkpoint folder at `path`: `path` itself, or `pretrained_model/` inside a run's output folder.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no checkpoint.
     """
     for folder in (path, path / CHECKPOINT_FOLDER):
         if (folder / CONFIG_FILE).is_file():
@@ -41,14 +41,14 @@ def resolve_checkpoint(path: Path) -> Path:
 def find_checkpoint(source: str, **options: Any) -> Path:
     """The checkpoint folder that a user names: a folder, or an id on the Hub, `user/name` or `user/name@revision`.
 
-    What somebody published is checked before it is returned.
+    A published checkpoint is checked before it is returned.
 
     Args:
         source: Folder or Hub id. A folder wins over a repository of the same name.
-        **options: For the Hub's client: revision, token, cache_dir, ...
+        **options: Options of the Hub's client: revision, token, cache_dir, ...
 
     Raises:
-        CheckpointError: If it is neither, the Hub does not give it, or `check_published` refuses it.
+        CheckpointError: If it is neither, the download fails, or `check_published` refuses it.
     """
     if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
         folder = resolve_checkpoint(Path(source))
@@ -59,7 +59,7 @@ def find_checkpoint(source: str, **options: Any) -> Path:
             folder = Path(snapshot_download(repository, allow_patterns=LOADED, **options))
         except Exception as error:  # the Hub client's errors share no base class
             raise CheckpointError(
-                f"{source} is no folder here and cannot be fetched from the Hub: {explain(error)}"
+                f"{source} is not a folder here and cannot be fetched from the Hub: {explain(error)}"
             ) from error
         resolve_checkpoint(folder)
     if is_published(folder):
@@ -68,12 +68,12 @@ def find_checkpoint(source: str, **options: Any) -> Path:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a checkpoint folder came from the Hub: it lies in the client's cache, or was pushed once."""
+    """Whether a checkpoint folder came from the Hub: it is in the client's cache, or was pushed before."""
     return provenance(folder) is not None or (folder / MANIFEST_FILE).is_file()
 
 
 def provenance(folder: Path) -> tuple[str, str] | None:
-    """(Hub id, commit) of a folder in the Hub's cache, `models--user--name/snapshots/<commit>`; None for any other."""
+    """(Hub id, commit) of a folder in the Hub's cache, `models--user--name/snapshots/<commit>`; None for others."""
     repository = folder.parent.parent.name.removeprefix("models--")
     if folder.parent.name != "snapshots" or not re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return None
@@ -84,7 +84,7 @@ def policy_type(folder: Path) -> str:
     """The LeRobot policy type that a checkpoint's config.json names.
 
     Raises:
-        CheckpointError: If the file is not JSON or names none.
+        CheckpointError: If the file is not JSON or names no type.
     """
     path = folder / CONFIG_FILE
     name = read_json(path).get("type")
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> Any:
     """The configuration of a checkpoint folder.
 
     Raises:
-        CheckpointError: If config.json is missing, is no JSON, or does not fit its policy type.
+        CheckpointError: If config.json is missing, not JSON, or does not fit its policy type.
         GridsError: If a value in it is out of bounds.
     """
     policy_type(folder)
@@ -108,7 +108,7 @@ def read_config(folder: Path) -> Any:
     except GridsError:
         raise
     except Exception as error:  # draccus raises many types for a malformed file
-        raise CheckpointError(f"{folder / CONFIG_FILE} is no valid configuration: {error}") from error
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not a valid configuration: {error}") from error
 
 
 def require_complete(folder: Path) -> None:

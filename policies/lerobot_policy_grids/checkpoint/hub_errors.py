@@ -1,4 +1,4 @@
-"""What the Hub's refusals mean, in words a user can act on."""
+"""Explain the errors of the Hub's client, and what to do about them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from ..errors import GridsError, HubError
 
-# First match wins: the client's errors inherit from each other.
+# The first match is used, because the client's errors inherit from each other.
 _MEANINGS: tuple[tuple[type[BaseException], str], ...] = (
     (GatedRepoError, "its owner must grant you access; ask on its page, then log in with `hf auth login`"),
     (RepositoryNotFoundError, "it does not exist, or is private and you are not logged in; try `hf auth login`"),
@@ -25,20 +25,20 @@ _MEANINGS: tuple[tuple[type[BaseException], str], ...] = (
     (OfflineModeIsEnabled, "the Hub is switched off; unset HF_HUB_OFFLINE"),
     (LocalEntryNotFoundError, "it is not in the cache and the Hub cannot be reached; check the network"),
     (EntryNotFoundError, "the repository lacks that file"),
-    (HFValidationError, "that is no name of a repository; give user/name"),
+    (HFValidationError, "that is not the name of a repository; give user/name"),
 )
 _STATUS = {
     401: "your token is not valid; log in with `hf auth login`",
-    403: "your token may not do that; log in with one that can write there",
-    409: "it exists already",
-    412: "somebody else changed the repository meanwhile; look at what, then run this again",
+    403: "your token has no permission for this; log in with a token that can write there",
+    409: "it already exists",
+    412: "somebody else changed the repository meanwhile; look at the change, then run this again",
     429: "too many requests; wait a few minutes",
 }
 
 
 @contextmanager
 def asking_the_hub(what: str) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into a `HubError` that says what was tried, why it failed, what to do."""
+    """Turn any error of the Hub's client into a `HubError` that says what failed, why, and what to do."""
     try:
         yield
     except GridsError:
@@ -48,8 +48,8 @@ def asking_the_hub(what: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """One line: what went wrong with the Hub, what to do, and the server's own words."""
-    # The client falls back to its cache first, and says only then what it could not reach.
+    """One line: what failed, what to do, and the server's own message."""
+    # The client tries its cache before it raises; the cause is the Hub's own error.
     if isinstance(error, LocalEntryNotFoundError) and isinstance(
         error.__cause__, (HfHubHTTPError, OfflineModeIsEnabled)
     ):

@@ -1,7 +1,7 @@
-"""Building a policy and loading a checkpoint folder into it, and an adapter's base from the Hub.
+"""Build a policy, load a checkpoint folder into it, and fetch an adapter's base policy from the Hub.
 
-The base is fetched by commit and checked by hash, and not through LeRobot's classes: `from_pretrained` of some of them
-ignores the revision, and returns random weights after any failure.
+The base is fetched by commit and checked by hash. LeRobot's `from_pretrained` is not used for it: in some classes it
+ignores the revision, or returns random weights after a failure.
 """
 
 from functools import partial
@@ -23,11 +23,11 @@ from .weights import load_weights
 
 
 def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
-    """Construct the policy that a configuration describes with random weights, fetching none.
+    """Construct the policy of a configuration with random weights; nothing is downloaded.
 
     Args:
         config: Configuration of a base policy or of a grids policy.
-        **kwargs: Further arguments of its constructor.
+        **kwargs: More arguments for the policy's constructor.
     """
     # A grids configuration passes this on to its base.
     if hasattr(config, "load_vlm_weights"):
@@ -36,17 +36,17 @@ def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
 
 
 def load_checkpoint(policy: Any, folder: Path, *, verify: bool = False) -> None:
-    """Load a checkpoint folder's weights into a policy, dense or grids: exactly, or not at all.
+    """Load a checkpoint folder's weights into a policy, dense or grids. All names and shapes must match.
 
-    An adapter's base is fetched from the Hub, or its cache, first.
+    The base of an adapter is first fetched from the Hub, or from its cache.
 
     Args:
         policy: Built from the folder's configuration.
         folder: The checkpoint.
-        verify: Hash every file, also those that have not changed since they were hashed last.
+        verify: Whether to hash files again that have not changed since they were last hashed.
 
     Raises:
-        CheckpointError: If the weights or an adapter's base do not fit, or a file is not as the folder's manifest says.
+        CheckpointError: If the weights or an adapter's base do not fit, or a file differs from the folder's manifest.
     """
     manifest = verify_manifest(folder, verify=verify)
     if manifest is None or manifest.base is None:
@@ -59,10 +59,10 @@ def load_checkpoint(policy: Any, folder: Path, *, verify: bool = False) -> None:
 
 
 def load_file(policy: Any, path: Path) -> None:
-    """Load a weights file that holds all of a policy, under its names of today or of older releases.
+    """Load a weights file with all tensors of a policy, under its current names or those of older releases.
 
     Raises:
-        CheckpointError: If it does not fit exactly.
+        CheckpointError: If names or shapes do not match.
     """
     family = families().get(policy.config.type)
     if family is None:
@@ -74,20 +74,20 @@ def load_file(policy: Any, path: Path) -> None:
 def fetch_base_weights(repo_id: str, revision: str) -> Path:
     """The weights file of a dense policy on the Hub, at a commit.
 
-    A folder that happens to have the repository's name is never used. What the Hub's cache has needs no network.
+    A local folder with the repository's name is never used. A file in the Hub's cache needs no network.
 
     Args:
         repo_id: `user/name`.
-        revision: 40 hexadecimal digits, which no push can move.
+        revision: A commit of 40 hexadecimal digits, because a push can move a branch or a tag.
 
     Raises:
-        CheckpointError: If the Hub does not give it, or it is no dense policy of a supported type.
+        CheckpointError: If the download fails, or it is not a dense policy of a supported type.
     """
     kind = read_json(_fetch(repo_id, revision, CONFIG_FILE)).get("type")
     if kind not in families():
         raise CheckpointError(
             f"base {repo_id}@{revision} is a {kind!r} policy, expected a dense one of {', '.join(sorted(families()))}; "
-            "an adapter needs the dense policy itself under it"
+            "an adapter needs the dense policy that it was trained on"
         )
     return _fetch(repo_id, revision, WEIGHTS_FILE)
 
@@ -96,11 +96,11 @@ def fetch_base(base: Base, *, verify: bool = False) -> Path:
     """The weights file that an adapter was trained on.
 
     Args:
-        base: What the adapter's manifest names.
-        verify: Hash the file although it has not changed since it was hashed last.
+        base: The base in the adapter's manifest.
+        verify: Whether to hash the file even if it has not changed since it was last hashed.
 
     Raises:
-        CheckpointError: If it cannot be fetched, or is another file than that; both fingerprints are named.
+        CheckpointError: If it cannot be fetched, or its hash differs; the message names both hashes.
     """
     weights = fetch_base_weights(base.repo_id, base.revision)
     seen = digest_of(weights, verify=verify)

@@ -1,7 +1,7 @@
-"""grids_manifest.json: what a published checkpoint consists of, file by file.
+"""grids_manifest.json: the files of a published checkpoint.
 
-The Hub's client checks the size of what it downloads, not its content: a flipped bit of the right length stays
-in its cache. The manifest holds every file's SHA-256, and for an adapter the base it was trained on, exactly.
+The Hub's client checks the size of a download, not its content, so a damaged file of the right size stays in its cache.
+The manifest holds every file's SHA-256. For an adapter it also holds the base: repository, commit and SHA-256.
 The card and its picture are left out, because people edit them on the Hub.
 """
 
@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from .digests import digest_of
 from .files import ADAPTER_FILE, MANIFEST_FILE, SHOWN, WEIGHTS_FILE, names_in, read_json, size_limit
 
-# Version of the manifest; raised when a field changes its meaning.
+# Version of the manifest; increase it when a field changes its meaning.
 FORMAT_VERSION = 1
 FORMATS = ("full", "adapter")
 
@@ -26,7 +26,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Base:
-    """The dense policy under an adapter: where it is, which commit, and the SHA-256 of its model.safetensors."""
+    """The dense policy of an adapter: its repository, its commit, and the SHA-256 of its model.safetensors."""
 
     repo_id: str
     revision: str
@@ -59,7 +59,7 @@ class Manifest:
 
     @property
     def format(self) -> str:
-        """What `--format` calls it: "adapter" if it needs a base, otherwise "full"."""
+        """The format, as in `--format`: "adapter" if it needs a base, otherwise "full"."""
         return FORMATS[self.base is not None]
 
 
@@ -68,7 +68,7 @@ def write_manifest(folder: Path, base: Base | None = None) -> None:
 
     Args:
         folder: The checkpoint.
-        base: What an adapter needs; None for a full checkpoint.
+        base: The base of an adapter; None for a full checkpoint.
     """
     names = _listed(folder)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digest_of(folder / name)} for name in names}
@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a checkpoint folder; None if it has none.
 
     Raises:
-        CheckpointError: If it cannot be read, or does not say what a manifest says.
+        CheckpointError: If it cannot be read, or is not a valid manifest.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -104,7 +104,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         manifest = _parse(content)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no manifest ({error!r}); pull the checkpoint again with --force") from error
+        raise CheckpointError(
+            f"{path} is not a valid manifest ({error!r}); pull the checkpoint again with --force"
+        ) from error
     return manifest
 
 
@@ -113,11 +115,11 @@ def _parse(content: dict[str, Any]) -> Manifest:
     manifest = Manifest({name: FileRecord(**record) for name, record in content["files"].items()}, base)
     for name, record in manifest.files.items():
         if size_limit(name) is None:
-            raise ValueError(f"{name!r} is no file of a checkpoint")
+            raise ValueError(f"{name!r} is not a file of a checkpoint")
         if type(record.size) is not int or not _SHA256.fullmatch(record.sha256):
             raise ValueError(f"{name!r} has size {record.size!r} and SHA-256 {record.sha256!r}")
     if content["format"] != manifest.format:
-        raise ValueError(f"format {content['format']!r} does not go with base {manifest.base!r}")
+        raise ValueError(f"format {content['format']!r} does not match base {manifest.base!r}")
     weights = {WEIGHTS_FILE, ADAPTER_FILE} & manifest.files.keys()
     if weights != {WEIGHTS_FILE if base is None else ADAPTER_FILE}:
         raise ValueError(f"a {manifest.format} checkpoint with weights {sorted(weights)}")
@@ -125,11 +127,11 @@ def _parse(content: dict[str, Any]) -> Manifest:
 
 
 def verify_manifest(folder: Path, *, verify: bool = False) -> Manifest | None:
-    """Check every file of a folder against its manifest, and return that; None if it has none.
+    """Check every file of a folder against its manifest, and return the manifest; None if there is none.
 
     Args:
         folder: The checkpoint.
-        verify: Hash every file, also those that have not changed since they were hashed last.
+        verify: Whether to hash files again that have not changed since they were last hashed.
 
     Raises:
         CheckpointError: If a file is missing, damaged or not listed.

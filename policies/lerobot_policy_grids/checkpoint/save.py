@@ -1,4 +1,4 @@
-"""Writing a policy and its processors, the same with every LeRobot release."""
+"""Write a policy and its processors in the same way with every LeRobot release."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from torch import Tensor
 def save_policy(policy: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Write config.json and model.safetensors of a policy, dense or grids.
 
-    LeRobot's own `save_pretrained` takes a state that is not the policy's in some releases, and ignores it in others.
+    LeRobot's own `save_pretrained` accepts a state in some releases and ignores it in others.
 
     Args:
         policy: The policy.
-        folder: Where to; it must exist.
-        state: The policy's state, where it is not what `policy.state_dict()` gives.
+        folder: The target folder; it must exist.
+        state: The state to write; None takes `policy.state_dict()`.
     """
     if state is None:
         policy.save_pretrained(folder)
@@ -29,13 +29,13 @@ def save_policy(policy: Any, folder: Path, state: dict[str, Tensor] | None = Non
 
 
 def save_processors(folder: Path, *processors: Any) -> None:
-    """Write a policy's pre- and post-processor, with tokenizers by their name.
+    """Write a policy's pre- and post-processor; tokenizers are saved by name only.
 
-    Newer LeRobot copies a tokenizer, and the code that comes with one, into the checkpoint, where older releases do not
-    look for it and nobody else should run it.
+    Newer LeRobot copies a tokenizer and its code into the checkpoint. Older releases do not look for it there, and
+    other people should not have to run that code.
 
     Args:
-        folder: Where to; it must exist.
+        folder: The target folder; it must exist.
         *processors: LeRobot's pipelines.
     """
     for processor in processors:

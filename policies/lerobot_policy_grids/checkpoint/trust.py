@@ -1,9 +1,9 @@
-"""Reading a checkpoint that somebody else published, before LeRobot or transformers does.
+"""Check a checkpoint that somebody else published before LeRobot or transformers reads it.
 
-A processor's JSON can name any Python callable (`"class": "os.system"`), LeRobot calls it while it loads, and some
-registered steps run code from whatever repository they are told. So nothing is handed on that is not on the lists
-below, or in the checkpoint's family: file names, types and bounds of configuration fields, processor steps with their
-options, and the few repositories that the family takes tokenizers from.
+A processor's JSON can name any Python callable (`"class": "os.system"`), and LeRobot calls it while loading. Some
+registered steps run code from any repository that the JSON names. So only what the lists below or the checkpoint's
+family allow is loaded: file names, types and bounds of configuration fields, processor steps with their options, and
+the few repositories that the family takes tokenizers from.
 """
 
 import re
@@ -29,7 +29,7 @@ from .files import (
 from .manifest import COMMIT, REPOSITORY
 
 _NORMALIZER = frozenset({"eps", "features", "norm_map", "normalize_observation_keys"})
-# Steps of every family -> their options. A family adds its own.
+# Processor steps of all families and their options. A family adds its own.
 STEPS: dict[str, frozenset[str]] = {
     "rename_observations_processor": frozenset({"rename_map"}),
     "to_batch_processor": frozenset(),
@@ -42,25 +42,25 @@ STEPS: dict[str, frozenset[str]] = {
     "relative_actions_processor": frozenset({"enabled", "exclude_joints", "action_names"}),
     "absolute_actions_processor": frozenset({"enabled"}),
 }
-# Without the name of its tokenizer a step would run the code of whatever comes next.
+# A step without the name of its tokenizer would take one from another source, and run its code.
 REQUIRED_OPTIONS = {"action_tokenizer_processor": "action_tokenizer_name", "tokenizer_processor": "tokenizer_name"}
 
-# The option by which a step names its tokenizer, and the step that may bring one along.
+# The option that names a step's tokenizer, and the step whose tokenizer may be in the checkpoint.
 TOKENIZER_OPTION, TOKENIZER_STEP = "tokenizer_name", "tokenizer_processor"
 
-# No size, count or width of a supported policy is larger; schedules count steps, which may be.
+# No size, count or width of a supported policy is larger. Step counts of schedules may be.
 LARGEST = 2**16
 SCHEDULES = ("optimizer_", "scheduler_", "schedule_steps")
 LONGEST_TEXT = 1000
 
-REFUSED = "not loaded; if you trust its author, fetch it with `hf download` and give the folder"
+REFUSED = "not loaded; if you trust its author, download it with `hf download` and give the folder"
 
 
 def check_published(folder: Path) -> None:
-    """Raise `CheckpointError` unless a checkpoint from elsewhere holds only what a checkpoint needs.
+    """Raise `CheckpointError` unless a published checkpoint holds only what a checkpoint needs.
 
-    Weights are not read here: safetensors cannot hold code, and `load_weights` takes them exactly or not at all. Nor
-    are a dense policy's processors: who builds on it makes new ones, who acts with it calls `check_processors`.
+    Weights are not read here: safetensors cannot hold code, and `load_weights` checks names and shapes. The processors
+    of a dense policy are not read either: training makes new ones, and inference calls `check_processors`.
 
     Args:
         folder: A pulled folder, or a snapshot in the Hub's cache.
@@ -75,7 +75,7 @@ def check_published(folder: Path) -> None:
 
 
 def check_processors(folder: Path) -> None:
-    """Raise `CheckpointError` unless both processors of a checkpoint from elsewhere have only steps of its family."""
+    """Raise `CheckpointError` unless both processors of a published checkpoint have only steps of its family."""
     path = folder / CONFIG_FILE
     family = _family_of(path, read_json(path))
     for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
@@ -99,15 +99,15 @@ def _check_file(folder: Path, path: Path) -> None:
     name = path.relative_to(folder).as_posix()
     limit = size_limit(name)
     if name.startswith(TOKENIZER_FOLDER) and limit is None and not path.is_dir():
-        raise CheckpointError(f"{path} is no file of a tokenizer; {REFUSED}")
+        raise CheckpointError(f"{path} is not a file of a tokenizer; {REFUSED}")
     if limit is None:
         return  # never opened
-    # The Hub's cache keeps contents beside its snapshots and links to them.
+    # A snapshot in the Hub's cache has links to files in the folder `blobs`.
     homes = [folder.resolve(), folder.resolve() / TOKENIZER_FOLDER]
     if folder.parent.name == "snapshots":
         homes.append((folder.parent.parent / "blobs").resolve())
     if not path.is_file() or path.resolve().parent not in homes:
-        raise CheckpointError(f"{path} is no file of its own folder; {REFUSED}")
+        raise CheckpointError(f"{path} is not a file of its own folder; {REFUSED}")
     if path.stat().st_size > limit:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; {REFUSED}")
 
@@ -134,7 +134,7 @@ def _check_config(path: Path, content: dict[str, Any]) -> None:
 
 
 def _check_fields(path: Path, content: dict[str, Any], kind: type, family: Family) -> None:
-    """Exact types and bounds of a configuration: draccus takes the text "32" for a number, and any number."""
+    """Check exact types and bounds: draccus reads the text "32" as a number, and has no bounds."""
     if content.get("use_peft"):
         raise CheckpointError(f"{path} has use_peft=true, which makes LeRobot look for another base; {REFUSED}")
     types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
@@ -152,8 +152,8 @@ def _check_fields(path: Path, content: dict[str, Any], kind: type, family: Famil
 
 
 def _check_value(path: Path, name: str, value: Any, family: Family) -> None:
-    """Bounds of everything in a field or an option, and the repositories it may name."""
-    # What names a repository in a step is refused where the family lists none.
+    """Check the bounds of every value in a field or an option, and the repositories that it names."""
+    # Without a list in the family, no repository is allowed.
     allowed = family.repositories.get(name, frozenset() if name in REQUIRED_OPTIONS.values() else None)
     if allowed is not None and value not in allowed:
         raise CheckpointError(f"{path} has {name}={value!r}, expected one of {', '.join(sorted(allowed))}; {REFUSED}")
@@ -174,7 +174,7 @@ def _check_processor(folder: Path, path: Path, family: Family) -> None:
     content = read_json(path)
     steps = content.get("steps")
     if content.keys() - {"name", "steps"} or not isinstance(steps, list) or len(steps) > 20:
-        raise CheckpointError(f"{path} is no processor of a policy, which has a name and steps; {REFUSED}")
+        raise CheckpointError(f"{path} is not a processor of a policy, which has a name and steps; {REFUSED}")
     for step in steps:
         if not isinstance(step, dict) or step.keys() - {"registry_name", "config", "state_file", "artifacts"}:
             raise CheckpointError(
@@ -211,7 +211,7 @@ def _check_step(folder: Path, path: Path, step: dict[str, Any], family: Family) 
 
 
 def _check_tokenizer(folder: Path, path: Path, step: dict[str, Any]) -> None:
-    """A tokenizer that lies in the checkpoint: its folder alone, and no code."""
+    """Check a tokenizer in the checkpoint: it must be in its own folder and name no code."""
     named = step.get("config", {}).get(TOKENIZER_OPTION)
     if step["registry_name"] != TOKENIZER_STEP or step["artifacts"] != {TOKENIZER_OPTION: TOKENIZER_FOLDER}:
         raise CheckpointError(
@@ -224,4 +224,4 @@ def _check_tokenizer(folder: Path, path: Path, step: dict[str, Any]) -> None:
             f"{path}: its tokenizer is {named!r}, expected '{TOKENIZER_FOLDER}', with {settings.name} in it; {REFUSED}"
         )
     if "auto_map" in read_json(settings):
-        raise CheckpointError(f"{settings} has auto_map, which names code; {REFUSED}")
+        raise CheckpointError(f"{settings} has auto_map, which names code to run; {REFUSED}")

@@ -1,7 +1,7 @@
-"""Loading weights exactly, or not at all.
+"""Load weights only if all keys and shapes match.
 
-LeRobot loads with `strict=False`: a checkpoint with missing keys becomes a policy with random weights and a
-line in the log.
+LeRobot loads with `strict=False`: a checkpoint with missing keys gives a policy with random weights and a warning in
+the log.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
-# What weights may be stored in and converted from; anything else is another quantity.
+# Precisions that weights may be stored in and converted from.
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,20 +26,20 @@ def load_weights(
 ) -> None:
     """Load a safetensors file into `module`: exactly its keys and shapes, all values finite.
 
-    Tensors are read one by one, so that the peak in memory is the module and its largest tensor. Values take
-    the module's precision, as in LeRobot's own loading, but only from float32, bfloat16 or float16.
+    Tensors are read one by one, so the peak memory is the module plus its largest tensor. As in LeRobot, values are
+    converted to the module's precision, but only from float32, bfloat16 or float16.
 
     Args:
-        module: Where the values go.
-        path: The file.
+        module: The module to load into.
+        path: The safetensors file.
         rename: Maps the file's names to {the module's name: the file's name}, for checkpoints of older
             releases. None takes the names as they are.
-        convert: Gives the module's value of (the file's name, the file's value). None takes values as they are.
-        required: Only names that begin so must be in the file; the others keep their values unless they are.
+        convert: Maps (the file's name, the file's value) to the module's value. None takes values as they are.
+        required: Prefix of the names that must be in the file. Other names keep their values if the file lacks them.
 
     Raises:
-        CheckpointError: Naming the file and the first keys that do not fit. The module is then in an
-            undefined state and must not be used.
+        CheckpointError: If something does not fit; the message names the file and the first such keys. The module is
+            then partly loaded and must not be used.
     """
     advice = "the file does not belong to this configuration, or is damaged; copy the checkpoint again"
     targets = module.state_dict(keep_vars=True)
@@ -67,7 +67,7 @@ def load_weights(
 
 
 def _copy(source: Tensor, target: Tensor) -> str:
-    """Copy values where they fit; otherwise say why they do not."""
+    """Copy the values if they fit; otherwise return the reason."""
     if source.shape != target.shape:
         return f"has shape {tuple(source.shape)}, expected {tuple(target.shape)}"
     if source.dtype != target.dtype and not {source.dtype, target.dtype} <= {*PRECISIONS}:

@@ -1,7 +1,7 @@
-"""Reducers: ways of handing the trunk fewer visual tokens. One file each: its configuration and its module.
+"""Reducers: methods that give the trunk fewer visual tokens. Each file holds a configuration and a module.
 
-A `MapReducer` sits between vision tower and trunk, a `TrunkReducer` between two layers of the trunk. Every module of
-this package is imported here, so that a new file registers its configuration by being there.
+A `MapReducer` works between vision tower and trunk, a `TrunkReducer` between two layers of the trunk. This package
+imports all its modules, so a new file registers its configuration without further code.
 """
 
 from dataclasses import fields
@@ -19,7 +19,7 @@ __all__ = ["BlindReducer", "MapReducer", "Reducer", "ReducerConfig", "Sampled", 
 
 
 def reducer_config(name: str, **options: object) -> ReducerConfig:
-    """The configuration of the reducer that is chosen by `name`, with these options.
+    """The configuration of the reducer called `name`, with these options.
 
     Raises:
         GridsError: If there is no such reducer, or it has no such option.

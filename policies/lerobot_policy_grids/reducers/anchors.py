@@ -1,4 +1,4 @@
-"""Anchors: an order of the token grid's cells in which every prefix is well spread over the image.
+"""Anchors: the cells of the token grid in an order whose first k cells are spread over the image, for every k.
 
 A sampler with budget k reads near the first k anchors, so one checkpoint serves every k.
 """
@@ -18,10 +18,10 @@ WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
 def anchor_order(height: int, width: int, region: Region = WHOLE) -> tuple[int, ...]:
     """Order the cells of a grid so that the first k cover the image well, for every k.
 
-    Farthest-point order: each next cell is the one farthest from those already chosen. The image's
-    border counts as if cells were mirrored behind it, at twice the distance, which is the spacing of
-    a regular lattice; without that the corners would come first, where little is to be seen. Cells whose
-    centre lies in letterbox padding come last.
+    Farthest-point order: each next cell is the one farthest from those already chosen. Each cell also has a mirror
+    image behind the image's border, at twice its distance to the border, which gives the spacing of a regular lattice.
+    Without it the corners would come first, where there is little to see. Cells whose centre lies in letterbox padding
+    come last.
 
     Args:
         height: H, rows of the token grid.
@@ -29,12 +29,12 @@ def anchor_order(height: int, width: int, region: Region = WHOLE) -> tuple[int, 
         region: Where the camera image lies in the square that the vision tower sees.
 
     Returns:
-        The H * W cell indices (row-major, `row * W + column`), each once. Ties go to the least crowded cell,
-        then to the lower index, so the order is the same everywhere.
+        The H * W cell indices (row-major, `row * W + column`), each once. In a tie the least crowded cell comes first,
+        then the lower index, so the order is the same on every machine.
     """
-    # In units of the grid's shorter side, so that a wide map is covered evenly and not per axis.
+    # In units of the grid's shorter side, so that distances are the same along both axes.
     unit = min(height, width)
-    # On the CPU even where a policy is being built on another device, or on none.
+    # On the CPU, even if the policy is built on another device or on the meta device.
     rows = (torch.arange(height, dtype=torch.float64, device="cpu") + 0.5) / unit
     columns = (torch.arange(width, dtype=torch.float64, device="cpu") + 0.5) / unit
     y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
@@ -46,10 +46,10 @@ def anchor_order(height: int, width: int, region: Region = WHOLE) -> tuple[int, 
     order: list[int] = []
     for _ in range(height * width):
         if distance.max() < 0:
-            # The image is used up; its padding follows, farthest from the image's cells first.
+            # All cells of the image are chosen; the padding follows, farthest from the image first.
             taken = torch.stack([torch.hypot(x - x[i], y - y[i]) for i in order]).amin(0)
             distance = taken.masked_fill(taken == 0, -1.0)
-        # Within rounding, cells that are symmetric tie, whatever the platform's last bit says.
+        # The tolerance makes symmetric cells tie on every platform, despite rounding.
         farthest = distance >= distance.max() - 1e-9
         chosen = int(crowding.round(decimals=6).masked_fill(~farthest, torch.inf).argmin())
         order.append(chosen)

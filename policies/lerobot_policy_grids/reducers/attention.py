@@ -1,23 +1,23 @@
-"""Reducers inside the trunk: all visual tokens enter it, and k of them go on after its first layers.
+"""Reducers inside the trunk: all visual tokens enter it, and k of them continue after its first layers.
 
 FastV keeps the visual tokens that received most attention in the trunk's first layers. "An Image is Worth 1/2 Tokens
 After Layer 2" (Chen et al., ECCV 2024, arXiv 2403.06764), section 4: a token's score is the attention it receives from
 the tokens of the prompt (itself included), averaged over them and over heads, in the last layer before pruning. Kept
-tokens keep their position ids. Differs from the paper only in the trunk it sits in: a VLA's prefix attends in both
-directions, so every token is asked, not only those that follow the image.
+tokens keep their position ids. The only difference from the paper: the prefix of a VLA attends in both directions, so
+every token of the prompt counts, not only those that follow the image.
 
-SparseVLM keeps the visual tokens that the relevant words look at, and recycles the best of the rest. "SparseVLM: Visual
+SparseVLM keeps the visual tokens that relevant words attend to, and recycles the best of the rest. "SparseVLM: Visual
 Token Sparsification for Efficient Vision-Language Model Inference" (Zhang et al., ICML 2025, arXiv 2410.04417),
 section 3:
 - Raters are the instruction's tokens whose similarity to the image is at least the mean over the instruction.
 - A visual token's score is the attention it receives from the raters, averaged over them and over heads.
-- Of the tokens that would be dropped, the best are clustered by density peaks, and each cluster goes on as one token.
-Differs from the paper and its code:
-- Raters are chosen by the hidden states at the pruning layer, where the authors' code takes the embeddings that enter
-  the trunk.
-- One pruning step to a fixed budget K, of which a quarter are recycled tokens. The paper prunes at several layers, by
-  the rank of the attention matrix, so that K varies.
-- A cluster's token is the mean of its members, in the place of the member at its centre.
+- The best of the tokens to be dropped are clustered by density peaks, and each cluster continues as one token.
+Differences from the paper and its code:
+- Raters are chosen by the hidden states at the pruning layer. The authors' code uses the embeddings that enter the
+  trunk.
+- There is one pruning step to a fixed budget K, and a quarter of the K tokens are recycled. The paper prunes at several
+  layers, by the rank of the attention matrix, so K varies.
+- A cluster's token is the mean of its members. Its position is that of the member at the cluster's centre.
 """
 
 from dataclasses import dataclass, field
@@ -29,21 +29,23 @@ from torch import Tensor
 from .base import BudgetConfig, Reducer, ReducerConfig, in_float32
 from .layout import TokenLayout, cell_coordinates, take
 
-# Share of the budget that recycled tokens take, and of the dropped tokens that are recycled (the paper's tau).
+# Share of the budget for recycled tokens, and share of the dropped tokens that are recycled (the paper's tau).
 RECYCLED, RECYCLABLE = 0.25, 0.3
-# Neighbours that a density is estimated from.
+# Number of neighbours in the estimate of a density.
 NEIGHBOURS = 5
 
 
 @dataclass
 class TrunkConfig(BudgetConfig):
-    """Of every reducer inside the trunk. It ranks the tokens of all cameras together."""
+    """Base of the configurations of trunk reducers, which rank the tokens of all cameras together."""
 
     in_trunk: ClassVar[bool] = True
 
     full_layers: int | None = field(
         default=None,
-        metadata={"help": "Layers of the trunk that see every token. Default: 2, or half of fewer than 4."},
+        metadata={
+            "help": "Layers of the trunk that see every token. Default: 2, or half of the layers if fewer than 4."
+        },
     )
 
 
@@ -63,7 +65,7 @@ class FastVConfig(TrunkConfig):
 @ReducerConfig.register_subclass("sparsevlm")
 @dataclass
 class SparseVLMConfig(TrunkConfig):
-    """SparseVLM: pruning by the attention of relevant words, with recycling."""
+    """SparseVLM: pruning by the attention from relevant words, with recycling."""
 
     summary: ClassVar[str] = (
         "left after the trunk's first layers by the instruction (SparseVLM, "
@@ -75,15 +77,15 @@ class SparseVLMConfig(TrunkConfig):
 
 
 class Prefix(NamedTuple):
-    """The prefix between two layers of the trunk, n visual tokens of all cameras, l instruction tokens.
+    """The prefix between two layers of the trunk: n visual tokens of all cameras and l instruction tokens.
 
     Attributes:
-        visual: [b, n, c], hidden states.
-        text: [b, l, c].
+        visual: [b, n, c], hidden states of the visual tokens.
+        text: [b, l, c], hidden states of the instruction tokens.
         text_mask: bool [b, l], false for padding.
-        attention: float32 [b, p, n], what each of the p tokens of the prefix gave each visual token in the layer
-            before, averaged over heads; 0 from padding.
-        text_attention: float32 [b, l, n], the part of it that the instruction gave.
+        attention: float32 [b, p, n], attention from each of the p tokens of the prefix to each visual token in the
+            layer before, averaged over heads; 0 from padding.
+        text_attention: float32 [b, l, n], its rows of the instruction tokens.
     """
 
     visual: Tensor
@@ -94,12 +96,12 @@ class Prefix(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """What goes on into the trunk.
+    """The visual tokens that continue in the trunk.
 
     Attributes:
         tokens: [b, k, c], hidden states.
-        coordinates: float32 [b, k, 2], where they came from in their camera's image.
-        places: int64 [b, k], ascending: the visual tokens whose positions and masks they have.
+        coordinates: float32 [b, k, 2], (x, y) in [0, 1] of their cells in their camera's image.
+        places: int64 [b, k], ascending: index of the visual token whose position and mask each one has.
     """
 
     tokens: Tensor
@@ -112,9 +114,9 @@ class TrunkReducer(Reducer):
 
     Args:
         token_grid: (H, W) of one camera's feature map.
-        num_tokens: K.
+        num_tokens: K, the budget per camera.
         layers: Layers of the trunk that see every token; None lets the family choose.
-        **options: As of `Reducer`.
+        **options: Arguments of `Reducer`.
     """
 
     in_trunk = True
@@ -126,11 +128,11 @@ class TrunkReducer(Reducer):
         self.layers = layers
 
     def choose(self, prefix: Prefix, k: int) -> tuple[Tensor, Tensor]:
-        """What to keep: hidden states [b, k, c] and their index int64 [b, k], in any order."""
+        """Choose k tokens: their hidden states [b, k, c] and their index int64 [b, k], in any order."""
         raise NotImplementedError
 
     def forward(self, prefix: Prefix, cameras: int) -> Pruned:
-        """Keep `num_tokens` visual tokens times the cameras, ranked over all cameras together."""
+        """Keep `num_tokens * cameras` visual tokens, ranked over all cameras together."""
         tokens, index = self.choose(prefix, self.num_tokens * cameras)
         order = index.argsort(dim=-1, stable=True)
         index = index.gather(1, order)
@@ -140,7 +142,7 @@ class TrunkReducer(Reducer):
 
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """Index int64 [b, k] of the largest scores [b, n]; on a tie the earlier token."""
+    """Index int64 [b, k] of the k largest scores [b, n]; in a tie the earlier token comes first."""
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
@@ -159,13 +161,13 @@ class FastVReducer(TrunkReducer):
 
 
 def raters(prefix: Prefix) -> Tensor:
-    """Which instruction tokens rate: bool [b, l] (paper, "relevant text token selection")."""
+    """Which instruction tokens are raters: bool [b, l] (paper, "relevant text token selection")."""
     mask = prefix.text_mask
     with in_float32(prefix.visual):
         similarity = prefix.visual.float() @ prefix.text.float().transpose(1, 2)
     similarity = similarity.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
     average = (similarity * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
-    # Rounding must not leave a uniform instruction without raters.
+    # The tolerance keeps raters when all similarities are equal up to rounding.
     return mask & (similarity >= average - 1e-6)
 
 
@@ -174,10 +176,10 @@ def cluster(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Args:
         tokens: [b, m, c].
-        count: Clusters, at most m.
+        count: Number of clusters, at most m.
 
     Returns:
-        (the tokens at the centres, int64 [b, count]; each token's cluster, int64 [b, m]).
+        (index of the tokens at the centres, int64 [b, count]; cluster of each token, int64 [b, m]).
     """
     distance = torch.cdist(tokens.float(), tokens.float()) / tokens.shape[-1] ** 0.5
     nearest = distance.topk(min(NEIGHBOURS, tokens.shape[1]), largest=False).values
@@ -187,7 +189,7 @@ def cluster(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     isolation = torch.where(denser, distance, furthest).min(-1).values
     centres = top(density * isolation, count)
     to_centres = distance.gather(1, centres[..., None].expand(-1, -1, distance.shape[-1]))
-    # A centre is its own, even where two centres coincide.
+    # A centre belongs to its own cluster, even if two centres coincide.
     to_centres.scatter_(2, centres[..., None], -1.0)
     return centres, to_centres.argmin(1)
 

@@ -1,8 +1,8 @@
-"""What every reducer is: a module that hands the trunk fewer visual tokens, and the configuration it is built from.
+"""Base classes of reducers: modules that give the trunk fewer visual tokens, and their configurations.
 
-Axes used in shapes: b batch, h and w rows and columns of the token grid, n = h * w, c channels, k tokens that are
-left. Coordinates are (x, y) in [0, 1] of the image the vision tower saw; the centre of column i is at
-x = (i + 0.5) / w. Reducers know torch, and nothing of LeRobot.
+Axes used in shapes: b batch, h and w rows and columns of the token grid, n = h * w, c channels, k tokens that
+remain. Coordinates are (x, y) in [0, 1] of the image that the vision tower saw; the centre of column i is at
+x = (i + 0.5) / w. Reducers depend on torch and not on LeRobot.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from .layout import TokenLayout
 
 @dataclass
 class ReducerConfig(draccus.ChoiceRegistry):
-    """What a reducer is built from. A subclass registers the name by which it is chosen.
+    """Configuration of a reducer. Each subclass registers the name by which users choose it.
 
     Attributes:
-        summary: What the k tokens are, for a model card: "K visual tokens per camera, <summary>".
-        in_trunk: Whether the reducer drops tokens between layers of the trunk, and not before it.
+        summary: Description of the k tokens for a model card: "K visual tokens per camera, <summary>".
+        in_trunk: Whether the reducer drops tokens between layers of the trunk instead of before it.
     """
 
     summary: ClassVar[str] = ""
@@ -37,17 +37,17 @@ class ReducerConfig(draccus.ChoiceRegistry):
 
     @property
     def type(self) -> str:
-        """The name by which this reducer is chosen."""
+        """The name of this reducer."""
         return self.get_choice_name(type(self))
 
     @property
     def budget(self) -> int:
-        """K, visual tokens per camera that the policy acts with."""
+        """K, visual tokens per camera at inference."""
         return 0
 
     @property
     def largest(self) -> int:
-        """Largest K that the reducer can serve at run time."""
+        """Largest K that can be set at run time."""
         return 0
 
     def build(self, layout: TokenLayout) -> "Reducer":
@@ -61,7 +61,7 @@ class ReducerConfig(draccus.ChoiceRegistry):
 
 @dataclass
 class BudgetConfig(ReducerConfig):
-    """Of every reducer that keeps some tokens."""
+    """Base of the configurations of reducers that keep some tokens."""
 
     num_tokens: int = field(default=16, metadata={"help": "K: visual tokens per camera."})
     num_tokens_max: int | None = field(
@@ -85,27 +85,27 @@ class BudgetConfig(ReducerConfig):
         return self.num_tokens if self.num_tokens_max is None else self.num_tokens_max
 
     def budgets(self, layout: TokenLayout) -> dict[str, Any]:
-        """The arguments that the reducer takes about its budget.
+        """The reducer's arguments for its budget.
 
         Raises:
-            BudgetError: If the policy has fewer tokens than that, or no such camera.
+            BudgetError: If the policy has fewer tokens than the budget, or a named camera does not exist.
         """
         if self.largest > layout.num_dense_tokens:
             height, width = layout.token_grid
             raise BudgetError(
-                f"{self.largest} tokens per camera asked, but the dense policy has {height} x {width} = "
-                f"{layout.num_dense_tokens}; choose 1 .. {layout.num_dense_tokens}, or 'dense' to train the policy as "
-                "it is"
+                f"{self.largest} tokens per camera requested, but the dense policy has {height} x {width} = "
+                f"{layout.num_dense_tokens}; choose 1 .. {layout.num_dense_tokens}, or 'dense' to train the policy "
+                "with all its tokens"
             )
         return {"num_tokens": self.num_tokens, "num_tokens_max": self.largest}
 
 
 @dataclass
 class CameraBudgetConfig(BudgetConfig):
-    """Of every reducer that reduces each camera's tokens by themselves."""
+    """Base of the configurations of reducers that process each camera on its own."""
 
     camera_tokens: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Cameras that get fewer tokens than K, and how many at most."}
+        default_factory=dict, metadata={"help": "Largest number of tokens of some cameras, by name."}
     )
 
     def budgets(self, layout: TokenLayout) -> dict[str, Any]:
@@ -119,11 +119,11 @@ class CameraBudgetConfig(BudgetConfig):
 
 
 class Sampled(NamedTuple):
-    """What a reducer hands to the trunk.
+    """The tokens that a reducer returns for the trunk.
 
     Attributes:
         tokens: [b, k, c], in raster order.
-        coordinates: float32 [b, k, 2], (x, y) in [0, 1], row by row with `tokens`.
+        coordinates: float32 [b, k, 2], (x, y) in [0, 1] of each token.
     """
 
     tokens: Tensor
@@ -131,25 +131,25 @@ class Sampled(NamedTuple):
 
 
 def in_float32(tensor: Tensor) -> AbstractContextManager[None]:
-    """In this block autocast does not round: which tokens are kept must not depend on it."""
-    # The meta device, on which costs are counted, knows no autocast.
+    """Disable autocast in this block, so that its rounding does not change which tokens are kept."""
+    # `bench` counts FLOPs on the meta device, which has no autocast.
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class Reducer(nn.Module):
-    """Replace the h * w visual tokens of an image by k. Subclasses are `MapReducer`, `TrunkReducer` and `BlindReducer`.
+    """Replace the h * w visual tokens of an image by k. Base of `MapReducer`, `TrunkReducer` and `BlindReducer`.
 
     Args:
-        token_grid: (H, W) of the feature maps it will read.
-        num_tokens: K, the budget it starts with.
-        num_tokens_max: Largest budget it can serve. Defaults to `num_tokens`.
+        token_grid: (H, W) of the feature maps.
+        num_tokens: K, the initial budget.
+        num_tokens_max: Largest budget that can be set. Defaults to `num_tokens`.
 
     Raises:
         BudgetError: If a budget is not within 1 .. H * W.
 
     Attributes:
-        condition_on: What a `MapReducer` wants in its context besides the feature map.
-        in_trunk: Whether it is a `TrunkReducer`.
+        condition_on: Names of the inputs that a `MapReducer` uses besides the feature map.
+        in_trunk: Whether this is a `TrunkReducer`.
     """
 
     condition_on: tuple[str, ...] = ()
@@ -165,7 +165,7 @@ class Reducer(nn.Module):
                 f"num_tokens={self.num_tokens_max} per camera, but the policy's token grid is {height} x {width} "
                 f"= {height * width}; choose 1 .. {height * width}"
             )
-        # Training steps done under a token schedule, so that a saved policy goes on where it stopped.
+        # Training steps done with a token schedule; saved, so that a resumed run continues the schedule.
         self.schedule_step: Tensor
         self.register_buffer("schedule_step", torch.zeros((), dtype=torch.int64))
         self._num_tokens: int
@@ -179,35 +179,35 @@ class Reducer(nn.Module):
     @num_tokens.setter
     def num_tokens(self, value: int) -> None:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise BudgetError(f"num_tokens={value!r} is no whole number; give one from 1 .. {self.num_tokens_max}")
+            raise BudgetError(f"num_tokens={value!r} is not a whole number; give one from 1 .. {self.num_tokens_max}")
         if self.num_tokens_max == 0:
             raise BudgetError(f"num_tokens={value}, but this policy is blind: it was trained without visual tokens")
         if not 1 <= value <= self.num_tokens_max:
             raise BudgetError(
-                f"num_tokens={value}, but this policy serves 1 .. {self.num_tokens_max} tokens per camera; "
+                f"num_tokens={value}, but this policy supports 1 .. {self.num_tokens_max} tokens per camera; "
                 "choose a budget in that range, or train with a larger num_tokens_max"
             )
         self.check_budget(int(value))
         self._num_tokens = int(value)
 
     def check_budget(self, num_tokens: int) -> None:
-        """Raise `BudgetError` if this reducer cannot serve a budget of 1 .. num_tokens_max; most serve all."""
+        """Raise `BudgetError` if this reducer does not support a budget in 1 .. num_tokens_max; most support all."""
 
     def extra_repr(self) -> str:
-        """Say how the policy was changed, where it is printed."""
+        """Describe the reducer in the printed policy."""
         height, width = self.token_grid
         text = f"{height}x{width} grid -> {self.num_tokens} tokens (max {self.num_tokens_max})"
         return f"{text}, condition_on={list(self.condition_on)}" if self.condition_on else text
 
 
 class MapReducer(Reducer):
-    """A reducer between vision tower and trunk: it reads a feature map.
+    """A reducer between vision tower and trunk, which reads a feature map.
 
     Args:
-        token_grid: (H, W) of the feature maps it will read.
-        num_tokens: K, the budget it starts with.
-        num_tokens_max: Largest budget it can serve. Defaults to `num_tokens`.
-        camera_limits: Of some cameras, by number, the most tokens they get, however large the budget.
+        token_grid: (H, W) of the feature maps.
+        num_tokens: K, the initial budget.
+        num_tokens_max: Largest budget that can be set. Defaults to `num_tokens`.
+        camera_limits: Largest number of tokens of some cameras, by camera number, whatever the budget.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class MapReducer(Reducer):
         self.camera_limits = dict(camera_limits or {})
 
     def tokens_of(self, camera: int) -> int:
-        """Tokens that a camera gets under the present budget."""
+        """Number of tokens of a camera with the current budget."""
         return min(self.num_tokens, self.camera_limits.get(camera, self.num_tokens))
 
     def forward(
@@ -232,8 +232,8 @@ class MapReducer(Reducer):
 
         Args:
             feature_map: [b, h, w, c], the dense visual tokens of an image as a map.
-            context: What `condition_on` names: "language" [b, l], "state" [b, s], "camera" int64 [b].
-            num_tokens: k of this call. Defaults to the budget.
+            context: The inputs in `condition_on`: "language" [b, l], "state" [b, s], "camera" int64 [b].
+            num_tokens: k for this call. Defaults to the budget.
 
         Raises:
             TokenGridError: If the map's grid is not `token_grid`.
@@ -241,7 +241,7 @@ class MapReducer(Reducer):
         raise NotImplementedError
 
     def check_grid(self, feature_map: Tensor) -> None:
-        """Raise `TokenGridError` unless a map [b, h, w, c] has the grid this reducer was built for."""
+        """Raise `TokenGridError` unless a map [b, h, w, c] has the grid that this reducer was built for."""
         if tuple(feature_map.shape[1:3]) != self.token_grid:
             raise TokenGridError(
                 f"feature map of {tuple(feature_map.shape[1:3])} tokens, but this reducer was built for "
@@ -252,7 +252,7 @@ class MapReducer(Reducer):
 @ReducerConfig.register_subclass("blind")
 @dataclass
 class BlindConfig(ReducerConfig):
-    """No visual tokens at all: the floor that any way of looking must beat."""
+    """No visual tokens: a lower bound for the success of policies that see."""
 
     summary: ClassVar[str] = "so that it sees nothing: a floor to compare with"
 
@@ -261,7 +261,7 @@ class BlindConfig(ReducerConfig):
 
 
 class BlindReducer(Reducer):
-    """Hand the trunk zero tokens. It is never called: where `num_tokens` is 0 the vision tower does not run."""
+    """A reducer with zero tokens. It is never called: with `num_tokens` 0 the vision tower does not run."""
 
     def __init__(self, token_grid: tuple[int, int]) -> None:
         super().__init__(token_grid, 1)

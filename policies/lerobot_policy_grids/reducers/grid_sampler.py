@@ -1,19 +1,19 @@
-"""GridSampler: K continuous image coordinates, predicted from context, read from a feature map.
+"""GridSampler: predict K continuous image coordinates from context, and read a feature map there.
 
 After "GridS: Differentiable Grid Sampler" (Feng et al., ICML 2026, arXiv 2605.11817): global coordinate
-prediction, then grid sampling with geometry injection. Axes used in shapes, and coordinates: as in `base`.
+prediction, then grid sampling with geometry injection. `base` defines the axes in shapes and the coordinates.
 
-Differs from the published reference:
-- Coordinates are an anchor plus a learned offset, sigmoid(logit(anchor) + offset), and offsets start at
-  zero. An untrained sampler reads a spread of K cells; the reference starts with all K at the centre.
-- Anchors are ordered, so the first k serve any budget k <= num_tokens_max. The reference fixes K.
-- Coordinates are float32 whatever the dtype of the model, and a coordinate of exactly 0 or 1 is read at the
-  border. The reference reads zeros there, which happens in bfloat16.
-- A token is the mean around its coordinate, over as many cells as it stands for, and not the value between four
-  cells: few such values miss what lies between them. At k = n both are the same.
-- The pooled features pass a LayerNorm before the coordinate head, which otherwise saturates; language,
-  robot state and camera identity may join them as context.
-- The geometry embedding starts at zero, so that at k = n the output equals the dense tokens exactly.
+Differences from the published reference:
+- A coordinate is an anchor plus a learned offset, sigmoid(logit(anchor) + offset), and offsets start at zero. An
+  untrained sampler reads K cells spread over the image; the reference starts with all K at the centre.
+- Anchors are ordered, so the first k work for any budget k <= num_tokens_max. The reference has a fixed K.
+- Coordinates are float32 in every model, and a coordinate of exactly 0 or 1 is read at the border. The reference reads
+  zeros there, and such coordinates occur in bfloat16.
+- A token is the mean of the cells around its coordinate, over an area of n / k cells. The reference interpolates
+  between four cells, so with few tokens it misses most cells. At k = n both are the same.
+- A LayerNorm before the coordinate head keeps it from saturating on the pooled features. Language, robot state and
+  camera identity can be further context.
+- The geometry embedding starts at zero, so at k = n the output equals the dense tokens exactly.
 """
 
 import math
@@ -30,9 +30,9 @@ from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled, in_flo
 from .interpolation import INTERPOLATIONS, antialiased, bilinear
 from .layout import TokenLayout
 
-# Beyond this the sigmoid is 0 or 1 in float32, and its exponential stays finite.
+# At this offset the sigmoid is already 0 or 1 in float32, and the exponential is still finite.
 MAX_OFFSET = 60.0
-# Spread of the logits of free coordinates: the reference starts with all points within 0.1 cell of the centre.
+# Initial spread of the logits without anchors. The reference starts all points within 0.1 cell of the centre.
 FREE_SPREAD = 0.02
 CONTEXTS = ("image", "language", "state", "camera")
 
@@ -43,7 +43,7 @@ class GridSamplerConfig(CameraBudgetConfig):
     """GridS: tokens read at predicted coordinates."""
 
     summary: ClassVar[str] = (
-        "read at places that it chooses itself (GridS, [arXiv 2605.11817](https://arxiv.org/abs/2605.11817))"
+        "read at coordinates that it predicts (GridS, [arXiv 2605.11817](https://arxiv.org/abs/2605.11817))"
     )
 
     condition_on: list[str] = field(
@@ -54,7 +54,9 @@ class GridSamplerConfig(CameraBudgetConfig):
     geometry_width: int = field(default=256, metadata={"help": "Hidden units of the geometry embedding; 0 for none."})
     anchored: bool = field(
         default=True,
-        metadata={"help": "Whether each coordinate starts at an anchor of its own, or, as in the paper, all freely."},
+        metadata={
+            "help": "Whether each coordinate starts at its own anchor. If not, all start near the centre (paper)."
+        },
     )
     interpolation: str = field(
         default="antialiased", metadata={"help": f"How the feature map is read: one of {INTERPOLATIONS}."}
@@ -75,7 +77,7 @@ class GridSamplerConfig(CameraBudgetConfig):
             layout.token_grid,
             layout.width,
             **self.budgets(layout),
-            # A policy without proprioception has no state to depend on.
+            # Some policies have no robot state.
             condition_on=[name for name in self.condition_on if name != "state" or layout.state_width > 0],
             language_width=layout.language_width,
             state_width=layout.state_width,
@@ -89,9 +91,9 @@ class GridSamplerConfig(CameraBudgetConfig):
 
 
 class Float32MLP(nn.Module):
-    """Two layers with a ReLU between, always computed in float32, starting as the zero function.
+    """Two linear layers with a ReLU between them, computed in float32; the initial output is zero.
 
-    A module cast to bfloat16 keeps bfloat16 weights; its arithmetic and its output stay float32.
+    After a cast to bfloat16 the weights are bfloat16, but arithmetic and output stay float32.
     """
 
     def __init__(self, width_in: int, width_hidden: int, width_out: int) -> None:
@@ -115,25 +117,24 @@ class GridSampler(MapReducer):
     """Replace the h * w visual tokens of an image by k tokens read at predicted coordinates.
 
     Args:
-        token_grid: (H, W) of the feature maps it will read.
+        token_grid: (H, W) of the feature maps.
         width: C, channels of a token.
-        num_tokens: K, the budget it starts with.
-        num_tokens_max: Largest budget this sampler can serve. Defaults to `num_tokens`.
-        condition_on: Which of "image", "language", "state", "camera" the coordinates depend on. With none
-            of them the coordinates are learned but the same for every image.
-        language_width: Channels of the pooled instruction, if "language" is among them.
-        state_width: Dimensions of the robot state, if "state" is among them.
+        num_tokens: K, the initial budget.
+        num_tokens_max: Largest budget that can be set. Defaults to `num_tokens`.
+        condition_on: Which of "image", "language", "state", "camera" the coordinates depend on. Without any, the
+            coordinates are learned but the same for every image.
+        language_width: Channels of the pooled instruction, if `condition_on` has "language".
+        state_width: Dimensions of the robot state, if `condition_on` has "state".
         num_cameras: Number of cameras that share this sampler.
-        camera_limits: Of some cameras, by number, the most tokens they get, however large the budget.
-        region: Where the camera image lies in what the vision tower sees; the rest is letterbox padding, where
-            no token starts unless all do.
+        camera_limits: Largest number of tokens of some cameras, by camera number, whatever the budget.
+        region: Where the camera image lies in the vision tower's input. The rest is letterbox padding, and its anchors
+            come last.
         hidden_width: Hidden units of the coordinate head (paper: 512).
         geometry_width: Hidden units of the geometry embedding (paper: 256); 0 for none.
-        anchored: Whether each coordinate starts at its anchor. Otherwise, as in the paper, all are predicted freely
-            and start close to the centre.
-        interpolation: "antialiased" for the mean around a coordinate, over as many cells as a token stands for;
-            "bilinear", as in the paper, between the four cells around it; "nearest" for the cell that it lies in,
-            through which no gradient reaches the coordinates.
+        anchored: Whether each coordinate starts at its anchor. If not, all start near the centre, as in the paper.
+        interpolation: "antialiased" for the mean around a coordinate over an area of n / k cells; "bilinear", as in
+            the paper, between the four cells around it; "nearest" for the cell at the coordinate, which gives the
+            coordinates no gradient.
 
     Raises:
         BudgetError: If a budget is not within 1 .. H * W.
@@ -177,14 +178,14 @@ class GridSampler(MapReducer):
         self.coordinate_head = Float32MLP(max(context_width, 1), hidden_width, 2 * self.num_tokens_max)
         self.anchored = anchored
         if not anchored:
-            # Points that start at one place and move alike would stay one point.
+            # Points with equal start and equal gradients would stay equal.
             nn.init.normal_(self.coordinate_head.out.bias, std=FREE_SPREAD)
         self.interpolation = interpolation
-        # The camera image, without padding: its cells are shared among the tokens.
+        # Cells of the camera image without padding; each token covers an equal share of them.
         self.image_rows, self.image_columns = region_cells(height, columns, region)
         self.geometry = Float32MLP(2, geometry_width, width) if geometry_width > 0 else None
 
-        # Saved with the weights: offsets mean nothing without the anchors they were learned from.
+        # Saved with the weights, because the offsets were learned for these anchors.
         self.anchor_cells: Tensor
         self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max, region))
         self.grid_size: Tensor
@@ -200,9 +201,9 @@ class GridSampler(MapReducer):
 
         Args:
             feature_map: [b, h, w, c], the dense visual tokens of an image as a map.
-            context: What `condition_on` names besides the image: "language" [b, language_width], "state"
+            context: The inputs in `condition_on` besides the image: "language" [b, language_width], "state"
                 [b, state_width], "camera" int64 [b], the index of the camera.
-            num_tokens: k of this call. Defaults to the budget.
+            num_tokens: k for this call. Defaults to the budget.
 
         Returns:
             `Sampled(tokens [b, k, c], coordinates float32 [b, k, 2])`.
@@ -219,7 +220,7 @@ class GridSampler(MapReducer):
         return Sampled(tokens, coordinates)
 
     def _read(self, feature_map: Tensor, pixels: Tensor) -> Tensor:
-        """Tokens [b, k, c] at pixels [b, k, 2]."""
+        """Read tokens [b, k, c] at pixels [b, k, 2]."""
         image = feature_map[:, self.image_rows, self.image_columns]
         reach = math.sqrt(image.shape[1] * image.shape[2] / pixels.shape[1])
         if self.interpolation == "antialiased" and reach > 1:
@@ -227,14 +228,14 @@ class GridSampler(MapReducer):
         return bilinear(feature_map, pixels.round() if self.interpolation == "nearest" else pixels)
 
     def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
-        """Predict where to look: float32 pixels and coordinates, each [b, k, 2]."""
+        """Predict float32 pixels and coordinates, each [b, k, 2]."""
         offsets = self.coordinate_head(self._context(feature_map, context))
         offsets = offsets.unflatten(-1, (self.num_tokens_max, 2))[:, :k]
-        # Raster order: the trunk meets the tokens in the order in which it met the dense grid.
+        # Raster order, because the trunk was trained with the dense grid in that order.
         order = self._raster_order(k)
         cells, offsets = self._starts(order), offsets[:, order]
         anchors = (cells + 0.5) / self.grid_size
-        # sigmoid(logit(a) + d) - a in closed form: exactly 0 at d = 0, which the logit and back is not.
+        # sigmoid(logit(a) + d) - a in closed form. It is exactly 0 at d = 0; sigmoid(logit(a)) would round.
         growth = torch.expm1(offsets.clamp(-MAX_OFFSET, MAX_OFFSET))
         shift = anchors * (1 - anchors) * growth / (1 + anchors * growth)
         return cells + shift * self.grid_size, (anchors + shift).clamp(0.0, 1.0)
@@ -244,13 +245,13 @@ class GridSampler(MapReducer):
         return (cells[:, 1] * self.token_grid[1] + cells[:, 0]).argsort()
 
     def _starts(self, order: Tensor) -> Tensor:
-        """Cells [k, 2], (column, row), that offsets count from."""
+        """Cells [k, 2], (column, row), that the offsets are added to."""
         if self.anchored:
             return self.anchor_cells[order]
         return ((self.grid_size - 1) / 2).expand(len(order), 2)
 
     def anchors(self, k: int) -> Tensor:
-        """Coordinates [k, 2] that the first k tokens start from, row by row with what `forward` returns."""
+        """Initial coordinates [k, 2] of the first k tokens, in the order of `forward`."""
         return (self._starts(self._raster_order(k)) + 0.5) / self.grid_size
 
     def _context(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Reading a feature map between its cells. Positions are in cells: 0 is the centre of the first, w - 1 of the last.
+"""Read a feature map between its cells. Positions are in cells: 0 is the centre of the first, w - 1 of the last.
 
-Positions outside are read at the border. Arithmetic is float32 whatever the feature map's dtype.
+Positions outside the map are read at its border. Arithmetic is float32 for every dtype of the feature map.
 """
 
 import torch
@@ -13,7 +13,7 @@ def bilinear(feature_map: Tensor, pixels: Tensor) -> Tensor:
     """Read between the four cells around each position.
 
     Equal to `F.grid_sample(align_corners=False, padding_mode="border")` at (pixels + 0.5) / (w, h), but
-    exact at whole numbers, and it gathers from the channels-last layout that vision towers produce.
+    exact at whole numbers. It reads the channels-last layout that vision towers produce.
 
     Args:
         feature_map: [b, h, w, c], any float dtype.
@@ -39,9 +39,9 @@ def bilinear(feature_map: Tensor, pixels: Tensor) -> Tensor:
 def antialiased(feature_map: Tensor, pixels: Tensor, reach: float) -> Tensor:
     """Read the mean around each position, weighted by a tent that falls to zero `reach` cells away, per axis.
 
-    Few bilinear readings miss what lies between them; these are as wide as they are apart. It is the filter of
-    `F.interpolate(mode="bilinear", antialias=True)`, whose positions are a lattice and whose reach is the lattice's
-    spacing. With a reach of 1 it is `bilinear`.
+    A few bilinear readings miss the cells between them; these readings are as wide as their spacing. The filter is that
+    of `F.interpolate(mode="bilinear", antialias=True)`, where positions form a lattice and the reach is its spacing.
+    With a reach of 1 the result equals `bilinear`.
 
     Args:
         feature_map: [b, h, w, c], any float dtype.
@@ -58,14 +58,14 @@ def antialiased(feature_map: Tensor, pixels: Tensor, reach: float) -> Tensor:
 
 
 def _neighbours(positions: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """On one axis: (the cell before, the cell behind, each int64 [b, k]; how far between them, [b, k, 1])."""
+    """On one axis: (previous cell, next cell, each int64 [b, k]; fraction between them, [b, k, 1])."""
     positions = positions.clamp(0, cells - 1)
     low = positions.detach().floor()
     return low.long(), (low.long() + 1).clamp(max=cells - 1), (positions - low)[..., None]
 
 
 def _tent(positions: Tensor, cells: int, reach: float) -> Tensor:
-    """Weights [b, k, cells] of the cells of one axis, which add up to 1."""
+    """Weights [b, k, cells] of the cells along one axis; they add up to 1."""
     at = torch.arange(cells, device=positions.device, dtype=torch.float32)
     weights = (1 - (at - positions.clamp(0, cells - 1)[..., None]).abs() / reach).clamp_min(0)
     return weights / weights.sum(-1, keepdim=True)

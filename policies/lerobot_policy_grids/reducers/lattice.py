@@ -1,7 +1,7 @@
-"""Regular lattices: where fixed reducers read, whatever the image shows.
+"""Regular lattices: fixed positions, independent of the image.
 
-`uniform` reads the map at the lattice's points: what predicted coordinates must beat to be worth predicting. `pool`
-averages the map over the lattice's cells: what vision-language models do when they must have fewer tokens.
+`uniform` reads the map at the lattice's points; predicted coordinates must do better than this. `pool` averages the map
+over the lattice's cells, as many vision-language models do.
 """
 
 import math
@@ -19,19 +19,19 @@ from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled
 from .interpolation import bilinear
 from .layout import TokenLayout
 
-# A lattice whose cells are more than this many times longer than wide samples no image evenly.
+# Largest ratio of the sides of a lattice cell; longer cells do not sample the image evenly.
 MAX_STRETCH = 3.0
 
 
 def lattice_shape(num_tokens: int, token_grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the lattice of exactly `num_tokens` points whose cells are nearest to square.
+    """Rows and columns of the lattice with exactly `num_tokens` points whose cells are nearest to square.
 
     Args:
-        num_tokens: K.
-        token_grid: (H, W) of the map it covers.
+        num_tokens: K, the number of points.
+        token_grid: (H, W) of the map that the lattice covers.
 
     Raises:
-        BudgetError: If K has no such factors; the message names budgets that have.
+        BudgetError: If K has no such factors; the message names budgets that do.
     """
     best = _nearest_to_square(num_tokens, token_grid)
     if best is None:
@@ -61,8 +61,8 @@ def lattice_coordinates(shape: tuple[int, int], region: Region) -> Tensor:
     """Centres of the cells of a lattice over a part of the image.
 
     Args:
-        shape: Rows and columns.
-        region: (left, top, right, bottom) in [0, 1].
+        shape: Rows and columns of the lattice.
+        region: Part of the image, (left, top, right, bottom) in [0, 1].
 
     Returns:
         float32 [rows * columns, 2], (x, y) in [0, 1], row by row.
@@ -80,26 +80,26 @@ class LatticeReducer(MapReducer):
 
     Args:
         token_grid: (H, W) of the feature maps.
-        num_tokens: K.
-        region: Where the camera image lies in what the vision tower sees; letterbox padding is left out.
-        **options: As of `MapReducer`.
+        num_tokens: K, the initial budget.
+        region: Where the camera image lies in the vision tower's input; letterbox padding is left out.
+        **options: Further arguments of `MapReducer`.
 
     Raises:
         BudgetError: If a budget makes no even lattice.
     """
 
     def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
-        # Before the budget is set, which they decide about.
+        # Set first, because `check_budget` needs them.
         self.region = region
         self.rows, self.columns = region_cells(*token_grid, region)
         super().__init__(token_grid, num_tokens, **options)
 
     def check_budget(self, num_tokens: int) -> None:
-        """Raise `BudgetError` if so many tokens make no even lattice."""
+        """Raise `BudgetError` if `num_tokens` points make no even lattice."""
         self.lattice(num_tokens)
 
     def lattice(self, num_tokens: int) -> tuple[int, int]:
-        """Rows and columns of the lattice of so many tokens."""
+        """Rows and columns of the lattice with `num_tokens` points."""
         cells = (self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
         return lattice_shape(num_tokens, cells)
 
@@ -107,7 +107,7 @@ class LatticeReducer(MapReducer):
 @ReducerConfig.register_subclass("uniform")
 @dataclass
 class UniformConfig(CameraBudgetConfig):
-    """The feature map, read at a fixed lattice."""
+    """Reads the feature map at a fixed lattice."""
 
     summary: ClassVar[str] = "read at a fixed lattice"
 
@@ -121,7 +121,7 @@ class UniformReducer(LatticeReducer):
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
     ) -> Sampled:
-        """Sample k tokens of each feature map [b, h, w, c] at the same places.
+        """Sample k tokens of each feature map [b, h, w, c] at the same coordinates.
 
         Raises:
             BudgetError: If k makes no even lattice.
@@ -139,7 +139,7 @@ class UniformReducer(LatticeReducer):
 @ReducerConfig.register_subclass("pool")
 @dataclass
 class PoolConfig(CameraBudgetConfig):
-    """The feature map, averaged over blocks."""
+    """Averages the feature map over blocks."""
 
     summary: ClassVar[str] = "averages of blocks of the image"
 

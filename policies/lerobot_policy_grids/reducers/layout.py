@@ -10,16 +10,16 @@ from .anchors import Region
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The visual tokens a base policy hands to its trunk.
+    """The visual tokens that a base policy gives its trunk.
 
     Attributes:
         token_grid: (H, W) of one camera's feature map.
         width: C, channels of a visual token.
-        cameras: Feature keys of the cameras, in the order in which the policy numbers them.
+        cameras: Feature keys of the cameras, in the policy's order.
         language_width: Channels of an embedded language token.
         state_width: Dimensions of the (padded) robot state; 0 for a policy without one.
-        region: The part of the vision tower's input that holds any camera's image and not only padding.
-        extra_tokens: Tokens per camera that are no cell of the grid, in front of it; they stay as they are.
+        region: The part of the vision tower's input that holds the image of at least one camera; the rest is padding.
+        extra_tokens: Tokens per camera in front of the grid that are not cells of it; they are not reduced.
     """
 
     token_grid: tuple[int, int]
@@ -46,5 +46,5 @@ def cell_coordinates(token_grid: tuple[int, int], device: torch.device | str | N
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows [b, k, c] of [b, n, c] at an index [b, k]."""
+    """The rows [b, k, c] of a tensor [b, n, c] at an index [b, k]."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))

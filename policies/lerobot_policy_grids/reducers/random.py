@@ -1,7 +1,7 @@
-"""Random: keep k of the dense tokens, drawn anew for every image. The floor of all ways of choosing.
+"""Random: keep k of the dense tokens, drawn anew for every image. A baseline for methods that choose tokens.
 
-Draws take nothing from torch's random state, though they follow from it: the policy's noise must be the same whatever
-reduces its tokens, or a student and its teacher would not be compared at the same noise.
+The draws depend on torch's random state but do not advance it, so the policy's noise is the same with every reducer,
+and a student and its teacher get the same noise.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,10 @@ class RandomReducer(MapReducer):
 
     Args:
         token_grid: (H, W) of the feature maps.
-        num_tokens: K.
-        region: Where the camera image lies in what the vision tower sees; cells of letterbox padding are drawn only
-            when there are no others.
-        **options: As of `MapReducer`.
+        num_tokens: K, the initial budget.
+        region: Where the camera image lies in the vision tower's input; cells of letterbox padding are drawn only
+            when all others are.
+        **options: Further arguments of `MapReducer`.
     """
 
     def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
@@ -53,7 +53,7 @@ class RandomReducer(MapReducer):
         with torch.random.fork_rng(devices=[]):
             seed = int(torch.randint(2**31, ()))
         if not self.training:
-            # A policy that acts without noise leaves the random state as it is.
+            # Inference may draw no noise, so the random state stays the same; the counter makes each draw different.
             self._looks += 1
             seed += self._looks
         generator = torch.Generator().manual_seed(seed)

@@ -1,11 +1,11 @@
 """ToMe: average the most similar tokens until k are left, after Token Merging.
 
 "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 2210.09461): bipartite soft matching with
-size-weighted averages. Differs from the paper:
-- It merges the vision tower's output, where the other reducers sit, instead of r tokens in every block of the tower;
-  the paper's matching is repeated, each round merging at most half of what is left. So it saves trunk, not vision.
-- Similarity is the cosine of the tokens themselves, for want of attention keys there.
-- There is no proportional attention: a trunk that was not made for it attends to a merged token as to any other.
+size-weighted averages. Differences from the paper:
+- ToMe runs once on the vision tower's output, instead of on r tokens in every block of the tower. The paper's matching
+  is repeated, and each round removes at most half of the tokens. This saves time in the trunk, not in the vision tower.
+- Similarity is the cosine of the tokens themselves, because the output has no attention keys.
+- There is no proportional attention: the trunk attends to an averaged token as to any other.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class ToMeConfig(CameraBudgetConfig):
     """Token Merging."""
 
     summary: ClassVar[str] = (
-        "averaged from all by likeness (Token Merging, [arXiv 2210.09461](https://arxiv.org/abs/2210.09461))"
+        "averages of similar tokens (Token Merging, [arXiv 2210.09461](https://arxiv.org/abs/2210.09461))"
     )
 
     def build(self, layout: TokenLayout) -> "ToMeReducer":
@@ -35,12 +35,12 @@ class ToMeConfig(CameraBudgetConfig):
 def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """One round of bipartite soft matching (paper, section 3).
 
-    Tokens are dealt alternately into two sets; each of the first is joined by an edge to its most similar of the
-    second, and the `count` strongest edges are contracted.
+    Tokens are split alternately into two sets. Each token of the first set gets an edge to the most similar token of
+    the second, and the `count` strongest edges are contracted.
 
     Args:
         tokens: [b, n, c].
-        sizes: [b, n, 1], how many dense tokens each stands for.
+        sizes: [b, n, 1], number of dense tokens in each average.
         places: [b, n, 2], their mean coordinates.
         count: Edges to contract, at most n // 2.
 
@@ -51,7 +51,7 @@ def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int
         unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
         similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
         strength, partner = similarity.max(-1)
-        # On a tie the earlier token, as topk promises none.
+        # A stable sort takes the earlier token in a tie; topk guarantees no order.
         order = strength.argsort(dim=-1, descending=True, stable=True)
         merged, kept = order[:, :count], order[:, count:].sort(-1).values
         target = partner.gather(1, merged)
@@ -66,12 +66,12 @@ def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int
 
 
 class ToMeReducer(MapReducer):
-    """Bipartite merging of the dense tokens down to k."""
+    """Bipartite soft matching of the dense tokens down to k."""
 
     def forward(
         self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
     ) -> Sampled:
-        """Merge the tokens of each feature map [b, h, w, c] down to k, in raster order of their mean places.
+        """Average the tokens of each feature map [b, h, w, c] down to k, in raster order of their mean coordinates.
 
         Raises:
             TokenGridError: If the map's grid is not `token_grid`.

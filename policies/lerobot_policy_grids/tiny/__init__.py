@@ -1,6 +1,6 @@
-"""tiny_smolvla: LeRobot's SmolVLA at about a million parameters, for trying everything offline on a CPU.
+"""tiny_smolvla: LeRobot's SmolVLA with about a million parameters, to try everything offline on a CPU.
 
-Its vision-language model's configuration and tokenizer ship in `vlm/`; nothing is downloaded.
+The configuration and the tokenizer of its vision-language model are in `vlm/`; nothing is downloaded.
 """
 
 from .configuration_tiny_smolvla import TinySmolVLAConfig

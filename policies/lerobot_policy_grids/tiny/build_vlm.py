@@ -1,7 +1,7 @@
 """Rebuild the files in `vlm/`: `python -m lerobot_policy_grids.tiny.build_vlm FOLDER`.
 
-A SmolVLM configuration of 1 vision layer and 2 language layers, and a byte-level tokenizer whose merges come
-from short robot instructions: any text has a token sequence, common words are one token.
+They are a SmolVLM configuration with 1 vision layer and 2 language layers, and a byte-level BPE tokenizer trained on
+short robot instructions: it encodes any text, and common words are one token.
 """
 
 import json
@@ -34,7 +34,7 @@ COLOURS = "red, green, blue, yellow, orange, white, black, small, large, left, r
 
 
 def instructions() -> list[str]:
-    """Short instructions whose words become whole tokens."""
+    """Short instructions to train the tokenizer on; their words become whole tokens."""
     verbs, objects, colours = (text.split(", ") for text in (VERBS, OBJECTS, COLOURS))
     plain = [f"{verb} the {thing}\n" for verb in verbs for thing in objects]
     coloured = [f"put the {colour} {thing} into the {colour} {thing}\n" for colour in colours for thing in objects]
@@ -62,7 +62,7 @@ def build(folder: Path) -> None:
         **{name: SPECIAL_TOKENS[name] for name in names},
     )
     fast.save_pretrained(folder)
-    # SmolVLA asks the tokenizer for these by name.
+    # SmolVLA reads these tokens as attributes of the tokenizer.
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": extra}, indent=2) + "\n")
     fast = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""SmolVLA at a size that learns a simulated task in minutes on two CPU cores."""
+"""SmolVLA, small enough to learn a simulated task in minutes on two CPU cores."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class TinySmolVLAConfig(SmolVLAConfig):
     max_action_dim: int = 32
     resize_imgs_with_padding: tuple[int, int] = (96, 96)
     tokenizer_max_length: int = 32
-    # Two flow steps act no worse than eight on the MetaWorld tasks and take a third of the time.
+    # On the MetaWorld tasks two flow steps succeed as often as eight and take a third of the time.
     num_steps: int = 2
 
     freeze_vision_encoder: bool = False
@@ -29,7 +29,7 @@ class TinySmolVLAConfig(SmolVLAConfig):
     scheduler_decay_steps: int = 2_000
     scheduler_decay_lr: float = 4e-6
 
-    # A name, never a path: the files ship with this package and are found where it is installed.
+    # A name and not a path: the files are part of this package, wherever it is installed.
     vlm_model_name: str = "lerobot_policy_grids/tiny"
     # 0 keeps every layer of the shipped configuration.
     num_vlm_layers: int = 0

@@ -1,8 +1,8 @@
 """TinySmolVLAPolicy: SmolVLA's own class around a small vision-language model.
 
-Differs from SmolVLA in two ways, both needed for it to learn from a hundred demonstrations: a convolutional
-stem in place of the linear patch embedding, and a trainable last layer of the language model, whose keys and
-values the action expert reads.
+It differs from SmolVLA in two ways, and needs both to learn from a hundred demonstrations: a convolutional stem
+replaces the linear patch embedding, and the last layer of the language model is trainable, because the action expert
+reads its keys and values.
 """
 
 from dataclasses import replace
@@ -39,19 +39,19 @@ class ConvStem(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [b, 3, h, w] in [-1, 1] to a feature map [b, c, h / 8, w / 8]."""
+        """Turn images [b, 3, h, w] in [-1, 1] into a feature map [b, c, h / 8, w / 8]."""
         batch, _, height, width = images.shape
         rows = torch.linspace(-1, 1, height, device=images.device, dtype=images.dtype)
         columns = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype)
         position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
         pixels = torch.cat([images, position.expand(batch, -1, -1, -1)], dim=1)
-        # Faster on a CPU. Only the activations: LeRobot cannot save the optimiser state of channels-last weights.
+        # Faster on a CPU. Weights stay contiguous: LeRobot cannot save the optimiser state of channels-last weights.
         features: Tensor = self.layers(pixels.contiguous(memory_format=torch.channels_last))
         return features
 
 
 class TinySmolVLAPolicy(SmolVLAPolicy):
-    """LeRobot's SmolVLA with the shipped small vision-language model."""
+    """LeRobot's SmolVLA with the small vision-language model of this package."""
 
     config_class = TinySmolVLAConfig
     name = "tiny_smolvla"
@@ -59,12 +59,12 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
     def __init__(self, config: TinySmolVLAConfig, **kwargs: Any) -> None:
         local: dict[str, Any] = {"vlm_model_name": str(VLM_FOLDER), "load_vlm_weights": False}
         super().__init__(replace(config, **local), **kwargs)
-        # The folder is where this machine has it; what is saved keeps the name.
+        # The path is valid on this machine only, so the saved configuration keeps the name.
         self.config = self.model.config = config
         vlm = self.model.vlm_with_expert.get_vlm_model()
         vlm.vision_model.embeddings.patch_embedding = ConvStem(vlm.vision_model.config.hidden_size)
         if not config.train_expert_only:
-            # Only what the expert reads of it: an unused trainable weight would stop distributed training.
+            # Only the weights that the expert reads: an unused trainable weight would stop distributed training.
             last = vlm.text_model.layers[-1]
             for module in (last.input_layernorm, last.self_attn.k_proj, last.self_attn.v_proj):
                 module.requires_grad_(True)
@@ -72,6 +72,6 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
-        # Not strictly, LeRobot would leave random weights where the file has none.
+        # With strict=False LeRobot would keep random weights where the file has none.
         loaded: Self = super()._load_as_safetensor(model, model_file, map_location, strict=True)
         return loaded

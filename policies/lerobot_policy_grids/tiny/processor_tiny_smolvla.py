@@ -1,4 +1,4 @@
-"""tiny_smolvla's processors: SmolVLA's, with the shipped tokenizer."""
+"""The processors of tiny_smolvla: those of SmolVLA with this package's tokenizer."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,11 @@ from .tokenizer import VLM_FOLDER, TinyTokenizerStep
 def make_tiny_smolvla_pre_post_processors(
     config: TinySmolVLAConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None
 ) -> tuple[Any, Any]:
-    """Build SmolVLA's processors around the shipped tokenizer.
+    """Build SmolVLA's processors with this package's tokenizer.
 
     Args:
         config: The policy's configuration.
-        dataset_stats: Statistics for normalisation.
+        dataset_stats: Statistics of the dataset, for normalisation.
 
     Returns:
         (pre-processor, post-processor).

@@ -1,4 +1,4 @@
-"""The tokenizer step of tiny_smolvla's processor: finds the shipped tokenizer by itself, on any machine."""
+"""The tokenizer step of tiny_smolvla's processor: it loads the tokenizer of this package on any machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ VLM_FOLDER = TINY_FOLDER / "vlm"
 @ProcessorStepRegistry.register("tiny_smolvla_tokenizer")
 @dataclass
 class TinyTokenizerStep(TokenizerProcessorStep):
-    """LeRobot's tokenizer step with the tokenizer that ships in this package; a saved processor holds no path."""
+    """LeRobot's tokenizer step with the tokenizer of this package; a saved processor holds no path."""
 
     max_length: int = 32
     padding: str = "longest"
@@ -20,9 +20,9 @@ class TinyTokenizerStep(TokenizerProcessorStep):
     def __post_init__(self) -> None:
         self.tokenizer_name: str | None = str(VLM_FOLDER)
         super().__post_init__()
-        # The step's saved configuration would name the folder of this machine.
+        # Otherwise the saved configuration would hold a path of this machine.
         self.tokenizer_name = None
 
     def save_artifacts(self, save_directory: Path) -> dict[str, str]:
-        """No copy, which newer LeRobot would put beside the processor: the tokenizer ships with this package."""
+        """Save nothing: newer LeRobot would copy the tokenizer, which is part of this package."""
         return {}
