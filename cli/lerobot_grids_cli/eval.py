@@ -24,6 +24,7 @@ def evaluate(
     perturb: str | None = None,
     tamper: str | None = None,
     n_action_steps: int | None = None,
+    verify: bool = False,
 ) -> None:
     """Measure a policy's closed-loop success with its 95 % Wilson interval, and film where it looks.
 
@@ -53,6 +54,7 @@ def evaluate(
             image, shuffled), tokens (visual tokens, shuffled), instruction (another task's), state (always its mean).
         n_action_steps: Steps of each action chunk that are executed before the policy looks again. Defaults to the
             checkpoint's.
+        verify: Hash the checkpoint's files, and an adapter's base, again.
     """
     from pathlib import Path
 
@@ -80,6 +82,7 @@ def evaluate(
         reducer=reducer,
         resolution=resolution,
         n_action_steps=n_action_steps,
+        verify=verify,
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb)

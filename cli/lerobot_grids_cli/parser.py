@@ -27,14 +27,19 @@ class Parser(OneLineErrors, ArgumentParser):
     """A subcommand's parser."""
 
 
-def run(function: Callable[..., Any], command: str, arguments: list[str], *, positional: bool = False) -> Any:
-    """Parse `arguments` into the parameters of `function`, and call it.
+def parse(
+    function: Callable[..., Any], command: str, arguments: list[str], *, positional: bool = False
+) -> dict[str, Any]:
+    """Parse `arguments` into the parameters of `function`, without calling it.
 
     Args:
         function: Its signature and docstring are the options and the help.
         command: Name of the subcommand.
         arguments: What followed it.
         positional: Whether parameters without a default are given without their names.
+
+    Returns:
+        Name -> value of every parameter.
     """
     summary = (function.__doc__ or "").split("\n\n    Args:")[0]
     parser = Parser(prog=f"lerobot-grids {command}", description=" ".join(summary.split()))
@@ -42,7 +47,12 @@ def run(function: Callable[..., Any], command: str, arguments: list[str], *, pos
     parser.add_function_arguments(function, as_group=False, as_positional=positional)
     options = parser.parse_args(switched_on(function, arguments))
     options.pop("config", None)
-    return function(**vars(options))
+    return dict(vars(options))
+
+
+def run(function: Callable[..., Any], command: str, arguments: list[str], *, positional: bool = False) -> Any:
+    """`parse`, and call the function."""
+    return function(**parse(function, command, arguments, positional=positional))
 
 
 def switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]:

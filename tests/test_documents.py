@@ -1,0 +1,513 @@
+"""What the documents say can be typed: every block of code runs or parses, every link, option and picture is there."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+import kept_results
+from lerobot_grids_cli import parser as cli_parser
+from lerobot_grids_cli.main import COMMANDS
+from lerobot_grids_cli.main import main as run_cli
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS.append(ROOT / "benchmarks" / "README.md")
+MARKDOWN = [*DOCUMENTS, ROOT / "CHANGELOG.md", *(ROOT / "policies").rglob("*.md"), *(ROOT / "hub_cards").rglob("*.md")]
+STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+LARGEST_PICTURE = 200_000
+
+# What documents speak of -> the fixture, or the text, that stands for it. Where two fit, the longer one does.
+STAND_INS = {
+    "me/my_robot_data": "dataset",
+    "data/push": "dataset",
+    "outputs/dense": "dense_checkpoint",
+    "outputs/dense-16-elastic": "grids_checkpoint",
+    "outputs/smolvla_base-16": "grids_checkpoint",
+    "outputs/smolvla_base-16/pretrained_model": "grids_checkpoint",
+    "outputs/dense-16-elastic/pretrained_model": "grids_checkpoint",
+    "outputs/eval/smolvla_base-16/result.json": "result",
+    "max_steps=1000": "max_steps=1",
+}
+# Lines that are run as they are, offline and in seconds.
+RUN = (
+    r"lerobot-grids push .* --dry-run",
+    r"lerobot-grids validate .*",
+    r"python benchmarks/study.py main --dry-run",
+    r"python benchmarks/results.py .*",
+)
+LEROBOT = {
+    "lerobot-train": ("lerobot.configs.train", "TrainPipelineConfig"),
+    "lerobot-eval": ("lerobot.configs.eval", "EvalPipelineConfig"),
+    "lerobot-rollout": ("lerobot.rollout", "RolloutConfig"),
+}
+# Scripts of benchmarks whose command line is the signature of `main`.
+SIGNATURES = ("training_cost", "adapter_size")
+# Options of other programs that documents name in passing.
+FOREIGN = {"--print_config", "--help_all", "--help", "--config", "--save_checkpoint_to_hub"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of code."""
+
+    path: Path
+    line: int
+    language: str
+    text: str
+
+
+def blocks_of(path):
+    found, fence = [], None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            if fence is None:
+                fence = (number, line[3:].strip(), [])
+            else:
+                found.append(Block(path, fence[0], fence[1], "\n".join(fence[2]) + "\n"))
+                fence = None
+        elif fence is not None:
+            fence[2].append(line)
+    assert fence is None, f"{path}:{fence[0]} is never closed"
+    return found
+
+
+BLOCKS = [block for path in DOCUMENTS for block in blocks_of(path)]
+
+
+def lines_of(block):
+    """The commands of a shell block, each in one line, without comments."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        for part in line.split(" && "):
+            words = shlex.split(part, comments=True)
+            if words:
+                yield words
+
+
+def prose_of(path):
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+
+
+SHELL = [(b, words) for b in BLOCKS if b.language == "bash" for words in lines_of(b)]
+
+
+def named(case):
+    block, words = case
+    return f"{block.path.name}:{block.line} {' '.join(words)[:60]}"
+
+
+def chosen(*programs):
+    cases = [case for case in SHELL if program_of(case[1]) in programs]
+    return {"argvalues": cases, "ids": map(named, cases)}
+
+
+def program_of(words):
+    return "lerobot-grids" if any(Path(word.strip('$()"')).name == "lerobot-grids" for word in launched(words)) else words[0]
+
+
+def launched(words):
+    """The words that may be our command: the first, or one that a launcher is given."""
+    return words if words[0] in ("torchrun", "srun") else words[:1]
+
+
+def after_program(words):
+    """Arguments of lerobot-grids, by whatever it is launched."""
+    return words[1:] if words[0] == "lerobot-grids" else words[words.index("fit") :]
+
+
+@pytest.fixture
+def result(tmp_path):
+    path = tmp_path / "result.json"
+    kept_results.write_evaluation("demo", "grids16", path)
+    return path
+
+
+@pytest.fixture
+def replaced(request):
+    """Puts what `STAND_INS` names into a text."""
+    longest_first = sorted(STAND_INS, key=len, reverse=True)
+    pattern = re.compile("|".join(rf"{re.escape(name)}(?![\w/-])" for name in longest_first))
+
+    def stand_in(match):
+        value = STAND_INS[match[0]]
+        return value if "=" in value else str(request.getfixturevalue(value))
+
+    return lambda text: pattern.sub(stand_in, text)
+
+
+@pytest.fixture
+def options_of(monkeypatch):
+    """Parses a command line of lerobot-grids and returns its options, without running anything."""
+    monkeypatch.chdir(ROOT)
+
+    def parse(arguments):
+        name, *rest = arguments
+        if name == "fit":
+            return fit_options(rest)
+        module, seen = import_module(f"lerobot_grids_cli.{COMMANDS[name][0]}"), {}
+        monkeypatch.setattr(module, "run", lambda *a, **k: seen.update(cli_parser.parse(*a, **k)))
+        module.main(rest)
+        assert seen
+        return seen
+
+    def fit_options(arguments):
+        from lerobot_grids_cli import fit_lightning
+        from lerobot_grids_cli.fit_options import FitOptions
+
+        for step in ("before_instantiate_classes", "instantiate_classes"):
+            monkeypatch.setattr(fit_lightning.FitCLI, step, lambda cli: None)
+        return vars(fit_lightning._parse(cli_parser.switched_on(FitOptions, arguments)).config)
+
+    def checked(arguments):
+        options = parse(arguments)
+        check_values(options)
+        return options
+
+    return checked
+
+
+def check_values(options):
+    """Values that the parser takes as text: budgets, reducers, schedules, perturbations."""
+    from lerobot_grids.evaluation.tampering import parse_tamperings
+    from lerobot_grids.policies import parse_tokens
+    from lerobot_grids.simulation.perturbations import parse_perturbations
+    from lerobot_policy_grids.reducers import reducer_config
+    from lerobot_policy_grids.schedule import TokenSchedule
+
+    for count in str(options.get("tokens") or 1).split(","):
+        parse_tokens(count)
+    reducer = options.get("reducer") or "grids"
+    if isinstance(reducer, dict):
+        values = {"type": "grids", **reducer}
+        reducer_config(values.pop("type"), **values)
+    else:
+        for name in reducer.split(","):
+            reducer_config(name)
+    if "schedule" in options:
+        TokenSchedule(options["schedule"], 256, 16, 100)
+    parse_tamperings(options.get("tamper"))
+    parse_perturbations(options.get("perturb") or "")
+    for method in (options.get("methods") or {}).values():
+        check_values({name: value for name, value in method.items() if name != "policies"})
+
+
+# Blocks.
+
+
+def test_every_block_says_its_language():
+    """One that says none is a drawing of folders."""
+    assert {block.language for block in BLOCKS} == {"", "bash", "python", "json", "bibtex"}
+    for block in BLOCKS:
+        assert block.language or "/" in block.text.splitlines()[0], f"{block.path}:{block.line}"
+
+
+WITH_PYTHON = sorted({block.path for block in BLOCKS if block.language == "python"})
+
+
+@pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.name)
+def test_python_blocks_run(path, replaced, dense_checkpoint, tmp_path, monkeypatch):
+    """In one namespace, where `policy` is a dense policy to begin with."""
+    from lerobot_grids import load
+    from lerobot_policy_grids import GridsPolicy
+
+    monkeypatch.chdir(tmp_path)
+    namespace = {"policy": load(dense_checkpoint).policy}
+    for block in (block for block in BLOCKS if (block.path, block.language) == (path, "python")):
+        exec(compile(replaced(block.text), f"{path}:{block.line}", "exec"), namespace)
+        assert isinstance(namespace["policy"], GridsPolicy)
+
+
+def test_readme_has_the_two_lines_and_the_training():
+    (*_, first, _, last) = [b.text for b in BLOCKS if b.path.name == "README.md" and b.language == "python"]
+    assert "compress(policy, num_tokens=16)" in first
+    assert "Trainer(" in last
+
+
+def test_json_blocks_are_json():
+    for block in (block for block in BLOCKS if block.language == "json"):
+        json.loads(block.text)
+
+
+def test_every_shell_line_is_of_a_program_that_is_checked():
+    checks = {"lerobot-grids", *LEROBOT, "make", "python", "pip", ".venv/bin/python"}
+    assert {program_of(words) for _, words in SHELL} - checks == {"git", "cd", "echo"}
+
+
+@pytest.mark.parametrize("case", **chosen("lerobot-grids"))
+def test_our_commands_parse(case, options_of):
+    assert options_of(after_program(case[1]))
+
+
+@pytest.mark.parametrize("case", **chosen(*LEROBOT))
+def test_lerobots_commands_parse(case, replaced, monkeypatch, tmp_path):
+    """By LeRobot's own parser; training also validates what it is told."""
+    from lerobot.configs import parser
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    program, *arguments = case[1]
+    module, kind = LEROBOT[program]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *map(replaced, arguments)])
+    if program == "lerobot-rollout":
+        import lerobot.scripts.lerobot_rollout  # noqa: F401  (registers robots)
+
+    def main(config):
+        return config
+
+    main.__annotations__["config"] = getattr(import_module(module), kind)
+    config = parser.wrap()(main)()
+    assert config.policy.type == "grids"
+    if program == "lerobot-train":
+        config.validate()
+    asked = dict(re.findall(r"--policy\.([\w.]+)=(\S+)", " ".join(arguments)))
+    tokens = asked.get("num_tokens", asked.get("reducer.num_tokens"))
+    assert tokens is None or config.policy.reducer.num_tokens == int(tokens)
+
+
+@pytest.mark.parametrize("case", **chosen("make"))
+def test_make_targets_exist(case):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert set(case[1][1:]) <= set(targets)
+
+
+@pytest.mark.parametrize("case", **chosen("pip"))
+def test_extras_exist(case):
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (package, extra) = re.search(r"(lerobot_policy_grids|lerobot|\.)\[(\w+)\]", " ".join(case[1])).groups()
+    assert extra in known if package != "lerobot" else f"lerobot[{extra}]" in {"lerobot[libero]"}
+
+
+def check_python(arguments):
+    """What follows `python`: a program that compiles, a test file, or a script of benchmarks with arguments it takes."""
+    if arguments[0] == "-c":
+        compile(arguments[1], "<document>", "exec")
+    elif arguments[:2] == ["-m", "pytest"]:
+        assert (ROOT / arguments[2]).is_file()
+    else:
+        check_script(ROOT / arguments[0], arguments[1:])
+
+
+def check_script(path, arguments):
+    assert path.is_file(), path
+    name, text = path.stem, path.read_text()
+    if name == "study":
+        assert (ROOT / "benchmarks" / "studies" / f"{arguments[0]}.yaml").is_file(), arguments
+        known = set(re.findall(r'add_argument\("(--[\w-]+)"', text))
+        assert {word for word in arguments if word.startswith("--")} <= known, arguments
+        content = yaml.safe_load((ROOT / "benchmarks" / "studies" / f"{arguments[0]}.yaml").read_text())
+        if "--only" in arguments:
+            only = arguments[arguments.index("--only") + 1 :]
+            assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
+    elif name == "results":
+        assert (ROOT / arguments[0]).is_file(), arguments
+    elif name == "perturbations":
+        assert f'"{arguments[0]}"' in text or arguments[0] == "expert", arguments
+    elif name in SIGNATURES:
+        required = re.search(r"def main\(\s*(.*?)\) ->", text, flags=re.S)[1]
+        assert len([a for a in arguments if not a.startswith("-")]) == len(re.findall(r"\w+: (?:str|Path)(?= *[,)]|$)", required))
+    else:
+        raise AssertionError(f"nothing is known of the command line of {path}")
+
+
+@pytest.mark.parametrize("case", **chosen("python", ".venv/bin/python"))
+def test_python_lines_point_to_programs(case):
+    check_python([word for word in case[1][1:] if word != "|"])
+
+
+EXECUTED = [case for case in SHELL if any(re.fullmatch(pattern, " ".join(case[1])) for pattern in RUN)]
+
+
+def test_some_lines_are_run():
+    assert {pattern for pattern in RUN if any(re.fullmatch(pattern, " ".join(w)) for _, w in EXECUTED)} == set(RUN)
+
+
+@pytest.mark.parametrize("case", EXECUTED, ids=map(named, EXECUTED))
+def test_quick_lines_run(case, replaced, tmp_path, monkeypatch, capsys):
+    program, *arguments = case[1]
+    if program == "python":
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.chdir(ROOT)
+        kept_results.load_script(Path(arguments[0]).stem).main(arguments[1:])
+    else:
+        monkeypatch.chdir(tmp_path)
+        assert run_cli(list(map(replaced, arguments))) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+def test_every_stand_in_is_needed():
+    text = "".join(block.text for block in BLOCKS)
+    assert [name for name in STAND_INS if name not in text] == []
+
+
+# Prose.
+
+
+def spans_of(path):
+    """What stands in backticks in a document's prose, each in one line."""
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose_of(path))]
+
+
+SPANS = [(path, span) for path in [*DOCUMENTS, ROOT / "CHANGELOG.md"] for span in spans_of(path)]
+
+
+def known_options():
+    """Every option of every subcommand, and of a reducer."""
+    from inspect import signature
+
+    from lerobot_grids_cli import fit_lightning
+    from lerobot_policy_grids.reducers import ReducerConfig
+
+    options = set()
+    for name, (module, _) in COMMANDS.items():
+        functions = vars(import_module(f"lerobot_grids_cli.{module}"))
+        main = functions.get("evaluate" if name == "eval" else name)
+        if name != "fit":
+            options |= {f"--{parameter}" for parameter in signature(main).parameters}
+    options |= set(fit_lightning._parse(["--dataset", "a/b"]).parser._option_string_actions)
+    for kind in ReducerConfig.get_known_choices().values():
+        options |= {f"--reducer.{field.name}" for field in fields(kind)}
+    return options | {"--reducer.type", "--dry-run"} | FOREIGN
+
+
+def test_options_in_prose_exist(options_of, monkeypatch):
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+
+    from lerobot_grids_cli import fit_lightning
+    from lerobot_policy_grids import GridsConfig
+
+    for step in ("before_instantiate_classes", "instantiate_classes"):
+        monkeypatch.setattr(fit_lightning.FitCLI, step, lambda cli: None)
+    known = known_options()
+    ours = {field.name for kind in (GridsConfig, SmolVLAConfig) for field in fields(kind)} | {"path"}
+    checked = 0
+    for path, span in SPANS:
+        for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", span):
+            checked += 1
+            option = option.rstrip(".")
+            if option.startswith("--policy."):
+                assert option.split(".")[1] in ours, (path.name, span)
+            elif not option.startswith("--env."):
+                assert option in known or span.startswith(("python ", "torchrun")), (path.name, span)
+    assert checked > 80
+
+
+def test_python_lines_in_prose_point_to_programs():
+    spans = [(path, span) for path, span in SPANS if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py "))]
+    assert len(spans) > 20
+    for _, span in spans:
+        words = shlex.split(span.replace("FILE.", "main."))
+        words = words[1:] if words[0] == "python" else [f"benchmarks/{words[0]}", *words[1:]]
+        if len(words) > 1:
+            check_python(words)
+
+
+def test_commands_in_prose_parse(options_of):
+    spans = [span for _, span in SPANS if re.match(r"lerobot-grids (?!NAME)\w+ .*-", span) and "..." not in span]
+    assert spans
+    for span in spans:
+        words = shlex.split(span.replace("RUN/", "run/"))[1:]
+        if words[0] in COMMANDS and "--help_all" not in words and "--help" not in words:
+            options_of(words)
+
+
+# Examples and studies.
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_parse(path, options_of):
+    """As the command in their first line reads them; every line of the file arrives."""
+    program, *arguments = shlex.split(path.read_text().splitlines()[0].removeprefix("# "))
+    assert program == "lerobot-grids"
+    options = options_of(arguments)
+    for name, value in yaml.safe_load(path.read_text()).items():
+        given = options[name]
+        if isinstance(value, dict):
+            assert value.items() <= vars(given).items()
+        else:
+            assert given == value
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_commands_of_studies_parse(path, options_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = kept_results.load_script("study")
+    study.main([path.stem, "--dry-run", "--output", str(tmp_path)])
+    said = {re.sub(r"--seed \d+|-s\d+", "", line) for line in capsys.readouterr().out.splitlines()[2:]}
+    assert said
+    for line in said:
+        words = shlex.split(line)
+        options_of(words[next(i for i, word in enumerate(words) if word in COMMANDS) :])
+
+
+# Links, pictures and tables.
+
+
+def slug(heading):
+    """How a heading is linked to."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", prose_of(path)):
+        if "://" in target or "{{" in target:
+            continue
+        place = path.parent / target if target else path
+        assert place.exists(), f"{path.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", prose_of(place), flags=re.M)
+            assert anchor in map(slug, headings), f"{path.name}: {target}#{anchor}"
+
+
+def test_pictures_are_small_and_shown():
+    shown = {
+        (path.parent / target).resolve()
+        for path in DOCUMENTS
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text())
+    }
+    assert shown == {path.resolve() for path in (ROOT / "docs").glob("*.png")}
+    for picture in shown:
+        assert picture.stat().st_size < LARGEST_PICTURE, picture
+
+
+TABLES = {"training": "training.md"} | dict.fromkeys(
+    ("main", "few-tokens", "frozen-vision", "ablations", "untrained", "perturbed"), "results.md"
+)
+
+
+@pytest.mark.parametrize("study", TABLES)
+def test_tables_are_those_of_the_kept_results(study):
+    """Row by row as benchmarks/results.py prints them; columns that are empty in every row may be left out."""
+    text = (ROOT / "docs" / TABLES[study]).read_text()
+    rows = kept_results.results.table(kept_results.lines(study))
+    used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    for row in rows:
+        assert f"| {' | '.join(row[i] for i in used)} |" in text, row
+
+
+def test_documents_name_no_place_of_one_machine():
+    for path in MARKDOWN:
+        assert not re.search(r"/(?:home|root|work|tmp|Users)/", path.read_text()), path
+
+
+def test_the_demo_is_a_script_of_commands_that_parse(options_of):
+    """Variables stand for what they are set to; the script itself is run by `make demo`."""
+    text = (ROOT / "examples" / "demo.sh").read_text().replace("\\\n", " ")
+    subprocess.run(["bash", "-n", "-c", text], check=True)
+    text = text.replace('"$(dirname "$0")/', '"examples/').replace('"$STEPS"', "1").replace('"$TRIALS"', "1")
+    text = re.sub(r"\$\(\[.*\)", "1", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("lerobot-grids")]
+    assert len(lines) == 5
+    for line in lines:
+        options_of(shlex.split(line)[1:])
