@@ -112,7 +112,11 @@ def chosen(*programs):
 
 
 def program_of(words):
-    return "lerobot-grids" if any(Path(word.strip('$()"')).name == "lerobot-grids" for word in launched(words)) else words[0]
+    return (
+        "lerobot-grids"
+        if any(Path(word.strip('$()"')).name == "lerobot-grids" for word in launched(words))
+        else words[0]
+    )
 
 
 def launched(words):
@@ -289,7 +293,7 @@ def test_extras_exist(case):
 
 
 def check_python(arguments):
-    """What follows `python`: a program that compiles, a test file, or a script of benchmarks with arguments it takes."""
+    """What follows `python`: a program that compiles, a test file, or a benchmark with arguments that it takes."""
     if arguments[0] == "-c":
         compile(arguments[1], "<document>", "exec")
     elif arguments[:2] == ["-m", "pytest"]:
@@ -315,7 +319,9 @@ def check_script(path, arguments):
         assert f'"{arguments[0]}"' in text or arguments[0] == "expert", arguments
     elif name in SIGNATURES:
         required = re.search(r"def main\(\s*(.*?)\) ->", text, flags=re.S)[1]
-        assert len([a for a in arguments if not a.startswith("-")]) == len(re.findall(r"\w+: (?:str|Path)(?= *[,)]|$)", required))
+        assert len([a for a in arguments if not a.startswith("-")]) == len(
+            re.findall(r"\w+: (?:str|Path)(?= *[,)]|$)", required)
+        )
     else:
         raise AssertionError(f"nothing is known of the command line of {path}")
 
@@ -403,7 +409,9 @@ def test_options_in_prose_exist(options_of, monkeypatch):
 
 
 def test_python_lines_in_prose_point_to_programs():
-    spans = [(path, span) for path, span in SPANS if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py "))]
+    spans = [
+        (path, span) for path, span in SPANS if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py "))
+    ]
     assert len(spans) > 20
     for _, span in spans:
         words = shlex.split(span.replace("FILE.", "main."))

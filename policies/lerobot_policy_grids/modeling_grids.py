@@ -218,21 +218,20 @@ class GridsPolicy(PreTrainedPolicy):
         return loss, log
 
     def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
-        """Action chunk [b, chunk_size, action_dim] of the base policy, seen through K tokens per camera."""
-        return self.require_attached().predict_action_chunk(batch, **kwargs)
+        """Action chunk [b, chunk_size, action_dim] of the base policy, seen through K tokens per camera.
+
+        Raises:
+            GridsError: If it holds NaN or infinity, which no robot should be sent.
+        """
+        return _finite(self.require_attached().predict_action_chunk(batch, **kwargs))
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Next action [b, action_dim], from the base policy's queue.
 
         Raises:
-            GridsError: If it is NaN or infinite, which no robot should be sent.
+            GridsError: If it holds NaN or infinity, which no robot should be sent.
         """
-        action = self.require_attached().select_action(batch, **kwargs)
-        # A newer LeRobot may return an object that holds the action.
-        values = getattr(action, "action", action)
-        if isinstance(values, Tensor) and not torch.isfinite(values).all():
-            raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
-        return action
+        return _finite(self.require_attached().select_action(batch, **kwargs))
 
     def reset(self) -> None:
         self.base.reset()
@@ -299,7 +298,11 @@ class GridsPolicy(PreTrainedPolicy):
         kind = policy_type(folder)
         if kind != cls.name:
             raise CheckpointError(f"{folder} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
-        return super().from_pretrained(str(folder), strict=True, **kwargs)
+        policy = super().from_pretrained(str(folder), strict=True, **kwargs)
+        # LeRobot's commands load the processors from here: from what was checked, and not from what the repository's
+        # main branch has by then.
+        policy.config.pretrained_path = folder
+        return policy
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
@@ -315,6 +318,15 @@ class GridsPolicy(PreTrainedPolicy):
             if base is None or name.startswith("_"):
                 raise
             return getattr(base, name)
+
+
+def _finite(action: Any) -> Any:
+    # A newer LeRobot may return an object that holds the action.
+    values = getattr(action, "action", action)
+    # Without values, where costs are counted.
+    if isinstance(values, Tensor) and not values.is_meta and not torch.isfinite(values).all():
+        raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
+    return action
 
 
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:

@@ -1,6 +1,7 @@
 """GridsPolicy as LeRobot drives it."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -78,9 +79,25 @@ def test_a_hub_id_without_a_network_names_the_cause():
 
 def test_an_action_that_is_no_number_is_not_sent(grids_checkpoint, monkeypatch):
     policy = GridsPolicy.from_pretrained(grids_checkpoint)
-    monkeypatch.setattr(policy.base, "select_action", lambda batch: torch.tensor([[0.0, torch.nan]]))
-    with pytest.raises(GridsError, match="NaN or infinity"):
-        policy.select_action({})
+    for name in ("select_action", "predict_action_chunk"):
+        monkeypatch.setattr(policy.base, name, lambda batch: torch.tensor([[0.0, torch.nan]]))
+        with pytest.raises(GridsError, match="NaN or infinity"):
+            getattr(policy, name)({})
+
+
+def test_processors_come_from_the_checkpoint_that_was_checked(grids_checkpoint, tmp_path, monkeypatch):
+    """LeRobot's commands take them from `config.pretrained_path`; a repository's main may have others by then."""
+    from lerobot.configs import PreTrainedConfig
+
+    from lerobot_policy_grids.checkpoint import find
+
+    snapshot = tmp_path / "models--me--x" / "snapshots" / ("ab" * 20)
+    shutil.copytree(grids_checkpoint, snapshot)
+    monkeypatch.setattr(find, "snapshot_download", lambda *args, **options: str(snapshot))
+    config = PreTrainedConfig.from_pretrained(snapshot)
+    config.pretrained_path = "me/x"
+    policy = GridsPolicy.from_pretrained("me/x", config=config, revision="ab" * 20)
+    assert config.pretrained_path == policy.config.pretrained_path == snapshot
 
 
 def test_without_a_base_it_says_what_to_pass():

@@ -232,21 +232,27 @@ class MapReducer(Reducer):
 
         Args:
             feature_map: [b, h, w, c], the dense visual tokens of an image as a map.
-            context: The inputs in `condition_on`: "language" [b, l], "state" [b, s], "camera" int64 [b].
+            context: The inputs in `condition_on`: "language" [b, l], "state" [b, s], "camera" int64 [b], the index of
+                the camera.
             num_tokens: k for this call. Defaults to the budget.
+
+        Returns:
+            `Sampled(tokens [b, k, c], coordinates float32 [b, k, 2])`.
 
         Raises:
             TokenGridError: If the map's grid is not `token_grid`.
+            BudgetError: If the reducer cannot serve k.
         """
-        raise NotImplementedError
-
-    def check_grid(self, feature_map: Tensor) -> None:
-        """Raise `TokenGridError` unless a map [b, h, w, c] has the grid that this reducer was built for."""
         if tuple(feature_map.shape[1:3]) != self.token_grid:
             raise TokenGridError(
                 f"feature map of {tuple(feature_map.shape[1:3])} tokens, but this reducer was built for "
                 f"{self.token_grid}; use the image size the checkpoint was trained with"
             )
+        return self.reduce(feature_map, context or {}, num_tokens or self.num_tokens)
+
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
+        """`forward` on a map of the right grid."""
+        raise NotImplementedError
 
 
 @ReducerConfig.register_subclass("blind")

@@ -194,26 +194,9 @@ class GridSampler(MapReducer):
         corner = torch.tensor([self.image_columns.start, self.image_rows.start])
         self.register_buffer("image_corner", corner, persistent=False)
 
-    def forward(
-        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
-    ) -> Sampled:
-        """Sample k tokens of each feature map.
-
-        Args:
-            feature_map: [b, h, w, c], the dense visual tokens of an image as a map.
-            context: The inputs in `condition_on` besides the image: "language" [b, language_width], "state"
-                [b, state_width], "camera" int64 [b], the index of the camera.
-            num_tokens: k for this call. Defaults to the budget.
-
-        Returns:
-            `Sampled(tokens [b, k, c], coordinates float32 [b, k, 2])`.
-
-        Raises:
-            TokenGridError: If the map's grid is not `token_grid`.
-        """
-        self.check_grid(feature_map)
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
         with in_float32(feature_map):
-            pixels, coordinates = self._predict(feature_map, context or {}, num_tokens or self.num_tokens)
+            pixels, coordinates = self._predict(feature_map, context, k)
             tokens = self._read(feature_map, pixels)
             if self.geometry is not None:
                 tokens = tokens + self.geometry(coordinates).to(tokens.dtype)

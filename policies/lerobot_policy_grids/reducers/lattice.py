@@ -118,18 +118,9 @@ class UniformConfig(CameraBudgetConfig):
 class UniformReducer(LatticeReducer):
     """Bilinear reading at the centres of the lattice's cells."""
 
-    def forward(
-        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
-    ) -> Sampled:
-        """Sample k tokens of each feature map [b, h, w, c] at the same coordinates.
-
-        Raises:
-            BudgetError: If k makes no even lattice.
-            TokenGridError: If the map's grid is not `token_grid`.
-        """
-        self.check_grid(feature_map)
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
         height, width = self.token_grid
-        shape = self.lattice(num_tokens or self.num_tokens)
+        shape = self.lattice(k)
         coordinates = lattice_coordinates(shape, self.region).to(feature_map.device)
         coordinates = coordinates.expand(len(feature_map), -1, -1)
         pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
@@ -150,18 +141,9 @@ class PoolConfig(CameraBudgetConfig):
 class PoolReducer(LatticeReducer):
     """`F.adaptive_avg_pool2d` to the lattice's cells."""
 
-    def forward(
-        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
-    ) -> Sampled:
-        """Average blocks of each feature map [b, h, w, c].
-
-        Raises:
-            BudgetError: If k makes no even lattice.
-            TokenGridError: If the map's grid is not `token_grid`.
-        """
-        self.check_grid(feature_map)
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
         height, width = self.token_grid
-        shape = self.lattice(num_tokens or self.num_tokens)
+        shape = self.lattice(k)
         image = feature_map[:, self.rows, self.columns].permute(0, 3, 1, 2)
         tokens = functional.adaptive_avg_pool2d(image, shape).flatten(2).transpose(1, 2)
         rows, columns = self.rows, self.columns

@@ -59,17 +59,9 @@ class RandomReducer(MapReducer):
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(dense.shape[:2], generator=generator).to(dense.device)
 
-    def forward(
-        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
-    ) -> Sampled:
-        """Keep k random tokens of each feature map [b, h, w, c].
-
-        Raises:
-            TokenGridError: If the map's grid is not `token_grid`.
-        """
-        self.check_grid(feature_map)
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
         dense = feature_map.flatten(1, 2)
         draws = self._draw(dense) + self.padding
-        kept = draws.topk(num_tokens or self.num_tokens, largest=False).indices.sort(-1).values
+        kept = draws.topk(k, largest=False).indices.sort(-1).values
         places = cell_coordinates(self.token_grid, dense.device).expand(len(dense), -1, -1)
         return Sampled(take(dense, kept), take(places, kept))

@@ -68,16 +68,7 @@ def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int
 class ToMeReducer(MapReducer):
     """Bipartite soft matching of the dense tokens down to k."""
 
-    def forward(
-        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
-    ) -> Sampled:
-        """Average the tokens of each feature map [b, h, w, c] down to k, in raster order of their mean coordinates.
-
-        Raises:
-            TokenGridError: If the map's grid is not `token_grid`.
-        """
-        self.check_grid(feature_map)
-        k = num_tokens or self.num_tokens
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
         tokens = feature_map.flatten(1, 2).float()
         sizes = tokens.new_ones(*tokens.shape[:2], 1)
         places = cell_coordinates(self.token_grid, tokens.device).expand(len(tokens), -1, -1)
