@@ -9,7 +9,14 @@ import torch
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.processor import DeviceProcessorStep, RenameObservationsProcessorStep
+from lerobot.processor import (
+    DeviceProcessorStep,
+    NormalizerProcessorStep,
+    RenameObservationsProcessorStep,
+    UnnormalizerProcessorStep,
+    rename_stats,
+)
+from lerobot.utils.constants import ACTION
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
@@ -28,6 +35,7 @@ from lerobot_policy_grids.checkpoint import (
 from lerobot_policy_grids.checkpoint.files import TOKENIZER_FOLDER
 from lerobot_policy_grids.checkpoint.find import require_complete
 from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
+from lerobot_policy_grids.checkpoint.statistics import check_statistics, find_fault
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import families, get_family
@@ -188,6 +196,7 @@ def start(
     config.output_features = outputs
     # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
     config.pretrained_path = None
+    _describe_robot(base_config(config), meta)
     _check_sizes(source, config)
     if gradient_checkpointing:
         if not hasattr(config, "gradient_checkpointing"):
@@ -208,11 +217,27 @@ def start(
             )
     else:
         policy = _wrap(policy, folder, tokens, asked, schedule, position_ids)
-    preprocessor, postprocessor = make_processors(policy.config, meta.stats)
+    preprocessor, postprocessor = make_processors(policy.config, rename_stats(meta.stats, rename_map), meta)
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
             step.rename_map = rename_map
+    for step in (*preprocessor.steps, *postprocessor.steps):
+        _check_normalisation(step)
     return LoadedPolicy(policy, preprocessor, postprocessor)
+
+
+def _check_normalisation(step: Any) -> None:
+    if not isinstance(step, (NormalizerProcessorStep, UnnormalizerProcessorStep)):
+        return
+    features = {name: (feature.type.value, tuple(feature.shape)) for name, feature in step.features.items()}
+    modes = {kind.value: mode.value for kind, mode in step.norm_map.items()}
+    fault = find_fault(features, modes, step.stats or {})
+    if fault is not None:
+        # LeRobot's own command adds quantiles to a dataset that was recorded without.
+        advice = "compute the dataset's statistics again"
+        if "'q" in fault:
+            advice = "add them with: python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=USER/DATASET"
+        raise DatasetError(f"the dataset's statistics: normalisation {fault}; {advice}")
 
 
 def _build(source: str, config: PreTrainedConfig, resolution: int | None) -> Any:
@@ -315,11 +340,13 @@ def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None
     """The (pre-processor, post-processor) that were saved beside a checkpoint.
 
     Raises:
-        CheckpointError: If they cannot be built, or came from the Hub and hold what could run code.
+        CheckpointError: If they cannot be built or cannot normalise, or came from the Hub and hold what could run
+            code.
     """
     # Those of a grids checkpoint were checked when it was found.
     if is_published(folder) and not isinstance(config, GridsConfig):
         check_processors(folder)
+    check_statistics(folder)
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": str(config.device)}}
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
@@ -459,6 +486,22 @@ def _renamed(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, 
             f"rename_map gives {', '.join(twice)} to two features of the dataset; give each its own name"
         )
     return dict(zip(renamed, features.values(), strict=True))
+
+
+def _describe_robot(config: Any, meta: LeRobotDatasetMetadata) -> None:
+    """Put into a dense policy's configuration what LeRobot's `make_policy` takes from the dataset.
+
+    Else a checkpoint keeps the action names of the robot that it was trained on before, and a command that goes by them
+    sends each joint another joint's value.
+    """
+    names = meta.features[ACTION].get("names")
+    if isinstance(names, dict):  # older datasets group them: {"motors": [...]}
+        names = [name for group in names.values() for name in group]
+    if names is not None and hasattr(config, "action_feature_names"):
+        config.action_feature_names = list(names)
+    describe = getattr(config, "set_dataset_feature_metadata", None)
+    if callable(describe):
+        describe(meta.features)
 
 
 def _check_sizes(source: str, config: Any) -> None:

@@ -298,6 +298,9 @@ class GridsPolicy(PreTrainedPolicy):
         kind = policy_type(folder)
         if kind != cls.name:
             raise CheckpointError(f"{folder} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
+        if (config := kwargs.get("config")) is not None:
+            # The checkpoint holds every weight, or names its base.
+            config.require_base().pretrained_path = None
         policy = super().from_pretrained(str(folder), strict=True, **kwargs)
         # LeRobot's commands load the processors from here: from what was checked, and not from what the repository's
         # main branch has by then.

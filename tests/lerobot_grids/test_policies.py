@@ -1,13 +1,20 @@
 """What training starts from: families, checkpoints, datasets that fit them, and what does not fit."""
 
 import shutil
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from safetensors.torch import load_file, save_file
 
 from lerobot_grids.data.datamodule import load_metadata
 from lerobot_grids.policies import load, parse_tokens, start
-from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.families.pi import small_sizes
 from recordings import dataset_of
 
 
@@ -113,3 +120,85 @@ def test_what_is_no_budget(text):
 def test_budgets():
     assert parse_tokens("dense") == "dense"
     assert parse_tokens(" 16 ") == parse_tokens(16) == 16
+
+
+def describing(root, names, joints=4, state="observation.state"):
+    """A dataset whose actions have these names, and a constant offset that only statistics know."""
+    features = {
+        "observation.image": {"dtype": "image", "shape": (96, 96, 3), "names": ["height", "width", "channels"]},
+        state: {"dtype": "float32", "shape": (joints,), "names": None},
+        "action": {"dtype": "float32", "shape": (joints,), "names": names},
+    }
+    data = LeRobotDataset.create("local/x", fps=10, features=features, root=root, use_videos=False)
+    random = np.random.default_rng(0)
+    for _ in range(6):
+        values = random.normal(50, 30, joints).astype(np.float32)
+        frame = {"observation.image": np.zeros((96, 96, 3), np.uint8), state: values, "action": values, "task": "push"}
+        data.add_frame(frame)
+    data.save_episode()
+    data.finalize()
+    return load_metadata(str(root))
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c", "grip"], {"motors": ["a", "b"], "hand": ["c", "grip"]}], ids=str)
+def test_the_names_of_the_actions_are_the_datasets(names, tmp_path):
+    """By the base's names a command would send each joint another joint's value."""
+    meta = describing(tmp_path / "data", names)
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    inputs = {
+        "observation.image": PolicyFeature(FeatureType.VISUAL, (3, 112, 112)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
+    }
+    base = get_family("pi0").small(inputs, outputs, tmp_path)
+    base.config.action_feature_names = ["grip", "a", "b", "c"]
+    base.save_pretrained(tmp_path / "base")
+    with small_sizes("pi0"), patch("lerobot_grids.policies.make_processors", lambda *args: (Steps(), Steps())):
+        built = start(str(tmp_path / "base"), 16, meta)
+    assert built.policy.config.action_feature_names == ["a", "b", "c", "grip"]
+    assert built.policy.base.config.action_feature_names == ["a", "b", "c", "grip"]
+
+
+class Steps:
+    steps = ()
+
+
+def test_a_renamed_state_is_normalised(tmp_path):
+    meta = describing(tmp_path / "data", None, state="observation.qpos")
+    built = start("tiny", 16, meta, rename_map={"observation.qpos": "observation.state"})
+    batch = {
+        "observation.image": torch.zeros(1, 3, 96, 96),
+        "observation.qpos": torch.as_tensor(meta.stats["observation.qpos"]["mean"]).float()[None],
+        "task": ["push"],
+    }
+    torch.testing.assert_close(built.preprocessor(batch)["observation.state"], torch.zeros(1, 4))
+
+
+def test_statistics_that_are_missing_are_named(dataset, dense_checkpoint, tmp_path):
+    meta = load_metadata(str(dataset))
+    del meta.stats["action"]["std"]
+    with pytest.raises(DatasetError, match=r"has no 'std' of 'action', which would stay as it is"):
+        start("tiny", 16, meta)
+    folder = tmp_path / "foreign"
+    shutil.copytree(dense_checkpoint, folder)
+    (state,) = folder.glob("policy_preprocessor_step_*.safetensors")
+    tensors = load_file(state)
+    for change, message in (
+        (lambda name, value: ("so100.buffer." + name, value), "has no 'mean' of 'observation.state'"),
+        (lambda name, value: (name, torch.full_like(value, torch.nan)), "that is not finite"),
+        (lambda name, value: (name, torch.full_like(value, 1e30)), "beyond 1e"),
+        (lambda name, value: (name, value[:3].clone() if value.ndim else value), "with 3 values, expected 4"),
+    ):
+        save_file(dict(change(name, value) for name, value in tensors.items()), state)
+        with pytest.raises(CheckpointError, match=message):
+            load(str(folder))
+
+
+def test_folders_of_lerobot_train_are_understood(dense_checkpoint, tmp_path):
+    shutil.copytree(dense_checkpoint, tmp_path / "run" / "checkpoints" / "000002" / "pretrained_model")
+    (tmp_path / "run" / "checkpoints" / "last").symlink_to("000002")
+    assert load(tmp_path / "run").policy.config.type == "tiny_smolvla"
+    peft = tmp_path / "peft"
+    shutil.copytree(dense_checkpoint, peft)
+    (peft / "model.safetensors").rename(peft / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="is a PEFT adapter"):
+        load(peft)

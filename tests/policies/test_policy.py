@@ -96,6 +96,8 @@ def test_processors_come_from_the_checkpoint_that_was_checked(grids_checkpoint, 
     monkeypatch.setattr(find, "snapshot_download", lambda *args, **options: str(snapshot))
     config = PreTrainedConfig.from_pretrained(snapshot)
     config.pretrained_path = "me/x"
+    # Of the run that trained it; resuming does not need the base again.
+    config.base.pretrained_path = "a/base/that/moved"
     policy = GridsPolicy.from_pretrained("me/x", config=config, revision="ab" * 20)
     assert config.pretrained_path == policy.config.pretrained_path == snapshot
 

@@ -21,17 +21,21 @@ from .files import (
 from .hub_errors import explain
 from .trust import check_published
 
+# What PEFT saves a LoRA in.
+PEFT_FILE = "adapter_model.safetensors"
 # Folder inside a run's output with the checkpoint that LeRobot's commands load.
 CHECKPOINT_FOLDER = "pretrained_model"
+# The same inside the output of lerobot-train.
+LAST_CHECKPOINT = f"checkpoints/last/{CHECKPOINT_FOLDER}"
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint folder at `path`: `path` itself, or `pretrained_model/` inside a run's output folder.
+    """The checkpoint folder at `path`: `path` itself, or the last one inside a run's output folder.
 
     Raises:
         CheckpointError: If there is no checkpoint.
     """
-    for folder in (path, path / CHECKPOINT_FOLDER):
+    for folder in (path, path / CHECKPOINT_FOLDER, path / LAST_CHECKPOINT):
         if (folder / CONFIG_FILE).is_file():
             return folder
     seen = "is not a folder" if not path.is_dir() else f"holds no {CONFIG_FILE}"
@@ -113,6 +117,11 @@ def read_config(folder: Path) -> Any:
 
 def require_complete(folder: Path) -> None:
     """Raise `CheckpointError` unless the folder holds configuration, weights and both processors."""
+    if (folder / PEFT_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is a PEFT adapter, which holds low-rank weights alone; train with lerobot-grids fit "
+            "--model.train reducer+lora, which saves whole weights, or merge it with PEFT and save the policy"
+        )
     weights = ADAPTER_FILE if (folder / ADAPTER_FILE).is_file() else WEIGHTS_FILE
     names = (CONFIG_FILE, weights, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
     missing = [name for name in names if not (folder / name).is_file()]

@@ -1,0 +1,80 @@
+"""Statistics by which processors normalise: a step without them hands raw numbers on, without a word."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import POSTPROCESSOR_FILE, PREPROCESSOR_FILE, read_json
+
+# LeRobot's mode of normalisation -> the statistics that it uses.
+USED = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+# No robot's joint or speed is larger, in any unit.
+LARGEST = 1e9
+STEPS = ("normalizer_processor", "unnormalizer_processor")
+
+
+def find_fault(
+    features: Mapping[str, tuple[str, tuple[int, ...]]],
+    modes: Mapping[str, str],
+    statistics: Mapping[str, Mapping[str, Tensor]],
+) -> str | None:
+    """The first fault of a normalising step, in words; None if it has none.
+
+    Args:
+        features: Name -> (type, shape) of what it normalises.
+        modes: Type -> LeRobot's mode of normalisation.
+        statistics: Name -> kind -> values.
+    """
+    for name, (kind, shape) in features.items():
+        for used in USED.get(modes.get(kind, ""), ()):
+            values = statistics.get(name, {}).get(used)
+            if values is None:
+                return f"has no '{used}' of '{name}', which would stay as it is"
+            values = torch.as_tensor(values).float()
+            if not (values.isfinite().all() and values.abs().max() <= LARGEST):
+                return f"has a '{used}' of '{name}' that is not finite, or beyond {LARGEST:.0e}"
+            # Images have one value per channel.
+            if len(shape) == 1 and values.numel() not in (1, shape[0]):
+                return f"has a '{used}' of '{name}' with {values.numel()} values, expected {shape[0]}"
+    return None
+
+
+def check_statistics(folder: Path) -> None:
+    """Raise `CheckpointError` unless both processors of a checkpoint can normalise what they are to normalise."""
+    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
+        for step in read_json(folder / name).get("steps", []):
+            if isinstance(step, dict) and step.get("registry_name") in STEPS:
+                fault = _fault_of(folder, step)
+                if fault is not None:
+                    raise CheckpointError(
+                        f"{folder / name}: '{step['registry_name']}' {fault}; use a checkpoint that was trained on "
+                        "your robot's data, or train this one on it with lerobot-grids fit"
+                    )
+
+
+def _fault_of(folder: Path, step: dict[str, Any]) -> str | None:
+    config = step.get("config", {})
+    features = {
+        name: (feature["type"], tuple(feature["shape"])) for name, feature in (config.get("features") or {}).items()
+    }
+    statistics: dict[str, dict[str, Tensor]] = {}
+    if "state_file" in step:
+        path = folder / step["state_file"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no dictionary)
+                    name, _, kind = key.rpartition(".")
+                    statistics.setdefault(name, {})[kind] = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+    return find_fault(features, config.get("norm_map") or {}, statistics)
