@@ -105,7 +105,9 @@ def test_a_failed_push_on_the_way_is_a_line(hub, train, capsys):
     train("tiny", REPO, tokens=4, steps=3, save_every=1, push_every=1)
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if "warning" in line]
-    assert line.startswith(f"warning: step 1 was not pushed to {REPO}: {REPO} cannot be pushed to: your token has no permission")
+    assert line.startswith(
+        f"warning: step 1 was not pushed to {REPO}: {REPO} cannot be pushed to: your token has no permission"
+    )
     assert line.endswith("training goes on, the next push is 1 steps from here or at the end")
     assert "pushed step 2" in printed.out
     assert "pushed full checkpoint" in printed.out
