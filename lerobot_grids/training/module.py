@@ -129,9 +129,7 @@ class GridsModule(lightning.LightningModule):
         if not all(0 <= share <= 1 for share in self.distill):
             raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
         if teacher is not None and max(self.distill) == 0:
-            raise GridsError(
-                f"--teacher {teacher} without --distill would teach nothing; give --distill, such as 0.5"
-            )
+            raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill, such as 0.5")
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
         # A blind policy never runs its vision tower, and distributed training would wait for its gradients.
         if freeze_vision or getattr(self.policy, "num_tokens", 1) == 0:
