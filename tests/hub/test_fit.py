@@ -62,7 +62,9 @@ def test_a_failed_push_keeps_the_policy_and_says_how_to_push_it(hub, dense_check
     assert load_file(tmp_path / "me-first" / "pretrained_model" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("repository", "message"), [("nowhere", "is no repository"), (REPO, "hf auth login")])
+@pytest.mark.parametrize(
+    ("repository", "message"), [("nowhere", "is not the name of a repository"), (REPO, "hf auth login")]
+)
 def test_what_cannot_be_pushed_is_said_before_training(hub, train, monkeypatch, tmp_path, repository, message):
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(HubError, match=message):
