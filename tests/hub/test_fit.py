@@ -118,7 +118,7 @@ def test_a_failed_push_on_the_way_is_a_line(hub, train, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"push_every": 500}, "--push_every 500 without --push; say where to"),
+        ({"push_every": 500}, "--push_every 500 without --push; give --push user/name"),
         ({"push": REPO, "push_every": 750}, "--push_every 750 with --save_every 500: .* give a multiple"),
         ({"push": REPO, "push_every": 0}, "--push_every 0; give at least 1"),
     ],
