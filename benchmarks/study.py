@@ -1,6 +1,6 @@
 """Run a study: train each method, evaluate it, and save every result as one line of a JSONL file.
 
-    python benchmarks/study.py main --dry-run            # the commands, without running them
+    python benchmarks/study.py main --dry-run            # print the commands without running them
     python benchmarks/study.py main --workers 2          # into outputs/main; run it again after a stop to continue
     python benchmarks/study.py main --only dense grids16 --seeds 0 --episodes 10 --output outputs/try
     python benchmarks/results.py outputs/main/main.jsonl # print the table again
@@ -49,7 +49,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | os.enviro
 
 
 class StudyError(Exception):
-    """A command failed, or must not be run."""
+    """A command failed, or its result would replace another one."""
 
 
 def words(options: str | None) -> list[str]:

@@ -42,7 +42,7 @@ def compare(
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
         json: Further JSON file for the result.
         env_args: More fields of the environment's configuration.
-        perturb: Perturb MetaWorld as kind:severity, comma-separated, as in `eval`.
+        perturb: Perturb MetaWorld by kind:severity, comma-separated, as in `eval`.
         tamper: Remove or shuffle inputs of the policies, as in `eval`.
     """
     import re

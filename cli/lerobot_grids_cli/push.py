@@ -27,7 +27,7 @@ def push(
         repo: The repository, user/name; created if it does not exist.
         format: adapter (the changes to a base policy, which is pinned by commit and hash), full (self-contained), or
             auto for the adapter if its base is on the Hub and it is much smaller.
-        private: Make the repository private.
+        private: Create a private repository; an existing one must be private.
         tag: Tag for the commit, such as v1.
         dry_run: Check all files, list their sizes and print the card, without pushing.
         results: JSON files of eval, validate and bench for the card, comma-separated; a looks.png beside one becomes

@@ -36,12 +36,12 @@ def film(
     """Film a few episodes of every task, with the sampled points drawn on the frames.
 
     Args:
-        loaded: Policy and processors.
+        loaded: The policy and its processors.
         env_config: LeRobot's configuration of the environment; its images should be rendered at every step.
         folder: Output folder for `<task>_<seed>.mp4` and `looks.png`, a sheet with `frames` frames per episode.
-        episodes: Episodes of each task.
+        episodes: Number of episodes of each task.
         seed: Seed of the first episode.
-        frames: Frames of each episode on the sheet.
+        frames: Number of frames of each episode on the sheet.
         tampering: As in `evaluate`. Films show the original camera image, without the tampering.
 
     Returns:

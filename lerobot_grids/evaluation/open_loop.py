@@ -151,9 +151,9 @@ def validate(
     """Run a policy over the held-out frames at each budget.
 
     Args:
-        loaded: The policy.
-        data: Its demonstrations; loaded for this policy if they are not loaded yet.
-        budgets: From `budgets_of`.
+        loaded: The policy and its processors.
+        data: The demonstrations; loaded for this policy if they are not loaded yet.
+        budgets: Budgets from `budgets_of`.
         teacher: A dense policy to compare with.
         on_progress: Called after each batch at each budget.
 

@@ -144,10 +144,10 @@ def compare(
         make_env: Makes the environment's configuration; `look_every=` is the number of steps between two
             observations. It must be picklable.
         folder: Folder for the evaluations.
-        episodes: Episodes of each task.
+        episodes: Number of episodes of each task.
         seed: Seed of the first episode.
-        batch_size: Episodes that run side by side.
-        device: Where policies run; None keeps each checkpoint's own.
+        batch_size: Number of episodes that run in parallel.
+        device: Device of the policies; None keeps the device of each checkpoint.
         tampering: Changes to the policies' input, from `tampering.TAMPERINGS`.
         workers: Number of policies that are evaluated at the same time, each in its own process.
         costs: Whether to count FLOPs and measure milliseconds after the evaluations.

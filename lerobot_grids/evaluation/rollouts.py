@@ -58,11 +58,11 @@ def evaluate(
     """Run episodes of every task of an environment and count successes.
 
     Args:
-        loaded: Policy and processors.
+        loaded: The policy and its processors.
         env_config: LeRobot's configuration of the environment.
-        episodes: Episodes of each task.
+        episodes: Number of episodes of each task.
         seed: Seed of the first episode; the others have the next seeds. Recordings should use other seeds.
-        batch_size: Episodes that run side by side.
+        batch_size: Number of episodes that run in parallel.
         source: Name of the policy to write into the result.
         tampering: Changes to the policy's input, from `tampering.TAMPERINGS`.
         on_start: Called once with the number of episodes over all tasks.

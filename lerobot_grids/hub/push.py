@@ -120,10 +120,9 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Committed:
-    """Id and URL of a commit, and the stale files of an earlier checkpoint that it deleted."""
+    """Id of a commit, and the stale files of an earlier checkpoint that it deleted."""
 
     commit: str
-    url: str
     deleted: list[str]
 
 
@@ -146,7 +145,7 @@ def commit_folder(
     """
     api, names = HfApi(), _files_in(folder)
     with asking_the_hub(f"{repo_id} cannot be pushed to"):
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         info = api.model_info(repo_id)
         if private and not info.private:
             raise HubError(f"{repo_id} exists and is public; make it private in its settings, or drop --private")
@@ -161,7 +160,7 @@ def commit_folder(
     if tag is not None:
         with asking_the_hub(f"{repo_id} was pushed as {commit.oid}, but cannot be tagged"):
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    return Committed(str(commit.oid), str(url), stale)
+    return Committed(str(commit.oid), stale)
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -34,7 +34,7 @@ def make_config(name: str, cameras: int, size: int | None = None, dtype: str = "
     """The configuration of a family's default architecture.
 
     Args:
-        name: One of `architectures`.
+        name: A name in `architectures`.
         cameras: Number of cameras.
         size: Side of the square image in pixels; None takes the family's default.
         dtype: "bfloat16" or "float32", for families that support both.

@@ -56,7 +56,7 @@ class Cost:
 
 
 def stages_of(policy: Any) -> Stages:
-    """The measurable parts of a policy."""
+    """The modules of a policy whose costs are measured."""
     base = dense_policy(policy)
     return get_family(base.config.type).stages(base)
 

@@ -125,7 +125,7 @@ def record(
     Args:
         output: Folder of the new dataset.
         tasks: MetaWorld tasks, comma-separated.
-        episodes: Successful episodes of each task.
+        episodes: Number of successful episodes of each task.
         size: Height and width of the images in pixels.
         noise: Standard deviation of the noise on executed actions.
         seed: First seed; evaluations should use other seeds.

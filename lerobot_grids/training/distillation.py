@@ -73,7 +73,7 @@ def watch(target: Target, noise: dict[str, Tensor] | None = None) -> Iterator[li
 
 
 class Teacher(ABC):
-    """A dense policy that is not trained. It is no `nn.Module`, so that it does not become part of the student."""
+    """A dense policy that is not trained. It is not an `nn.Module`, so that no module registers its weights."""
 
     # Description for the user.
     description: str
