@@ -1,10 +1,11 @@
-"""An adapter beside its base, as files: their sizes, and how long it takes to verify the base by its SHA-256.
+"""Compare the file sizes of an adapter and its base policy, and measure the time to verify the base by its SHA-256.
 
     python benchmarks/adapter_size.py pi0|smolvla [--dtype bfloat16] [--cameras 2] [--folder FOLDER] [--results FILE]
 
-The family's real architecture with random weights, wrapped with the default sampler at K = 16, no network. Base and
-policy are laid out as the Hub's client keeps them, the adapter is written and loaded by the code that `push` and
-`from_pretrained` use. π0 in bfloat16 needs 17 GB of memory, mapped files included, and 18 GB of disk for a while.
+The script builds the family's real architecture with random weights and the default sampler at K = 16, without network
+access. The base is stored as in the cache of the Hub's client. The adapter is written and loaded with the code of
+`push` and `from_pretrained`. π0 in bfloat16 needs 17 GB of memory, including mapped files, and 18 GB of temporary disk
+space.
 """
 
 import gc
@@ -26,7 +27,7 @@ COMMIT, VLM = "0" * 40, "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 
 
 def snapshot(cache: Path, repo_id: str) -> Path:
-    """Folder of a repository in the client's cache, at COMMIT, which is also its main."""
+    """Folder of a repository in the client's cache, at COMMIT, to which its branch main points."""
     home = cache / f"models--{repo_id.replace('/', '--')}"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text(COMMIT)
@@ -34,8 +35,8 @@ def snapshot(cache: Path, repo_id: str) -> Path:
 
 
 def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, Any]:
-    """Sizes in bytes and times in seconds."""
-    # Read when the client is imported.
+    """Measure sizes in bytes and times in seconds."""
+    # Set before the import of the client, which reads them.
     os.environ |= {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     import torch
     from lerobot.policies.factory import get_policy_class
@@ -68,7 +69,7 @@ def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, An
         real = get_policy_class(kind)
         return real if kind == "grids" else lambda config, **options: construct(config, partial(real, **options))
 
-    # Constructed without initialising what is loaded anyway, in the memory that its weights have.
+    # Skip the random initialisation of weights that are loaded anyway, and use their own precision.
     with patch("lerobot_policy_grids.modeling_grids.get_policy_class", make_class):
         write_adapter(source, adapter)
         gc.collect()
@@ -102,7 +103,7 @@ def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, An
 
 
 def processor() -> str:
-    """Its name as Linux has it."""
+    """Name of the processor, from /proc/cpuinfo on Linux."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
@@ -114,10 +115,10 @@ def main(
 
     Args:
         family: pi0 or smolvla.
-        dtype: Of the π policies' trunk; SmolVLA is made in float32.
+        dtype: Precision of the π policies' trunk; SmolVLA is built in float32.
         cameras: Number of cameras.
-        folder: Where to put the files meanwhile; they are removed.
-        results: File that gets the line, such as benchmarks/results/adapter.jsonl.
+        folder: Folder for temporary files, which are removed at the end.
+        results: File for the result line, such as benchmarks/results/adapter.jsonl.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         result = measure(family, "float32" if family == "smolvla" else dtype, cameras, Path(place))
@@ -125,7 +126,7 @@ def main(
     print(f"{json.dumps(result, indent=2)}\nadapter / base: {100 * share:.2f} %")
     if results is not None:
         kept.put(Path(results), [result])
-    assert share < 0.02, "the adapter has 2 % of its base or more"
+    assert share < 0.02, "the adapter has at least 2 % of the size of its base"
 
 
 if __name__ == "__main__":

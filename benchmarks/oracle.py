@@ -1,11 +1,11 @@
-"""What if the sampler knew where to look? Its four points are put on hand, object and goal, by the simulator.
+"""A sampler with ideal coordinates: the simulator puts its four points on hand, object and goal.
 
 python benchmarks/oracle.py fit --policy tiny_metaworld --dataset demonstrations --tokens 4 --output oracle4 ...
 python benchmarks/oracle.py eval --policy oracle4 --videos 0 --episodes 50
 
-`python benchmarks/study.py oracle` runs both and keeps what came of them. The commands and options are those of
-lerobot-grids. The fourth point lies halfway between hand and object. The camera must be where it usually is:
---perturb camera would move it.
+`python benchmarks/study.py oracle` runs both and saves the results. The commands and options are those of
+lerobot-grids. The fourth point lies halfway between hand and object. The camera must be at its default position, so
+--perturb camera gives wrong points.
 """
 
 import sys
@@ -25,7 +25,7 @@ from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 
 
 def project(points: Tensor) -> Tensor:
-    """Places in the camera's image, (x, y) in [0, 1], of points [..., 3] in metres."""
+    """Project points [..., 3] in metres into the camera's image: (x, y) in [0, 1]."""
     axes = torch.tensor(camera_axes(CAMERA_POSITION, CAMERA_TARGET), dtype=torch.float32)
     left, down, backward = ((points.float() - torch.tensor(CAMERA_POSITION)) @ axes).unbind(-1)
     focal = 0.5 / np.tan(np.radians(CAMERA_FOVY) / 2)
@@ -33,7 +33,7 @@ def project(points: Tensor) -> Tensor:
 
 
 class Oracle:
-    """Where hand, object and goal are in the batch that comes next, and in the environments that run."""
+    """Positions of hand, object and goal for the next training batch, or from the running environments."""
 
     def __init__(self) -> None:
         self.points: Tensor | None = None
@@ -41,19 +41,19 @@ class Oracle:
         self.task = ""
 
     def tell(self, hand: Tensor, thing: Tensor, goal: Tensor) -> None:
-        """Remember positions [b, 3] in metres."""
+        """Store positions [b, 3] in metres as points in the image."""
         hand, thing, goal = project(hand), project(thing), project(goal)
         self.points = torch.stack([hand, thing, goal, (hand + thing) / 2], 1).clamp(0, 1)
 
     def look(self, count: int) -> None:
-        """Ask the simulators of the running task."""
+        """Read the positions from the simulators of the current task."""
         running = [env for env in self.environments if env.task == self.task][-count:]
         raw = torch.tensor(np.stack([env.raw_observation for env in running]))
         self.tell(raw[:, :3], raw[:, OBJECT_POSITION], raw[:, GOAL_POSITION])
 
 
 def install(oracle: Oracle) -> None:
-    """From now on every sampler of this process does as the oracle says."""
+    """Replace the predicted coordinates of all samplers in this process by the oracle's points."""
     prepare, make, observe = GridsModule._prepare, MetaworldEnv.__init__, MetaworldEnv._format_raw_obs
 
     def prepare_told(self: GridsModule, batch: dict[str, Any], augment: bool) -> dict[str, Any]:

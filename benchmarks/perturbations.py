@@ -1,4 +1,4 @@
-"""What perturbations look like, and whether the scripted expert still solves the tasks under them.
+"""Show the perturbations in a picture, and count how often the scripted expert succeeds with them.
 
 python benchmarks/perturbations.py sheet docs/perturbations.png
 python benchmarks/perturbations.py expert benchmarks/results/perturbations.jsonl 10
@@ -23,7 +23,7 @@ SIZE, LABEL_HEIGHT, FIRST_SEED = 112, 52, 100_000
 
 
 def sheet(path: Path) -> None:
-    """First images of two episodes: a row for each kind, a column for each severity after the unperturbed one."""
+    """Draw the first images of two episodes: one row per kind; unperturbed, then one column per severity."""
     rows: list[list[np.ndarray]] = []
     for kind in KINDS:
         row: list[np.ndarray] = []
@@ -32,18 +32,18 @@ def sheet(path: Path) -> None:
                 env = MetaworldEnv(task, SIZE, perturbations=[Perturbation(kind, severity)] if severity else None)
                 observation, _ = env.reset(seed=seed)
                 title = f"{kind}:{severity}" if severity else "unperturbed"
-                # An instruction is seen only if it is written down.
+                # An image does not show the instruction, so print it.
                 row.append(label(observation["pixels"], env.task_description if kind == "instruction" else title))
                 env.close()
         rows.append(row)
     contact_sheet(rows, path)
-    # A palette that covers the rare colours, too, is enough to see what differs, at a quarter of the bytes.
+    # A palette that includes rare colours shows the differences and needs a quarter of the bytes.
     picture = Image.open(path).convert("RGB")
     picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def label(image: np.ndarray, title: str) -> np.ndarray:
-    """The image with a title above it."""
+    """Add a title above an image."""
     picture = Image.new("RGB", (image.shape[1], image.shape[0] + LABEL_HEIGHT))
     picture.paste(Image.fromarray(image), (0, LABEL_HEIGHT))
     ImageDraw.Draw(picture).multiline_text(
@@ -53,12 +53,12 @@ def label(image: np.ndarray, title: str) -> np.ndarray:
 
 
 def expert(path: Path, episodes: int) -> None:
-    """Successes of the scripted expert per task, kind and severity."""
+    """Count successes of the scripted expert per task, kind and severity."""
     warnings.filterwarnings("ignore", "Constant", UserWarning)
     counts: dict[str, dict[str, int]] = {}
     for task in DEFAULT_TASKS:
         for perturbations in ([], *([Perturbation(kind, severity)] for kind in KINDS for severity in SEVERITIES)):
-            # Only the motion matters: one image per episode.
+            # The expert needs no images, so render one per episode only.
             env = MetaworldEnv(task, render_interval=10_000, perturbations=perturbations)
             count = sum(
                 demonstrate(env, seed, noise=0.0) is not None for seed in range(FIRST_SEED, FIRST_SEED + episodes)

@@ -2,8 +2,8 @@
 
     python benchmarks/results.py benchmarks/results/main.jsonl [--picture FILE.png]
 
-What the lines hold is in benchmarks/README.md. Counts, rates, intervals and tests are not in them: they follow from the
-outcomes, by lerobot_grids.evaluation.statistics.
+benchmarks/README.md describes the lines. They hold outcomes; lerobot_grids.evaluation.statistics computes counts,
+rates, intervals and tests from them.
 """
 
 import argparse
@@ -15,26 +15,26 @@ from typing import Any
 from lerobot_grids.evaluation.statistics import paired_comparison, wilson_interval
 
 Line = dict[str, Any]
-# Two lines that agree in these are the same measurement, and the newer one replaces the older.
+# Two lines with equal values of these fields are the same measurement; the newer one replaces the older.
 KEY = ("kind", "method", "seed", "tokens", "perturb", "tamper", "policy", "task", "command", "run", "cameras", "device")
 KEYED = {"evaluation": KEY[:6], "validation": KEY[:6], "comparison": ("kind", "perturb", "tamper")}
-# Our names for the fields of `lerobot-grids eval` and `validate`.
+# Fields of `lerobot-grids eval` and `validate` -> names in the lines.
 NAMES = {"num_tokens": "tokens", "num_dense_tokens": "dense_tokens"}
 SHARED = ("policy", "policy_type", "num_tokens", "num_dense_tokens")
 
 
 def read(path: Path) -> list[Line]:
-    """Every line of a file; none if there is no file."""
+    """Read all lines of a file; an empty list if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def key(line: Line) -> tuple[Any, ...]:
-    """What identifies a measurement."""
+    """The values that identify a measurement."""
     return tuple(line.get(name) for name in (*KEYED.get(line["kind"], KEY), "name"))
 
 
 def put(path: Path, lines: list[Line]) -> None:
-    """Write lines into a file, each in the place of the one that it replaces, or at the end."""
+    """Write lines into a file: replace lines of the same measurement in place, and append new ones."""
     if not lines:
         return
     kept = {key(line): line for line in read(path)} | {key(line): line for line in lines}
@@ -43,12 +43,12 @@ def put(path: Path, lines: list[Line]) -> None:
 
 
 def _present(line: Line) -> Line:
-    """Without what is empty."""
+    """Remove empty values."""
     return {name: value for name, value in line.items() if value is not None and value not in ("", [], {})}
 
 
 def evaluation_line(content: Line, method: str, seed: int | None) -> Line:
-    """The line of a result.json of `lerobot-grids eval`, or of one evaluation that `compare` keeps."""
+    """Make the line of a result.json of `lerobot-grids eval`, or of one evaluation in the folder of `compare`."""
     tasks, asked = content["tasks"], content.get("asked", {})
     (seeds,) = {tuple(task["seeds"]) for task in tasks}
     run = {"first": seeds[0], "count": len(seeds)}
@@ -64,13 +64,13 @@ def evaluation_line(content: Line, method: str, seed: int | None) -> Line:
 
 
 def episode_seeds(line: Line) -> list[int]:
-    """The seed of each episode of a task; the same for every task."""
+    """The seed of each episode of a task; they are the same for every task."""
     seeds = line["episode_seeds"]
     return list(range(seeds["first"], seeds["first"] + seeds["count"])) if isinstance(seeds, dict) else seeds
 
 
 def comparison_line(content: Line) -> Line:
-    """The line of a compare.json: what does not follow from its evaluations."""
+    """Make the line of a compare.json, with the fields that do not follow from its evaluations."""
     line = {"kind": "comparison", "methods": [row["name"] for row in content["methods"]]}
     line |= {name: content["protocol"].get(name) for name in ("perturb", "tamper")}
     line |= {"device": content["methods"][0].get("device"), "threads": content["threads"], "torch": content["torch"]}
@@ -80,7 +80,7 @@ def comparison_line(content: Line) -> Line:
 
 
 def validation_lines(content: Line, method: str, seed: int | None) -> list[Line]:
-    """A line for each budget of a file of `lerobot-grids validate`."""
+    """Make a line for each budget in a file of `lerobot-grids validate`."""
     lines = []
     for budget in content["budgets"]:
         both = content | budget
@@ -94,38 +94,38 @@ def validation_lines(content: Line, method: str, seed: int | None) -> list[Line]
 
 
 def bench_lines(content: Line) -> list[Line]:
-    """A line for each row of a file of `lerobot-grids bench`."""
+    """Make a line for each row in a file of `lerobot-grids bench`."""
     what = {name: value for name, value in content.items() if name != "costs"}
     rows = [{"kind": "bench"} | what | row for row in content["costs"]]
     return [_present({name: value for name, value in row.items() if name != "total_flops"}) for row in rows]
 
 
 def condition(line: Line) -> str:
-    """What is perturbed or spoiled."""
+    """The perturbations and tamperings of a line as text."""
     parts = [line.get("perturb", ""), f"tamper:{line['tamper']}" if "tamper" in line else ""]
     return " ".join(part for part in parts if part) or "none"
 
 
 def _flat(lines: list[Line]) -> list[list[bool]]:
-    """Outcomes by training seed, episode by episode."""
+    """Outcomes: one list per training seed, one value per episode."""
     return [[bit == "1" for bits in line["outcomes"].values() for bit in bits] for line in lines]
 
 
 def _alike(ours: list[Line], theirs: list[Line]) -> bool:
-    """Whether training seeds and episodes are the same, so that outcomes can be paired."""
+    """Whether training seeds and episodes are equal, so that outcomes can be paired."""
     first, second = ([(x.get("seed"), list(x["outcomes"]), episode_seeds(x)) for x in side] for side in (ours, theirs))
     return first == second
 
 
 def _interval(lines: list[Line]) -> tuple[int, int, float, float]:
-    """(successes, episodes, low, high); training seeds repeat the episodes and do not narrow the interval."""
+    """(successes, episodes, low, high); more training seeds do not make the interval narrower."""
     outcomes = _flat(lines)
     successes, episodes = sum(map(sum, outcomes)), sum(map(len, outcomes))
     return successes, episodes, *wilson_interval(successes / len(lines), episodes // len(lines))
 
 
 def _spread(values: list[float]) -> str:
-    """Mean, and the standard deviation over training seeds."""
+    """Mean and standard deviation over training seeds as text."""
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
@@ -139,7 +139,7 @@ def groups(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:
 
 
 def table(lines: list[Line]) -> list[list[str]]:
-    """Rows of a study's table, the first being the header."""
+    """Rows of a study's table; the first is the header."""
     found = groups(lines)
     if not found:
         return _plain(lines)
@@ -173,7 +173,7 @@ def table(lines: list[Line]) -> list[list[str]]:
 
 
 def _by_condition(found: dict[tuple[str, str], list[Line]]) -> list[list[str]]:
-    """A row for each condition: successes of each method, what they lose, and the second method against the first."""
+    """A row for each condition: successes of each method, their drops, and the second method against the first."""
     names = list(dict.fromkeys(name for _, name in found))
     rows = [["", *names, *(f"{name}: drop, points" for name in names)]]
     rows[0] += ["second against first, points"] if len(names) > 1 else []
@@ -187,18 +187,18 @@ def _by_condition(found: dict[tuple[str, str], list[Line]]) -> list[list[str]]:
 
 
 def _plain(lines: list[Line]) -> list[list[str]]:
-    """Every number of other lines as it is."""
+    """A table with all fields of other lines."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     return [names, *([str(line.get(name, "")) for name in names] for line in lines)]
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Rows as a Markdown table."""
+    """Format rows as a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Success with its interval, a row for each method."""
+    """Plot success with its interval, one row per method."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -221,7 +221,7 @@ def draw(lines: list[Line], path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a file of benchmarks/results, or one that study.py wrote")
-    parser.add_argument("--picture", type=Path, help="draw success with its intervals, too")
+    parser.add_argument("--picture", type=Path, help="also draw success with its intervals")
     asked = parser.parse_args()
     measured = read(asked.file)
     print(markdown(table(measured)))

@@ -1,28 +1,28 @@
-"""Run a study: train each method, let it act, and keep every outcome as one line of a JSONL file.
+"""Run a study: train each method, evaluate it, and save every result as one line of a JSONL file.
 
-    python benchmarks/study.py main --dry-run            # the commands, without running them
-    python benchmarks/study.py main --workers 2          # into outputs/main; stopped, it goes on where it was
+    python benchmarks/study.py main --dry-run            # print the commands without running them
+    python benchmarks/study.py main --workers 2          # into outputs/main; run it again after a stop to continue
     python benchmarks/study.py main --only dense grids16 --seeds 0 --episodes 10 --output outputs/try
-    python benchmarks/results.py outputs/main/main.jsonl # the table again
+    python benchmarks/results.py outputs/main/main.jsonl # print the table again
 
-A study is a file of benchmarks/studies:
+A study is a file in benchmarks/studies:
 
     base         policy that every method starts from
     record       options of `lerobot-grids record`: the demonstrations
     fit          options of `lerobot-grids fit` that all methods share
-    methods      name: further options of fit. Or name: {fit: ..., of: ..., at: {...}, seeds: [...]}
-                   of: acts with the checkpoints of another method, or with this policy, instead of its own training
-                   at: tokens, reducer or resolution while it acts, without training for it
-    seeds        training seeds; 0 1 2 unless given
-    compare      options of `lerobot-grids compare`: all methods side by side, with FLOPs and milliseconds,
-    conditions   once for each of these further options
-    eval         options of `lerobot-grids eval`: each method on its own
-    validate     options of `lerobot-grids validate`: held-out loss, too
+    methods      name: further options of fit, or name: {fit: ..., of: ..., at: {...}, seeds: [...]}
+                   of: another method, or a policy, whose checkpoints are evaluated; the method itself is not trained
+                   at: tokens, reducer or resolution in the evaluation, without training for it
+    seeds        training seeds; default 0 1 2
+    compare      options of `lerobot-grids compare`, which evaluates all methods, with FLOPs and milliseconds
+    conditions   further options of compare; it runs once for each
+    eval         options of `lerobot-grids eval`, which evaluates each method on its own
+    validate     options of `lerobot-grids validate`, to measure the held-out loss too
     bench        name: options of `lerobot-grids bench`
-    program      what is called instead of lerobot-grids
+    program      command to run instead of lerobot-grids
 
-A command that ended is not run again. Another recipe for a policy that is trained already is refused; other options of
-an evaluation evaluate again. Nothing is downloaded.
+A finished command is not run again. If the training options of an existing policy change, the study stops with an
+error; if the options of an evaluation change, it runs again. Nothing is downloaded.
 """
 
 import argparse
@@ -44,21 +44,21 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "benchmarks" / "studies"
 STATE = "training_state/last.ckpt"
-# One-thread jobs side by side use a small machine better than one job with more threads.
+# On a small machine, parallel jobs with one thread each are faster than one job with more threads.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 class StudyError(Exception):
-    """A command failed, or must not be run."""
+    """A command failed, or its result would replace another one."""
 
 
 def words(options: str | None) -> list[str]:
-    """Options as a list; files of this repository are found from anywhere."""
+    """Split options into a list, and make paths of files in this repository absolute."""
     return [str(ROOT / word) if "/" in word and (ROOT / word).exists() else word for word in shlex.split(options or "")]
 
 
 class Study:
-    """What a study's file asks for, as commands that run in its folder."""
+    """The commands of a study, which run in its output folder."""
 
     def __init__(self, content: dict[str, Any], asked: argparse.Namespace, output: Path, file: Path) -> None:
         self.content, self.asked, self.output, self.file = content, asked, output, file
@@ -72,25 +72,25 @@ class Study:
         self.seeds = asked.seeds or content.get("seeds", [0, 1, 2])
 
     def source(self, name: str) -> str:
-        """The method whose training a method acts with, or the policy that it is."""
+        """The method, or the policy, whose checkpoints a method is evaluated with."""
         return str(self.methods[name].get("of", name))
 
     def trained(self, name: str) -> bool:
-        """Whether a method acts with what this study trains."""
+        """Whether a method is evaluated with checkpoints that this study trains."""
         source = self.source(name)
         return source in self.methods and "of" not in self.methods[source]
 
     def seeds_of(self, name: str) -> list[int | None]:
-        """Training seeds of a method; [None] for a policy as it is."""
+        """Training seeds of a method; [None] for an existing policy."""
         allowed = [self.methods[n].get("seeds", self.seeds) for n in {name, self.source(name)} & set(self.methods)]
         return [seed for seed in self.seeds if all(seed in some for some in allowed)] if self.trained(name) else [None]
 
     def checkpoint(self, name: str, seed: int | None) -> str:
-        """Where a method's policy lies, seen from the study's folder."""
+        """Path of a method's policy, relative to the study's folder."""
         return self.source(name) if seed is None else f"{self.source(name)}-s{seed}"
 
     def run(self) -> None:
-        """Everything, in order."""
+        """Run all commands in order."""
         runs = {(self.source(n), seed): None for n in self.chosen if self.trained(n) for seed in self.seeds_of(n)}
         if runs or "validate" in self.content:
             self.command("demonstrations", ["record", *words(self.content["record"])], creates=True)
@@ -107,7 +107,7 @@ class Study:
                 results.put(self.file, results.bench_lines(self.load(f"{name}.json")))
 
     def parallel(self, act: Callable[..., list[results.Line]], jobs: list[Any]) -> None:
-        """As many at once as there are workers, and keep their lines; when one fails, those that run end first."""
+        """Run jobs in parallel and save their lines. After a failure, running jobs finish and no others start."""
         with ThreadPoolExecutor(1 if self.asked.dry_run else self.asked.workers) as pool:
             futures = [pool.submit(act, *job) for job in jobs]
             try:
@@ -126,7 +126,7 @@ class Study:
         return []
 
     def act(self, name: str, seed: int | None) -> list[results.Line]:
-        """Evaluate one policy, and validate it where the study does."""
+        """Evaluate one policy, and validate it if the study does."""
         run, label = self.checkpoint(name, seed), name if seed is None else f"{name}-s{seed}"
         at = [word for key, value in self.methods[name].get("at", {}).items() for word in (f"--{key}", str(value))]
         policy = ["--policy", run, *at]
@@ -141,7 +141,7 @@ class Study:
         return lines
 
     def compare(self, options: str) -> None:
-        """Set the chosen methods side by side under one condition."""
+        """Compare the chosen methods under one condition."""
         seeds = {name: self.seeds_of(name) for name in self.chosen}
         policies = {name: [self.checkpoint(name, seed) for seed in seeds[name]] for name in self.chosen}
         methods = [f"{name}={','.join(runs)}" for name, runs in policies.items()]
@@ -159,21 +159,21 @@ class Study:
             results.put(self.file, lines)
 
     def episodes(self) -> list[str]:
-        """The option, where it was given."""
+        """The option --episodes, if it was given."""
         return [] if self.asked.episodes is None else ["--episodes", str(self.asked.episodes)]
 
     def load(self, name: str) -> dict[str, Any]:
-        """A result."""
+        """Read a result file."""
         return dict(json.loads((self.output / name).read_text()))
 
     def command(self, name: str, arguments: list[str], after: list[str] | None = None, creates: bool = False) -> bool:
-        """Run a command unless it is done; whether its result is there to be read.
+        """Run a command unless it is done, and return whether its result can be read.
 
         Args:
-            name: Of its log, of its marker, and of the folder that it `creates`.
-            arguments: Of lerobot-grids.
-            after: What it needs; where that is newer, the command runs again.
-            creates: Whether it makes a policy or a dataset, which is never replaced by one of another recipe.
+            name: Name of its log, of its marker, and of the folder that it creates.
+            arguments: Arguments of lerobot-grids.
+            after: Names of commands that it needs; if one of them is newer, the command runs again.
+            creates: Whether it makes a policy or a dataset. These are never replaced after a change of options.
         """
         arguments += ["--output", name] if creates else []
         text, done, folder = shlex.join(arguments), self.output / "done" / name, self.output / name
@@ -185,22 +185,22 @@ class Study:
             return not self.asked.dry_run
         if creates and was is not None:
             raise StudyError(
-                f"{folder} is there, by\n  {was}\nand not by\n  {text}\nRemove it and {done}, or choose --output"
+                f"{folder} was made by\n  {was}\nand not by\n  {text}\nRemove it and {done}, or choose another --output"
             )
         program = words(self.content.get("program", "lerobot-grids"))
         if self.asked.dry_run:
             print(shlex.join([*program, *arguments]))
             return False
-        # Of this virtual environment, active or not.
+        # Use the program of this virtual environment, even if it is not active.
         beside = Path(sys.executable).with_name(program[0])
         command = [str(beside) if beside.exists() else program[0], *program[1:], *arguments]
         if creates and folder.exists():
             if not begun.is_file():
-                raise StudyError(f"{folder} is there, and not by this study; remove it, or choose --output")
+                raise StudyError(f"{folder} was not made by this study; remove it, or choose another --output")
             if begun.read_text() == text and (folder / STATE).is_file():
                 command.append("--resume")
             else:
-                print(f"# half done, again: {name}", flush=True)
+                print(f"# incomplete, runs again: {name}", flush=True)
                 shutil.rmtree(folder)
         for path in (done, begun, log):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,19 +220,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the study."""
     names = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help=f"{names}; or a file of your own")
+    parser.add_argument("study", help=f"{names}, or the path of another file")
     parser.add_argument("--output", type=Path, help="folder for policies, logs and results (outputs/STUDY)")
     parser.add_argument("--results", type=Path, help="file for the lines (OUTPUT/STUDY.jsonl)")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods alone")
-    parser.add_argument("--seeds", nargs="+", type=int, help="training seeds, instead of the study's")
-    parser.add_argument("--steps", type=int, help="training steps, instead of the study's")
-    parser.add_argument("--episodes", type=int, help="episodes of each task, instead of the study's")
-    parser.add_argument("--workers", type=int, default=2, help="one-thread jobs side by side (2)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left to run")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="run only these methods")
+    parser.add_argument("--seeds", nargs="+", type=int, help="training seeds to use instead of the study's")
+    parser.add_argument("--steps", type=int, help="training steps to use instead of the study's")
+    parser.add_argument("--episodes", type=int, help="episodes of each task to use instead of the study's")
+    parser.add_argument("--workers", type=int, default=2, help="number of parallel jobs, with one thread each (2)")
+    parser.add_argument("--dry-run", action="store_true", help="print the remaining commands without running them")
     asked = parser.parse_args(arguments)
     path = Path(asked.study) if asked.study.endswith(".yaml") else STUDIES / f"{asked.study}.yaml"
     if not path.is_file():
-        parser.error(f"there is no study '{asked.study}'; there are {names}")
+        parser.error(f"there is no study '{asked.study}'; choose one of {names}")
     content = yaml.safe_load(path.read_text())
     output = (asked.output or Path("outputs") / path.stem).resolve()
     file = (asked.results or output / f"{path.stem}.jsonl").resolve()
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     except StudyError as error:
         sys.exit(f"study.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("study.py: stopped; the same command goes on")
+        sys.exit("study.py: stopped; run the same command to continue")
     if not asked.dry_run:
         print(f"\n{results.markdown(results.table(results.read(file)))}\n\nlines: {file}")
     return 0

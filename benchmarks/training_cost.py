@@ -1,10 +1,10 @@
-"""Time per training step: `lerobot-grids fit` beside `lerobot-train`, and with a teacher beside without.
+"""Compare the time per training step of `lerobot-grids fit` and `lerobot-train`, and with and without a teacher.
 
     python benchmarks/training_cost.py DATASET DENSE [--repeats 3] [--results FILE]
 
-DATASET: a folder made by `lerobot-grids record`; DENSE: a dense tiny policy trained on it. Each row is run for a
-few and for more steps, and the difference counted, so that start and first validation drop out. Repeats alternate
-between the rows.
+DATASET is a folder made by `lerobot-grids record`; DENSE is a dense tiny policy trained on it. Each command runs for a
+few steps and for more steps, and the time per step follows from the difference, so that the start-up time cancels.
+Repeats alternate between the commands.
 """
 
 import os
@@ -24,7 +24,7 @@ SHORT, LONG, BATCH = 10, 70, 32
 
 
 def rows(dataset: str, dense: str) -> dict[str, list[str]]:
-    """Name -> command without steps and output."""
+    """Name -> command without the options for steps and output."""
     fit = ["lerobot-grids", "fit", f"--dataset={dataset}", f"--policy={dense}", "--tokens=16", f"--batch_size={BATCH}"]
     fit += ["--data.val_fraction=0", "--model.auxiliary_weight=0", "--trainer.enable_progress_bar=false"]
     lora = [*fit, "--model.train=reducer+lora"]
@@ -49,7 +49,7 @@ def rows(dataset: str, dense: str) -> dict[str, list[str]]:
 
 
 def run(command: list[str], steps: int) -> tuple[float, float]:
-    """(seconds, peak resident MiB) of a run."""
+    """Run a command and return (seconds, peak resident MiB)."""
     with tempfile.TemporaryDirectory() as folder:
         flag = f"--output={folder}/run" if command[0] == "lerobot-grids" else f"--output_dir={folder}/run"
         arguments = [str(Path(sys.executable).with_name(command[0])), *command[1:], f"--steps={steps}", flag]

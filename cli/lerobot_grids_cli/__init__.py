@@ -1,1 +1,1 @@
-"""The command `lerobot-grids`: one module per subcommand, imported on use."""
+"""The command `lerobot-grids`: one module per subcommand, imported when it is used."""

@@ -20,25 +20,25 @@ def bench(
     picture: str | None = None,
     json: str | None = None,
 ) -> None:
-    """Measure what fewer visual tokens save: FLOPs per stage, with --device also milliseconds, dense beside K.
+    """Compare the costs of all visual tokens and of K: FLOPs per stage and, with --device, milliseconds.
 
-    One action chunk at batch 1, with all its denoising or decoding steps. Architectures are built at their real size
-    with random weights and need no download; without --device most are only counted and need no memory.
+    The costs are those of one action chunk at batch 1, with all its denoising or decoding steps. Architectures are
+    built at their real size with random weights and need no download. Without --device, most need no memory either.
 
     Args:
         policy: Name of a family, for its default architecture, or the checkpoint of a trained policy.
-        tokens: Visual tokens per camera, one or several: 4,16,64.
-        reducer: Ways of having so few tokens, one or several: grids,pool,fastv.
-        cameras: Number of cameras of an architecture; a checkpoint has its own.
-        language_tokens: Instruction tokens after padding. Defaults to what the family pads to.
-        resolution: The plain alternative: the dense policy at smaller images, sides in pixels: 112,56.
-        device: Where to measure time, such as cpu or cuda. Without it only FLOPs are counted.
-        dtype: Precision, of families that have the choice; LeRobot keeps their vision tower in float32.
-        warmup: Runs before timing starts.
-        repeats: Timed runs.
-        threads: CPU threads. Defaults to torch's choice.
-        picture: PNG file for stacked bars.
-        json: File for every figure.
+        tokens: Visual tokens per camera, one number or several, such as 4,16,64.
+        reducer: Reducers to compare, one or several, such as grids,pool,fastv.
+        cameras: Number of cameras for an architecture; a checkpoint has a fixed number.
+        language_tokens: Number of instruction tokens after padding. Defaults to the family's padded length.
+        resolution: Sides in pixels of smaller images for the dense policy, to compare with, such as 112,56.
+        device: Device on which to measure time, such as cpu or cuda. Without it only FLOPs are counted.
+        dtype: Precision, for families that support both; LeRobot keeps their vision tower in float32.
+        warmup: Number of runs before timing starts.
+        repeats: Number of timed runs.
+        threads: Number of CPU threads. Defaults to torch's choice.
+        picture: PNG file for a plot with stacked bars.
+        json: JSON file for all results.
     """
     from pathlib import Path
 
@@ -52,7 +52,9 @@ def bench(
     def numbers(option: str, text: str | None) -> list[int]:
         parts = [part.strip() for part in (text or "").split(",") if part.strip()]
         if not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise BudgetError(f"--{option} {text} is no list of positive numbers; give one or several, such as 4,16,64")
+            raise BudgetError(
+                f"--{option} {text} is not a list of positive numbers; give one or several, such as 4,16,64"
+            )
         return [int(part) for part in parts]
 
     require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens)

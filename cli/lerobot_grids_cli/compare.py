@@ -22,28 +22,28 @@ def compare(
     perturb: str | None = None,
     tamper: str | None = None,
 ) -> None:
-    """Set policies side by side on the same episodes: success, tokens, FLOPs, milliseconds, and paired tests.
+    """Compare policies on the same episodes: success, tokens, FLOPs, milliseconds, and paired tests.
 
-    The first is what the others are compared with. What is there already in the output folder is not run again, so a
-    comparison that was stopped goes on, and one more method costs only itself.
+    The others are compared with the first. Evaluations in the output folder are not run again, so a stopped comparison
+    continues, and for an additional method only that method is evaluated.
 
     Args:
-        policies: NAME=CHECKPOINT, or NAME=CHECKPOINT,CHECKPOINT,... where the checkpoints differ in the training seed.
-        methods: The same in a --config file, with more to say: {name: {policies: [...], tokens: 16, reducer: pool,
+        policies: NAME=CHECKPOINT, or NAME=CHECKPOINT,CHECKPOINT,... for checkpoints that differ in the training seed.
+        methods: The same in a --config file, with more options: {name: {policies: [...], tokens: 16, reducer: pool,
             resolution: 48}}. A reducer or a resolution is applied to a dense checkpoint without training.
         env: "metaworld", or any environment type of LeRobot.
-        tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
-        episodes: Episodes of each task and checkpoint.
-        seed: Seed of the first episode; the next ones follow.
-        batch_size: Episodes that run side by side.
-        device: cpu, cuda, ... Defaults to each checkpoint's, or what this machine has.
-        workers: Checkpoints that are evaluated at the same time, each in a process of its own.
-        costs: Whether to count FLOPs and measure milliseconds. Leave the machine alone meanwhile.
+        tasks: Tasks of the environment, comma-separated. Defaults to the environment's default tasks.
+        episodes: Number of episodes of each task and checkpoint.
+        seed: Seed of the first episode; the others have the next seeds.
+        batch_size: Number of episodes that run in parallel.
+        device: Device, such as cpu or cuda. Defaults to each checkpoint's, or to one that this machine has.
+        workers: Number of checkpoints that are evaluated at the same time, each in its own process.
+        costs: Whether to count FLOPs and measure milliseconds. Do not run other programs meanwhile.
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
-        json: Another file for the result.
+        json: Further JSON file for the result.
         env_args: More fields of the environment's configuration.
-        perturb: Perturb MetaWorld as kind:severity, comma-separated, as in `eval`.
-        tamper: Spoil the policies' input, as in `eval`.
+        perturb: Perturb MetaWorld by kind:severity, comma-separated, as in `eval`.
+        tamper: Remove or shuffle inputs of the policies, as in `eval`.
     """
     import re
     from functools import partial
@@ -73,10 +73,10 @@ def compare(
             chosen[name] = Method(**options)
         except TypeError as error:
             raise GridsError(
-                f"methods: '{name}' has {', '.join(options)}; it takes policies, tokens, reducer, resolution"
+                f"methods: '{name}' has {', '.join(options)}; the fields are policies, tokens, reducer, resolution"
             ) from error
     if odd := [name for name in chosen if not re.fullmatch(r"[\w.-]+", name)]:
-        raise GridsError(f"method '{odd[0]}'; results are kept under that name: use letters, digits, dots and dashes")
+        raise GridsError(f"method '{odd[0]}': names become file names; use letters, digits, dots and dashes")
     if len(chosen) < 2:
         raise GridsError(
             f"{len(chosen)} policies given; give at least two, such as dense=outputs/base grids=outputs/grids16"
@@ -113,7 +113,7 @@ def compare(
 
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
-    # Plain NAME=CHECKPOINT in front of the options is the common case.
+    # Arguments NAME=CHECKPOINT before the options mean --policies.
     count = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
     given = [part for text in arguments[:count] for part in ("--policies+", text)]
     run(compare, "compare", given + arguments[count:])

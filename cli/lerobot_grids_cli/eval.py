@@ -26,33 +26,33 @@ def evaluate(
     n_action_steps: int | None = None,
     verify: bool = False,
 ) -> None:
-    """Measure a policy's closed-loop success with its 95 % Wilson interval, and film where it looks.
+    """Measure a policy's closed-loop success with its 95 % Wilson interval, and film the sampled points.
 
-    The rollouts are LeRobot's own evaluation code. Films and looks.png go to the output folder. LIBERO's tasks are its
-    suites: --env libero --tasks libero_spatial,libero_object,libero_goal,libero_10 --batch_size 1 --videos 0.
+    Rollouts use LeRobot's own evaluation code. Films and looks.png are written to the output folder. For LIBERO, give
+    suites as tasks: --env libero --tasks libero_spatial,libero_object,libero_goal,libero_10 --batch_size 1 --videos 0.
 
     Args:
         policy: Checkpoint folder, output folder of a training run, or Hub id; dense or grids.
         env: "metaworld" (fast side camera), or any environment type of LeRobot, such as pusht, libero, libero_plus.
-        tasks: Tasks of the environment, comma-separated. Defaults to the environment's own.
-        episodes: Episodes of each task.
-        tokens: Visual tokens per camera of a grids checkpoint, up to what it was trained for; or of --reducer.
-        reducer: Reduce the tokens of a dense policy in this way, without training, such as uniform, pool or fastv.
-        resolution: Show a dense policy its images at this side in pixels, without training.
-        seed: Seed of the first episode; the next ones follow.
-        batch_size: Episodes that run side by side.
-        device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
-        videos: Episodes of each task to film; 0 for none.
-        output: Folder for films and result.json. Defaults to outputs/eval/<policy>, with what else was asked.
-        json: Another file for the result.
-        rename_map: Names of the environment's observations to the policy's, where they differ.
+        tasks: Tasks of the environment, comma-separated. Defaults to the environment's default tasks.
+        episodes: Number of episodes of each task.
+        tokens: Visual tokens per camera, for a grids checkpoint up to its num_tokens_max, or for --reducer.
+        reducer: Reducer to apply to a dense policy without training, such as uniform, pool or fastv.
+        resolution: Side in pixels of smaller images for a dense policy, without training.
+        seed: Seed of the first episode; the others have the next seeds.
+        batch_size: Number of episodes that run in parallel.
+        device: Device, such as cpu or cuda. Defaults to the checkpoint's, or to one that this machine has.
+        videos: Number of episodes of each task to film; 0 for none.
+        output: Folder for films and result.json. Defaults to outputs/eval/<policy>-<other options>.
+        json: Further JSON file for the result.
+        rename_map: Names of the environment's observations -> the policy's names, where they differ.
         env_args: More fields of the environment's configuration, such as '{"max_steps": 300}'.
-        perturb: Perturb MetaWorld as kind:severity, comma-separated, such as camera:2,light:1. Kinds: camera, light,
-            background, noise, robot (its start), layout, instruction; severities 1, 2, 3. The episode's seed decides
-            how, so every policy meets the same episodes.
-        tamper: Spoil the policy's input, to see whether it uses it, comma-separated: image (black), patches (of the
-            image, shuffled), tokens (visual tokens, shuffled), instruction (another task's), state (always its mean).
-        n_action_steps: Steps of each action chunk that are executed before the policy looks again. Defaults to the
+        perturb: Perturb MetaWorld by kind:severity, comma-separated, such as camera:2,light:1. Kinds: camera, light,
+            background, noise, robot (its start), layout, instruction; severities 1, 2, 3. The perturbation depends on
+            the episode's seed, so every policy gets the same episodes.
+        tamper: Remove or shuffle inputs, to test whether the policy uses them, comma-separated: image (black), patches
+            (of the image, shuffled), tokens (visual tokens, shuffled), instruction (another task's), state (its mean).
+        n_action_steps: Number of steps of each action chunk to execute before the next observation. Defaults to the
             checkpoint's.
         verify: Hash the checkpoint's files, and an adapter's base, again.
     """
@@ -72,7 +72,7 @@ def evaluate(
     tampering = parse_tamperings(tamper)
     name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), perturb, tamper)))
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
-    # What the environment lacks is known before a large checkpoint is loaded.
+    # Errors in the environment are found here, before a large checkpoint is loaded.
     make_env_config(env, tasks, env_args, perturb=perturb)
     loaded = load(
         policy,
@@ -87,7 +87,7 @@ def evaluate(
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb)
     check_fit(loaded, env_config)
-    # Before minutes of simulation whose result could not be kept.
+    # Check the output paths before minutes of simulation.
     for path in (*([Path(json)] if json else []), folder / "result.json"):
         require_writable(path)
     with counting_bar("evaluating", None, "episodes") as bar:

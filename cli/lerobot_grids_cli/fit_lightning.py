@@ -1,4 +1,4 @@
-"""The Lightning side of `fit`: LightningCLI with the main options in front."""
+"""`fit` with LightningCLI; its main options set those of the model, the data and the trainer."""
 
 import logging
 import signal
@@ -27,7 +27,7 @@ from lerobot_policy_grids.modeling_grids import GridsPolicy
 from .fit_options import FitOptions
 from .parser import OneLineErrors, require_at_least
 
-# What the main options set in the model and in the data.
+# Main option -> option of the model or the data.
 LINKS = (
     ("policy", "model.policy"),
     ("tokens", "model.tokens"),
@@ -49,7 +49,7 @@ class FitParser(OneLineErrors, LightningArgumentParser):
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI whose output folder, loggers and callbacks follow from the main options."""
+    """LightningCLI that sets output folder, loggers and callbacks by the main options."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(FitOptions)
@@ -72,17 +72,17 @@ class FitCLI(LightningCLI):
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
         if not options.resume and self.output.exists():
             started = any((self.output / name).is_file() for name in STATE_FILES)
-            advice = "go on with --resume" if started else "remove it"
+            advice = "continue with --resume" if started else "remove it"
             raise OutputExistsError(f"{self.output} already exists; {advice}, or choose another --output")
         self.resume_from = find_resumable(self.output) if options.resume else None
         if options.trainer.max_epochs not in (None, -1):
             raise GridsError(
-                f"--trainer.max_epochs {options.trainer.max_epochs}: a run is counted in steps; give --steps"
+                f"--trainer.max_epochs {options.trainer.max_epochs}: a run has steps and no epochs; give --steps"
             )
-        # Processes share each batch by FrameOrder.
+        # FrameOrder distributes each batch over the processes.
         options.trainer.use_distributed_sampler = False
         if options.trainer.strategy == "ddp":
-            # As LeRobot has it: policies leave weights unused that depend on the batch and the family.
+            # As in LeRobot: some weights are unused, depending on the batch and the family.
             options.trainer.strategy = "ddp_find_unused_parameters_true"
         steps = options.steps or recipe.steps
         if options.trainer.max_steps == -1:
@@ -104,68 +104,68 @@ class FitCLI(LightningCLI):
         callbacks = [*(options.trainer.callbacks or []), Speed()]
         if options.ema is not None:
             callbacks.append(TrainedWeightsAverage(options.ema))
-        # After the average, whose state of the same step it saves.
+        # After the averaging callback, so that it saves the average of the same step.
         callbacks.append(RunCheckpoint(self.output, every_n_steps=every))
         if options.push_every is not None:
             callbacks.append(PushCheckpoint(self.output, options.push, options.push_every, dataset_on_hub(options)))
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
         if options.trainer.logger is None:
-            # Lightning's CSV logger deletes what a folder holds, so each resumed part has its own.
+            # Lightning's CSV logger empties its folder, so each resumed part gets its own.
             parts = len(list((self.output / "logs").glob("csv*")))
             kwargs["logger"] = [
                 CSVLogger(self.output, name="logs", version="csv" if parts == 0 else f"csv-{parts + 1}"),
                 TensorBoardLogger(self.output, name="logs", version="tensorboard"),
             ]
         if options.trainer.precision is None and getattr(self.model.policy.config, "dtype", None) == "bfloat16":
-            # As LeRobot trains such policies.
+            # LeRobot also trains such policies with mixed precision.
             kwargs["precision"] = "bf16-mixed"
-        # RunCheckpoint stands in for Lightning's own checkpoints.
+        # RunCheckpoint replaces Lightning's own checkpoints.
         kwargs |= {"enable_checkpointing": False, "default_root_dir": self.output}
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
 def check_push(options: Any) -> None:
-    """Refuse, before training, a push that could not be done as it was asked for.
+    """Check the options of a push before training.
 
     Raises:
-        GridsError: If --push_every does not go with --push and --save_every.
-        HubError: If --push names no repository, or nobody is logged in.
+        GridsError: If --push_every does not fit --push and --save_every.
+        HubError: If --push is not the name of a repository, or the user is not logged in.
     """
     every = options.push_every
     require_at_least(1, push_every=every)
     if every is not None and options.push is None:
-        raise GridsError(f"--push_every {every} without --push; say where to, --push user/name, or drop it")
+        raise GridsError(f"--push_every {every} without --push; give --push user/name, or drop it")
     if every is not None and every % options.save_every:
         raise GridsError(
-            f"--push_every {every} with --save_every {options.save_every}: what is pushed must have been saved; "
-            "give a multiple"
+            f"--push_every {every} with --save_every {options.save_every}: a checkpoint must be saved before the "
+            "push; give a multiple"
         )
     if options.push is not None:
         check_login(options.push)
 
 
 def dataset_on_hub(options: Any) -> str | None:
-    """The dataset as a card may name it; None for a folder, whose name may look like a repository's."""
+    """Hub id of the dataset for the card; None for a local folder, whose name may look like a Hub id."""
     return None if Path(options.dataset).exists() else options.dataset
 
 
 def find_resumable(output: Path) -> Path:
-    """The state to go on from; a damaged one that is newer is put aside.
+    """Find the training state to resume from, and rename newer damaged states.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no undamaged state.
     """
     state, damaged = find_state(output)
     for path in damaged:
-        print(f"{path} is damaged; going on from {state.name}, the one before", file=sys.stderr)
-        # Or the next save would keep it where the good one is.
+        print(f"{path} is damaged; continuing from {state.name}, the previous state", file=sys.stderr)
+        # Otherwise the next save would replace the undamaged state by this one.
         path.replace(path.with_suffix(".damaged"))
     return state
 
 
 class SaveOptions(SaveConfigCallback):
-    """Keep what was asked for beside what came of it, as `fit --config` reads it."""
+    """Save the options of the run in fit.yaml, in the format of `fit --config`."""
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         path = Path(trainer.default_root_dir) / "fit.yaml"
@@ -174,7 +174,7 @@ class SaveOptions(SaveConfigCallback):
 
 
 def quiet() -> None:
-    """Keep libraries from burying our own lines under advice that does not apply here."""
+    """Hide warnings of libraries that do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lerobot").setLevel(logging.ERROR)
@@ -190,7 +190,7 @@ def quiet() -> None:
 
 
 def describe(cli: FitCLI) -> str:
-    """What will be trained, on what, and how."""
+    """Describe the training for the user: weights, tokens, data and steps."""
     module, data = cli.model, cli.datamodule
     trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.policy.parameters())
@@ -209,7 +209,7 @@ def describe(cli: FitCLI) -> str:
 
 
 def _describe_tokens(module: GridsModule) -> str:
-    """How many visual tokens, and who teaches to do with them."""
+    """Describe the visual tokens and the teacher."""
     policy = module.policy
     if not isinstance(policy, GridsPolicy):
         return "all visual tokens per camera"
@@ -227,18 +227,18 @@ def _describe_tokens(module: GridsModule) -> str:
 
 
 def fit(arguments: list[str]) -> None:
-    """Train as the command line says."""
+    """Train with the options of a command line."""
     quiet()
-    # Free for Lightning, which saves between two steps and then stops.
+    # Remove our handler, so that Lightning's handler saves between two steps and stops.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
     try:
         _run(arguments)
     except MisconfigurationException as error:
-        # Lightning's word for options that do not go together.
+        # Lightning raises this for options that do not fit together.
         raise GridsError(f"{error} (from Lightning)") from error
     except SIGTERMException:
-        print("lerobot-grids: terminated; go on with --resume", file=sys.stderr)
+        print("lerobot-grids: terminated; continue with --resume", file=sys.stderr)
         sys.exit(143)
 
 
@@ -251,7 +251,7 @@ def _run(arguments: list[str]) -> None:
     except SIGTERMException:
         raise
     except SystemExit as stop:
-        # Lightning turns Ctrl-C into an exit without a word.
+        # Lightning turns Ctrl-C into an exit without a message.
         raise KeyboardInterrupt from stop
     if not cli.trainer.is_global_zero:
         return

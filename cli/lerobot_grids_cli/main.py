@@ -1,28 +1,28 @@
 """lerobot-grids: run any LeRobot VLA policy on K sampled visual tokens per camera.
 
-Nothing heavy is imported before a subcommand needs it, so that `--help` answers at once.
+Large packages are imported only when a subcommand needs them, so `--help` is fast.
 """
 
 import signal
 import sys
 from importlib import import_module
 
-# Subcommand -> (module with `main(arguments)`, what it does).
+# Subcommand -> (module with `main(arguments)`, description).
 COMMANDS = {
     "record": ("record", "record demonstrations of a scripted expert as a LeRobotDataset"),
     "fit": ("fit", "train a policy on a dataset, dense or with K visual tokens per camera"),
     "validate": ("validate", "measure loss and actions on held-out demonstrations at several token budgets"),
-    "bench": ("bench", "count FLOPs and measure milliseconds per stage, dense beside K visual tokens"),
+    "bench": ("bench", "count FLOPs and measure milliseconds per stage, with all visual tokens and with K"),
     "eval": ("eval", "measure closed-loop success in simulation, with intervals and films"),
-    "compare": ("compare", "set policies side by side on the same episodes, with paired tests and costs"),
-    "push": ("push", "push a checkpoint to the Hub, small, pinned and with a card"),
-    "pull": ("pull", "fetch a checkpoint from the Hub, every file checked"),
-    "merge": ("merge", "make a self-contained checkpoint of an adapter"),
+    "compare": ("compare", "compare policies on the same episodes, with paired tests and costs"),
+    "push": ("push", "push a checkpoint to the Hub, with a model card"),
+    "pull": ("pull", "fetch a checkpoint from the Hub and check every file"),
+    "merge": ("merge", "make a full checkpoint from an adapter"),
 }
 
 
 def usage() -> str:
-    """The help of the command itself."""
+    """Help text of the command without a subcommand."""
     lines = [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
@@ -48,11 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        The exit code: 0, 1 for what the user can mend, 2 for a wrong command line, 130 when interrupted.
+        The exit code: 0, 1 for an error that the user can fix, 2 for a wrong command line, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if sys.version_info < (3, 12):  # noqa: UP036 (a source tree can be run by any Python)
-        return fail(f"Python {sys.version.split()[0]}; LeRobot needs 3.12 or newer, make the environment with that")
+        return fail(
+            f"Python {sys.version.split()[0]}; LeRobot needs 3.12 or newer; make the environment with that version"
+        )
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -63,16 +65,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return fail(f"'{name}' is no command; choose one of {', '.join(COMMANDS)}", 2)
+        return fail(f"'{name}' is not a command; choose one of {', '.join(COMMANDS)}", 2)
     module = import_module(f".{COMMANDS[name][0]}", __package__)
-    # As after Ctrl-C, what was begun is cleared up; Lightning puts its own handler in place.
+    # Raise an exception, so that unfinished files are removed as after Ctrl-C. Lightning sets its own handler.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         module.main(rest)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except Exception as error:
-        # Only a failed command pays for this import.
+        # Imported here, because only a failed command needs it.
         from lerobot_policy_grids.errors import GridsError
 
         if isinstance(error, (GridsError, OSError)):

@@ -4,12 +4,12 @@ from .parser import run
 
 
 def merge(source: str, folder: str, json: str | None = None) -> None:
-    """Make a self-contained checkpoint of an adapter, bit for bit the same policy.
+    """Make a full checkpoint from an adapter; the policy has exactly the same weights.
 
     Args:
         source: Adapter checkpoint: a folder, or a Hub id.
-        folder: The folder to appear.
-        json: File for what was merged.
+        folder: The folder to write.
+        json: JSON file for the names of source and folder.
     """
     from pathlib import Path
 

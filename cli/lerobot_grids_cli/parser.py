@@ -1,4 +1,4 @@
-"""The argument parser of every subcommand: typed functions become options, errors become one line."""
+"""The argument parser of all subcommands: parameters of a function become options, and errors fit in one line."""
 
 import sys
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-# Options documented by the string under a dataclass field.
+# Use the string under a dataclass field as the help of its option.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class OneLineErrors:
-    """Mixed into a jsonargparse parser: a wrong command line costs one line and exit code 2."""
+    """Mixin for a jsonargparse parser: an error in the command line prints one line and exits with code 2."""
 
     prog: str
 
@@ -33,10 +33,10 @@ def parse(
     """Parse `arguments` into the parameters of `function`, without calling it.
 
     Args:
-        function: Its signature and docstring are the options and the help.
+        function: Function whose signature gives the options and whose docstring gives the help.
         command: Name of the subcommand.
-        arguments: What followed it.
-        positional: Whether parameters without a default are given without their names.
+        arguments: Arguments after the subcommand.
+        positional: Whether parameters without a default are positional arguments.
 
     Returns:
         Name -> value of every parameter.
@@ -56,10 +56,10 @@ def run(function: Callable[..., Any], command: str, arguments: list[str], *, pos
 
 
 def switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]:
-    """A switch that is given alone is on: `--dry-run` means `--dry_run=true`.
+    """Expand switches without a value: `--dry-run` becomes `--dry_run=true`.
 
     Args:
-        function: Parameters of it, or fields of a dataclass, that default to false are switches.
+        function: Function or dataclass; its parameters with default false are switches.
         arguments: A command line.
     """
     parameters = signature(function).parameters.values()
@@ -76,10 +76,10 @@ def switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]
 
 
 def require_at_least(least: float, **values: float | None) -> None:
-    """Refuse options below their least sensible value; None means the option was left out.
+    """Refuse options below a minimum; None means that the option was not given.
 
     Raises:
-        GridsError: Naming the first that is too small.
+        GridsError: If a value is too small; the message names the first.
     """
     from lerobot_policy_grids.errors import GridsError
 

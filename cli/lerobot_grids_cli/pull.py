@@ -4,15 +4,15 @@ from .parser import run
 
 
 def pull(repo: str, folder: str, force: bool = False, json: str | None = None) -> None:
-    """Fetch a checkpoint from the Hub into a folder, every file checked against its hash.
+    """Fetch a checkpoint from the Hub into a folder and check every file against its hash.
 
-    LeRobot's commands take the folder as --policy.path; so one revision gives policy and processors.
+    Give LeRobot's commands the folder as --policy.path, so that policy and processors have the same revision.
 
     Args:
         repo: The repository, user/name or user/name@revision (branch, tag or commit).
-        folder: The folder to appear, whole or not at all.
-        force: Replace the folder, if it is a checkpoint, and fetch every file anew.
-        json: File for what was pulled.
+        folder: The folder to write, completely or not at all.
+        force: Replace the folder, if it is a checkpoint, and fetch every file again.
+        json: JSON file for repository, folder, commit and format.
     """
     from pathlib import Path
 

@@ -18,24 +18,24 @@ def push(
     template: str | None = None,
     json: str | None = None,
 ) -> None:
-    """Push a checkpoint to the Hub in one commit, with a card of what was measured.
+    """Push a checkpoint to the Hub in one commit, with a model card that shows measured results.
 
-    Log in with `hf auth login` first. Tokens, paths of this machine and options of other programs are not pushed.
+    Log in with `hf auth login` first. Access tokens, paths of this machine and files of other programs are not pushed.
 
     Args:
         source: Checkpoint folder, or output folder of a training run.
-        repo: Where to, user/name; made if it does not exist.
-        format: adapter (what training changed, over a base pinned by commit and hash), full (self-contained), or auto
-            for the adapter where there is a base on the Hub and it is much smaller.
-        private: Make the repository private.
-        tag: Name for the commit, such as v1.
-        dry_run: Check everything, list files and sizes, show the card, and push nothing.
-        results: JSON files of eval, validate and bench for the card, comma-separated; a looks.png beside one is its
-            picture.
+        repo: The repository, user/name; created if it does not exist.
+        format: adapter (the changes to a base policy, which is pinned by commit and hash), full (self-contained), or
+            auto for the adapter if its base is on the Hub and it is much smaller.
+        private: Create a private repository; an existing one must be private.
+        tag: Tag for the commit, such as v1.
+        dry_run: Check all files, list their sizes and print the card, without pushing.
+        results: JSON files of eval, validate and bench for the card, comma-separated; a looks.png beside one becomes
+            the picture.
         dataset: Hub id of the training data, for the card.
-        license: Licence of the weights as the Hub spells it, such as apache-2.0, for the card.
-        template: Jinja2 template of the card instead of ours.
-        json: File for what was pushed.
+        license: Licence of the weights in the Hub's spelling, such as apache-2.0, for the card.
+        template: Jinja2 template to use for the card instead of the default.
+        json: JSON file for the list of files, the card and the commit.
     """
     from dataclasses import asdict
     from pathlib import Path

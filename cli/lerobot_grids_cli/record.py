@@ -18,18 +18,18 @@ def record(
 ) -> None:
     """Record demonstrations of a scripted expert as a LeRobotDataset that any LeRobot policy can learn from.
 
-    Only successful episodes are kept; a failed one is tried again. The folder appears when it is complete.
+    Only successful episodes are kept; a failed one is repeated. The folder appears only when it is complete.
 
     Args:
         output: New folder of the dataset; it must not exist.
         env: Simulator to record in.
-        tasks: Tasks, comma-separated. A dataset of several tasks teaches one policy by its instructions.
-        episodes: Successful episodes of each task.
+        tasks: Tasks, comma-separated. With several tasks, a policy learns them all by their instructions.
+        episodes: Number of successful episodes of each task.
         size: Height and width of the camera image in pixels.
-        noise: Standard deviation of the noise on the executed action, so that recoveries are shown too.
-        seed: First seed. Evaluate on others (eval starts at 100000).
-        workers: Processes that simulate.
-        json: File for the counts and times.
+        noise: Standard deviation of the noise on the executed action, so that recoveries are recorded too.
+        seed: First seed. Evaluate with other seeds (eval starts at 100000).
+        workers: Number of processes that simulate.
+        json: JSON file for the counts and times.
     """
     from lerobot_grids.console import counting_bar, write_json
     from lerobot_grids.simulation.metaworld import expand_tasks

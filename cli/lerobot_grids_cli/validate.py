@@ -16,22 +16,22 @@ def validate(
     json: str | None = None,
     rename_map: dict[str, str] | None = None,
 ) -> None:
-    """Measure loss and actions on held-out demonstrations at several token budgets, beside the dense teacher.
+    """Measure loss and actions on held-out demonstrations at several token budgets, compared with the dense teacher.
 
-    Seconds instead of minutes, but only `eval` tells how often a policy succeeds: the lower loss may succeed less.
+    It takes seconds instead of minutes, but only `eval` measures success: a lower loss can mean less success.
 
     Args:
         policy: Checkpoint folder, output folder of a training run, or Hub id; dense or grids.
         dataset: Folder of a LeRobotDataset, or its id on the Hub.
-        tokens: Budgets, comma-separated, such as 4,8,16. Defaults to the usual ones that the checkpoint can serve.
-        teacher: Dense policy whose action chunks, from the same noise, are compared with.
+        tokens: Budgets, comma-separated, such as 4,8,16. Defaults to common ones that the checkpoint supports.
+        teacher: Dense policy; its action chunks from the same noise are compared with the policy's.
         frames: Validate on at most this many of the held-out frames, spread evenly.
-        val_fraction: Share of the episodes that was held out. Defaults to what the run's fit.yaml says, else 0.1.
-        batch_size: Frames at once.
-        device: cpu, cuda, ... Defaults to the checkpoint's, or what this machine has.
-        picture: PNG file for the curve over budgets.
-        json: File for the result.
-        rename_map: Dataset feature names to the policy's; defaults to what the checkpoint was trained with.
+        val_fraction: Share of the episodes that was held out. Defaults to the value in the run's fit.yaml, else 0.1.
+        batch_size: Number of frames per batch.
+        device: Device, such as cpu or cuda. Defaults to the checkpoint's, or to one that this machine has.
+        picture: PNG file for a plot of loss over budget.
+        json: JSON file for the result.
+        rename_map: Names of dataset features -> the policy's names. Defaults to those of the training.
     """
     from pathlib import Path
 
@@ -51,7 +51,7 @@ def validate(
         for part in str(tokens).split(","):
             count = parse_tokens(part)
             if count == "dense":
-                raise BudgetError(f"--tokens {tokens}: a budget is a number; validate the dense policy by its own name")
+                raise BudgetError(f"--tokens {tokens}: a budget is a number; give a dense policy as --policy")
             asked.append(count)
     for path in (json, picture):
         if path is not None:

@@ -1,6 +1,6 @@
-"""What the Hub shows of a pushed policy: a model card of what is known and what was measured, nothing else.
+"""Model cards for the Hub: known facts and measured results of a policy, nothing else.
 
-`model_card.md` is the template; edit it, or give `push --template` another.
+`model_card.md` is the template; edit it, or give another with `push --template`.
 """
 
 from .card import PolicyFacts, render

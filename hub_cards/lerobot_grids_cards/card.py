@@ -1,4 +1,4 @@
-"""Rendering a model card: YAML metadata that the Hub searches by, and the template's text."""
+"""Render a model card: YAML metadata for the Hub's search, and the text of the template."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,25 +13,25 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """What a checkpoint says about itself.
+    """Facts about a checkpoint.
 
     Attributes:
-        repo_id: Where it is pushed to.
+        repo_id: Repository of the push, `user/name`.
         family: LeRobot's type of the dense policy.
-        num_tokens: K; None for a dense policy.
-        reducer: Name of the reducer, as in `--reducer`.
-        reducer_summary: What its tokens are, in words.
-        num_tokens_max: Largest K that it can serve.
-        cameras: Names of its images.
+        num_tokens: K, visual tokens per camera; None for a dense policy.
+        num_tokens_max: Largest K that can be set at run time.
+        cameras: Feature names of the camera images.
         format: "adapter" or "full".
-        base_repo_id: Hub id of the dense policy that it started from, if any.
-        base_revision: Commit of that.
-        base_sha256: Of its weights, in an adapter.
+        base_repo_id: Hub id of the dense policy that training started from, if any.
+        base_revision: Commit of that policy.
+        base_sha256: SHA-256 of that policy's weights, for an adapter.
         dataset: Hub id of the training data, if it is on the Hub.
-        licence: Identifier as the Hub spells it, if one was given.
-        training: Options of the training run, in words.
-        picture: Whether looks.png lies beside the card.
-        tags: Of the author, besides the project's.
+        licence: Identifier of the licence in the Hub's spelling, if given.
+        training: Options of the training run and their values.
+        picture: Whether looks.png is beside the card.
+        tags: The author's tags, in addition to the project's.
+        reducer: Name of the reducer, as in `--reducer`.
+        reducer_summary: Description of the reducer's tokens.
     """
 
     repo_id: str
@@ -53,11 +53,11 @@ class PolicyFacts:
 
 
 def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMPLATE) -> str:
-    """The text of README.md.
+    """Render the text of README.md.
 
     Args:
-        facts: Of the checkpoint.
-        measurements: Of it, and of what it is compared with.
+        facts: Facts about the checkpoint.
+        measurements: Results of the checkpoint and of policies it is compared with.
         template: A jinja2 template; it gets `card_data`, `facts` and `measurements`.
     """
     given: dict[str, Any] = {"facts": facts, "measurements": measurements}
@@ -72,7 +72,7 @@ def _metadata(facts: PolicyFacts, measurements: Measurements) -> ModelCardData:
             task_name="robotics",
             dataset_type="simulation",
             dataset_name=row.task,
-            # What the client tells results apart by; it would put all under the first task's name.
+            # The client groups results by this field; without it, all get the first task's name.
             dataset_config=row.task,
             metric_type="success_rate",
             metric_name=f"success rate at {row.tokens} visual tokens, {row.successes} of {row.episodes} episodes",
@@ -87,7 +87,7 @@ def _metadata(facts: PolicyFacts, measurements: Measurements) -> ModelCardData:
         pipeline_tag="robotics",
         license=facts.licence,
         base_model=facts.base_repo_id,
-        # The Hub guesses otherwise, from file names that it knows.
+        # Without this the Hub guesses from file names.
         base_model_relation={"adapter": "adapter", "full": "finetune"}[facts.format] if has_base else None,
         datasets=[facts.dataset] if facts.dataset else None,
         tags=[
@@ -97,7 +97,7 @@ def _metadata(facts: PolicyFacts, measurements: Measurements) -> ModelCardData:
             *([facts.reducer, "token-reduction"] if facts.num_tokens is not None else []),
             *facts.tags,
         ],
-        # The client writes it out where no result needs it.
+        # Set only with results, because the client also writes it without any.
         model_name=facts.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )

@@ -1,6 +1,6 @@
-"""The figures of a card, read from the JSON files that `eval`, `validate` and `bench` write.
+"""Read the results for a card from the JSON files of `eval`, `validate` and `bench`.
 
-Whatever a file does not say is not shown. Names of local folders are cut to their last part.
+The card shows only values that the files hold. Of a local folder it shows only the last part of the path.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# What `eval` calls its sum over tasks.
+# Name of the sum over tasks in the files of `eval`.
 ALL_TASKS = "all"
 
 
@@ -17,7 +17,7 @@ ALL_TASKS = "all"
 class SuccessRow:
     """Closed-loop success on one task: counts, 95 % Wilson interval, and the seeds of the episodes.
 
-    `own` tells the policy of the card from one it is compared with.
+    `own` is true for the policy of the card and false for policies it is compared with.
     """
 
     policy: str
@@ -33,7 +33,7 @@ class SuccessRow:
 
 @dataclass(frozen=True)
 class DistanceRow:
-    """Held-out loss and the distance to the dense teacher at one budget."""
+    """Held-out loss, and distance to the dense teacher, at one budget."""
 
     policy: str
     own: bool
@@ -45,7 +45,7 @@ class DistanceRow:
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one action chunk costs at one budget, by stage; milliseconds only where they were measured."""
+    """Costs of one action chunk at one budget, by stage; milliseconds are None if not measured."""
 
     name: str
     visual_tokens: int
@@ -58,7 +58,7 @@ class CostRow:
 
 @dataclass(frozen=True)
 class Costs:
-    """One run of `bench`."""
+    """Results of one run of `bench`."""
 
     policy: str
     cameras: int
@@ -70,12 +70,12 @@ class Costs:
 
 @dataclass
 class Measurements:
-    """All figures of a card."""
+    """All results of a card."""
 
     successes: list[SuccessRow] = field(default_factory=list)
     distances: list[DistanceRow] = field(default_factory=list)
     costs: list[Costs] = field(default_factory=list)
-    # N, where a result of this policy says so.
+    # N, if a result of this policy has it.
     num_dense_tokens: int | None = None
 
 
@@ -84,10 +84,10 @@ def read_measurements(paths: list[Path], is_own: Callable[[str], bool]) -> Measu
 
     Args:
         paths: JSON files of `eval`, `validate` and `bench`, in any order.
-        is_own: Whether the policy that a result names is the one of the card.
+        is_own: Returns whether a policy named in a result is the policy of the card.
 
     Raises:
-        ValueError: If a file is none of these; the message names it.
+        ValueError: If a file is not such a result; the message names it.
     """
     found = Measurements()
     for path in paths:
@@ -100,8 +100,10 @@ def read_measurements(paths: list[Path], is_own: Callable[[str], bool]) -> Measu
             else:
                 found.costs.append(_read_costs(content))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no result of eval, validate or bench ({error!r}); give their JSON") from error
-    # The policy of the card first.
+            raise ValueError(
+                f"{path} is not a result of eval, validate or bench ({error!r}); give their JSON"
+            ) from error
+    # Put the policy of the card first.
     found.successes.sort(key=lambda row: not row.own)
     found.distances.sort(key=lambda row: not row.own)
     return found
@@ -110,12 +112,12 @@ def read_measurements(paths: list[Path], is_own: Callable[[str], bool]) -> Measu
 def _read_success(content: dict[str, Any], is_own: Callable[[str], bool], found: Measurements) -> None:
     changed = [f"by {content['reducer']} without training"] if content.get("reducer") else []
     changed += [f"at {content['resolution']} px without training"] if content.get("resolution") else []
-    # What was reduced without training is not the policy that was pushed.
+    # With token reduction that was not trained, the result is not one of the pushed policy.
     own = is_own(content["policy"]) and not changed
-    # A suite stands for its tasks, of which LIBERO has forty.
+    # Show suites instead of tasks, because LIBERO has forty tasks.
     parts = content.get("suites") or content["tasks"]
     rows = parts if len(parts) == 1 else [*parts, content["total"]]
-    # Success in a changed scene, or with a spoiled input, is another figure.
+    # Perturbations and tamperings are named with the task, so that results are not confused.
     spoiled = [f"{name} spoiled" for name in content.get("tamper") or ()]
     condition = ", ".join(filter(None, [*changed, content.get("perturb"), *spoiled]))
     for row in rows:

@@ -1,4 +1,4 @@
-"""Demonstrations: a LeRobotDataset, split by episodes, in an order that is a function of the seed."""
+"""Demonstrations: a LeRobotDataset, split by episodes and shuffled by a seed."""
 
 from .datamodule import POSITIONS, LeRobotDataModule, load_metadata
 from .images import is_image, unit_images

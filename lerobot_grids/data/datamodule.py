@@ -1,4 +1,4 @@
-"""LeRobotDataModule: a LeRobotDataset, split by episodes into training and validation."""
+"""LeRobotDataModule: a LeRobotDataset, split by episodes into training and validation data."""
 
 import os
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from lerobot_policy_grids.errors import DatasetError, GridsError
 from .frame_cache import FrameCache, fits_in_memory
 from .frame_order import FrameOrder
 
-# Dataset feature with object and goal positions. Not an observation, so no policy sees it.
+# Dataset feature with object and goal positions. It is not an observation, so no policy gets it.
 POSITIONS = "auxiliary.positions"
 
 
 def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMetadata:
-    """Metadata of a dataset: a local folder, or an id on the Hub.
+    """Load the metadata of a dataset from a local folder or the Hub.
 
     Raises:
         DatasetError: If it is neither, is not a LeRobotDataset v3, or has no camera or no action.
@@ -40,29 +40,29 @@ def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMe
             meta = LeRobotDatasetMetadata(f"local/{folder.name}", root=folder)
         else:
             meta = LeRobotDatasetMetadata(dataset, revision=revision)
-    except Exception as error:  # LeRobot raises whatever its readers meet
-        where = "read" if local else "fetched from the Hub (nor is it a folder here)"
+    except Exception as error:  # LeRobot raises many types of errors here
+        where = "read" if local else "fetched from the Hub (and it is not a folder here)"
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DatasetError(f"dataset {dataset} cannot be {where}: {cause}") from error
     if not meta.camera_keys:
-        raise DatasetError(f"dataset {dataset} has no camera, and visual tokens are what this project reduces")
+        raise DatasetError(f"dataset {dataset} has no camera, so there are no visual tokens to reduce")
     if ACTION not in meta.features:
         raise DatasetError(f"dataset {dataset} has no '{ACTION}' to learn; it has {', '.join(sorted(meta.features))}")
     return meta
 
 
 class LeRobotDataModule(lightning.LightningDataModule):
-    """Demonstrations for training, whole episodes of them held out for validation.
+    """Demonstrations for training and validation; validation uses whole held-out episodes.
 
     Args:
         dataset: Folder of a LeRobotDataset, or its id on the Hub.
         revision: Hub revision of the dataset.
-        batch_size: Frames per step and device. None takes 32; the command line takes the family's recipe.
+        batch_size: Frames per step and device. None takes 32; the command line uses the family's recipe.
         val_fraction: Share of the episodes held out, spread evenly over the recording.
         max_val_frames: Validate on at most this many of the held-out frames, spread evenly.
-        num_workers: Processes that load frames. -1 takes none when frames are cached, else one per core up to 4.
-        cache: Whether frames stored as images are decoded once into memory: "auto" (if they take less than
-            a quarter of it) or "never".
+        num_workers: Number of processes that load frames. -1 takes 0 for cached frames, else one per core up to 4.
+        cache: Whether frames stored as images are decoded once into memory: "auto" (if they need less than a quarter of
+            the memory) or "never".
         seed: Seed of the order of the frames.
 
     Raises:
@@ -100,7 +100,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides which frames a step sees, besides the number of processes."""
+        """The options that decide which frames a step gets, except the number of processes."""
         return {
             "frames": self.meta.total_frames,
             "revision": self.revision,
@@ -115,18 +115,18 @@ class LeRobotDataModule(lightning.LightningDataModule):
         held_out = round(self.val_fraction * len(episodes))
         if self.val_fraction > 0 and len(episodes) > 1:
             held_out = max(held_out, 1)
-        # Evenly spread, so that every task and every session is represented.
+        # Spread evenly, so that every task and every session is represented.
         val = {(2 * i + 1) * len(episodes) // (2 * held_out) for i in range(held_out)} if held_out else set()
         return [e for e in episodes if e not in val], sorted(val)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_dataset is None:
             if self.trainer is None:
-                raise RuntimeError("setup needs a trainer whose module says which frames its policy looks at")
+                raise RuntimeError("setup needs a trainer, because the module's policy decides which frames are loaded")
             self.load(self.trainer.lightning_module.policy.config)
 
     def load(self, config: PreTrainedConfig) -> None:
-        """Open the frames that a policy with `config` asks for (its delta timestamps)."""
+        """Open the dataset with the delta timestamps of a policy's configuration."""
         dataset = LeRobotDataset(
             self.meta.repo_id,
             root=self.meta.root,
@@ -149,11 +149,11 @@ class LeRobotDataModule(lightning.LightningDataModule):
         return [frame for episode in episodes for frame in ranges[episode]]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches without end; the trainer's `max_steps` ends the run."""
+        """Return endless batches; the trainer's `max_steps` ends the run."""
         if self.trainer is None:
             return self._loader(self.train_dataset, batch_sampler=self._order(0, 1, int))
         if self.trainer.max_steps < 1:
-            raise GridsError("training is counted in steps, and its data has no end; give the trainer max_steps")
+            raise GridsError("the training data is endless, so the trainer needs max_steps; set it")
         return self._loader(
             self.train_dataset,
             batch_sampler=self._order(self.trainer.global_rank, self.trainer.world_size, self._batches_done),
@@ -162,7 +162,9 @@ class LeRobotDataModule(lightning.LightningDataModule):
     def _order(self, rank: int, world_size: int, first_batch: Callable[[], int]) -> FrameOrder:
         frames = len(self.train_dataset)  # type: ignore[arg-type]
         if frames < world_size:
-            raise DatasetError(f"{frames} frames to train on cannot be shared by {world_size} processes")
+            raise DatasetError(
+                f"{frames} training frames are too few for {world_size} processes; use fewer devices or more data"
+            )
         return FrameOrder(frames, min(self.batch_size, frames // world_size), self.seed, rank, world_size, first_batch)
 
     def _batches_done(self) -> int:
@@ -190,7 +192,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
             **batches,
             num_workers=workers,
             persistent_workers=workers > 0,
-            # A cache hands out whole batches.
+            # The cache returns whole batches.
             collate_fn=_identity if cached else None,
         )
 

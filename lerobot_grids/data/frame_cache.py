@@ -1,7 +1,7 @@
-"""A LeRobotDataset decoded once into memory.
+"""A LeRobotDataset that is decoded once into memory.
 
-Reading a frame through LeRobotDataset takes milliseconds, most of them spent around the decoding of a small
-PNG. For a small policy on a CPU that is as long as the training step itself.
+LeRobotDataset takes milliseconds per frame, mostly for overhead around the decoding of a small PNG. For a small policy
+on a CPU this takes as long as the training step itself.
 """
 
 import io
@@ -21,7 +21,7 @@ MEMORY_SHARE = 0.25
 
 
 def fits_in_memory(meta: LeRobotDatasetMetadata) -> bool:
-    """Whether all frames are stored as colour images and would take less than `MEMORY_SHARE` of the memory."""
+    """Whether all frames are stored as colour images and need less than `MEMORY_SHARE` of the memory."""
     if meta.video_keys or meta.depth_keys:
         return False
     pixels = sum(int(np.prod(meta.features[key]["shape"])) for key in meta.camera_keys)
@@ -30,10 +30,10 @@ def fits_in_memory(meta: LeRobotDatasetMetadata) -> bool:
 
 
 class FrameCache(Dataset[dict[str, Any]]):
-    """The items of a LeRobotDataset, already batched: `cache.__getitems__(indices)` equals collating the items.
+    """The items of a LeRobotDataset in batches: `cache.__getitems__(indices)` equals the collated items.
 
     Args:
-        dataset: A dataset of all episodes, with images (no videos) and `return_uint8=True`.
+        dataset: A dataset with all episodes, images instead of videos, and `return_uint8=True`.
     """
 
     def __init__(self, dataset: LeRobotDataset) -> None:
@@ -57,12 +57,12 @@ class FrameCache(Dataset[dict[str, Any]]):
         return len(self.first)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One item, without a batch axis."""
+        """Return one item without batch axis."""
         batch = self.__getitems__([index])
         return {key: value[0] for key, value in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """A batch: each column [b, ...], or [b, steps, ...] with `<key>_is_pad` where the policy asks for several."""
+        """Return a batch: columns [b, ...], or [b, steps, ...] with `<key>_is_pad` for keys with delta timestamps."""
         rows = torch.as_tensor(indices)
         first, last = self.first[rows, None], self.last[rows, None]
         batch: dict[str, Any] = {}
@@ -80,7 +80,7 @@ class FrameCache(Dataset[dict[str, Any]]):
 
 
 def _numbers(values: list[Any]) -> Tensor | list[Any]:
-    """A tensor, or the list itself where it holds text; float32 where LeRobot gives float32."""
+    """Convert numbers to a tensor (float64 becomes float32, as in LeRobot); return other values unchanged."""
     array = np.array(values)
     if array.dtype.kind not in "biuf":
         return values
@@ -88,6 +88,6 @@ def _numbers(values: list[Any]) -> Tensor | list[Any]:
 
 
 def _decode(image: bytes) -> Tensor:
-    """uint8 [3, h, w] of an encoded image."""
+    """Decode an image to uint8 [3, h, w]."""
     pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""The order in which frames are trained on."""
+"""The order of the frames in training."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,18 +9,18 @@ from ..seeds import seed_of
 
 
 class FrameOrder(Sampler[list[int]]):
-    """Endless batches of frame numbers, shuffled anew in each pass over the data.
+    """Endless batches of frame numbers, with a new shuffle in each pass over the data.
 
-    A function of the seed and the batch's number alone: a run that goes on continues exactly, and every process
+    A batch depends only on the seed and the batch's number, so a resumed run gets the same batches, and every process
     computes the same shuffle.
 
     Args:
         frames: Number of frames.
-        batch_size: Frames of one process's batch.
+        batch_size: Number of frames in one process's batch.
         seed: Seed of the shuffling.
-        rank: This process's number.
+        rank: Number of this process.
         world_size: Number of processes.
-        first_batch: Asked when iteration begins: the number of the first batch.
+        first_batch: Returns the number of the first batch; called when iteration begins.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FrameOrder(Sampler[list[int]]):
             number += 1
 
     def batch(self, number: int) -> list[int]:
-        """Frames of this process's part of a batch; what is left over at the end of a pass is not used."""
+        """Frames in this process's part of a batch. An incomplete batch at the end of a pass is left out."""
         share = self.batch_size * self.world_size
         over_data, place = divmod(number, self.frames // share)
         start = place * share + self.rank * self.batch_size

@@ -1,1 +1,1 @@
-"""Closed-loop success in simulation: loading, rollouts, films, and methods beside each other."""
+"""Evaluation of policies: success in simulation, films, paired comparisons, and open-loop validation."""

@@ -1,4 +1,4 @@
-"""Films of episodes with the points at which a policy looked."""
+"""Films of episodes that show the points at which a policy sampled the image."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from ..policies import LoadedPolicy
 from .rollouts import Task, acting, open_tasks, without_bars
 
 POINT_COLOUR, RING_COLOUR = (255, 230, 0), (0, 0, 0)
-# Small camera images are enlarged to at least this many pixels, so that points can be told apart.
+# Small camera images are enlarged to at least this many pixels, so that points do not overlap.
 MIN_SIZE = 384
 
 
@@ -33,16 +33,16 @@ def film(
     frames: int = 6,
     tampering: list[str] | None = None,
 ) -> list[Path]:
-    """Film a few episodes of every task with the sampled points drawn on the frames.
+    """Film a few episodes of every task, with the sampled points drawn on the frames.
 
     Args:
-        loaded: Policy and processors.
+        loaded: The policy and its processors.
         env_config: LeRobot's configuration of the environment; its images should be rendered at every step.
-        folder: Where `<task>_<seed>.mp4` and `looks.png`, a sheet of `frames` frames per episode, are written.
-        episodes: Episodes of each task.
+        folder: Output folder for `<task>_<seed>.mp4` and `looks.png`, a sheet with `frames` frames per episode.
+        episodes: Number of episodes of each task.
         seed: Seed of the first episode.
-        frames: Frames of each episode on the sheet.
-        tampering: As in `evaluate`. Films show the camera's image, not what was made of it.
+        frames: Number of frames of each episode on the sheet.
+        tampering: As in `evaluate`. Films show the original camera image, without the tampering.
 
     Returns:
         The files written.
@@ -59,7 +59,7 @@ def film(
                     path = folder / f"{task.name}_{seed + episode}.mp4"
                     write_video(str(path), np.stack(images), task.env.metadata.get("render_fps", 30))
                     written.append(path)
-                    # The first frame is drawn before the policy has looked at it.
+                    # The first frame is drawn before the policy has seen it, so it has no points.
                     picked = np.linspace(min(1, len(images) - 1), len(images) - 1, frames).round().astype(int)
                     rows.append([images[i] for i in picked])
             task.close()
@@ -76,7 +76,7 @@ def _film_episode(policy: Any, task: Task, arguments: dict[str, Any], seed: int)
 
         def draw(env: Any) -> None:
             frame = np.ascontiguousarray(env.envs[0].render())
-            # Elsewhere what is rendered for people is not what the policy sees.
+            # In other environments `render` gives another image than the policy's.
             seen = looks and getattr(env.envs[0].unwrapped, "renders_observation", False)
             points = looks[-1][0].numpy() if seen else np.zeros((0, 2))
             region = _image_region(policy, *frame.shape[:2])
@@ -97,10 +97,10 @@ def _image_region(policy: Any, height: int, width: int) -> tuple[float, float, f
 
 @contextmanager
 def watch_coordinates(policy: Any) -> Iterator[list[Tensor]]:
-    """Collect the coordinates of each look while the block runs.
+    """Collect the sampled coordinates of each forward pass while the block runs.
 
     Yields:
-        A list that grows by one float32 [cameras * b, k, 2] per look. It stays empty for a dense policy.
+        A list that gets one float32 [cameras * b, k, 2] per forward pass. It stays empty for a dense policy.
     """
     seen: list[Tensor] = []
     if not isinstance(policy, GridsPolicy):
@@ -126,8 +126,8 @@ def draw_points(
     Args:
         frame: uint8 [h, w, 3].
         coordinates: [k, 2], (x, y) in [0, 1] of the image that the vision tower saw; may be empty.
-        region: Where the camera image lies in that one, (left, top, right, bottom), as `Family.image_region`
-            gives it. Points outside it looked at padding and are not drawn.
+        region: Where the camera image lies in that image, (left, top, right, bottom), from `Family.image_region`.
+            Points outside it lie in the padding and are not drawn.
         title: Text in the upper left corner.
 
     Returns:
@@ -151,7 +151,7 @@ def draw_points(
 
 
 def contact_sheet(rows: list[list[np.ndarray]], path: Path) -> None:
-    """Save images of one size as a PNG, row by row; shorter rows are filled with black."""
+    """Save rows of equally large images as one PNG; shorter rows are filled with black."""
     columns = max(len(row) for row in rows)
     blank = np.zeros_like(rows[0][0])
     lines = [np.concatenate(row + [blank] * (columns - len(row)), axis=1) for row in rows]

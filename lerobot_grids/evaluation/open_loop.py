@@ -1,7 +1,7 @@
 """Open-loop quality of a policy on held-out demonstrations, at several token budgets.
 
-It costs seconds where closed-loop success costs minutes, and it does not rank policies: one with the lower loss can
-succeed less often. `eval` decides.
+It takes seconds, and closed-loop evaluation takes minutes. But it does not rank policies: a policy with a lower loss
+can succeed less often. Compare policies with `eval`.
 """
 
 from collections.abc import Callable
@@ -28,24 +28,24 @@ from ..data.datamodule import LeRobotDataModule
 from ..data.images import unit_images
 from ..policies import LoadedPolicy, require_cameras
 
-# Noise and time of the flow are the same for every budget and every policy.
+# Every budget and every policy gets the same noise and time of the flow.
 SEED = 0
 USUAL_BUDGETS = (1, 4, 8, 16, 24, 64)
 
 
 @dataclass
 class BudgetResult:
-    """How a policy does at one budget.
+    """Results of a policy at one budget.
 
     Attributes:
         num_tokens: K, or None for a dense policy.
-        loss: The policy's own training loss.
+        loss: The policy's own training loss on held-out frames.
         error: Root mean squared error of its action chunks against the demonstrations, per action dimension, in the
             dataset's units.
         teacher_distance: Root mean squared distance of its normalised action chunks to the teacher's, from the same
             noise; None without a teacher.
-        teacher_distance_by_action: The same per action dimension, in the dataset's units.
-        coordinates: `CoordinateStatistics`, of a sampler.
+        teacher_distance_by_action: The same distance per action dimension, in the dataset's units.
+        coordinates: `CoordinateStatistics` of a `GridSampler`; empty for other reducers.
     """
 
     num_tokens: int | None
@@ -58,7 +58,7 @@ class BudgetResult:
 
 @dataclass
 class Validation:
-    """Results of one policy over budgets."""
+    """Results of one policy at several budgets."""
 
     policy: str
     policy_type: str
@@ -69,15 +69,15 @@ class Validation:
     budgets: list[BudgetResult] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write everything as JSON."""
+        """Write all results as JSON."""
         write_json(path, asdict(self))
 
 
 def budgets_of(policy: Any, asked: list[int] | None) -> list[int | None]:
-    """Budgets to validate: those asked for, or the usual ones that the policy can serve.
+    """Budgets to validate: the given ones, or the usual ones that the policy supports.
 
     Raises:
-        BudgetError: If it cannot serve one.
+        BudgetError: If the policy does not support a given budget.
     """
     if not isinstance(policy, GridsPolicy) or policy.num_tokens == 0:
         if asked is not None:
@@ -90,12 +90,12 @@ def budgets_of(policy: Any, asked: list[int] | None) -> list[int | None]:
         return [*(k for k in USUAL_BUDGETS if k < largest), largest]
     for k in asked:
         if not 1 <= k <= largest:
-            raise BudgetError(f"--tokens {k}, but this checkpoint serves 1 .. {largest} visual tokens per camera")
+            raise BudgetError(f"--tokens {k}, but this checkpoint supports 1 .. {largest} visual tokens per camera")
     return list(asked)
 
 
 def held_out_share(policy: str) -> float:
-    """The share of the episodes that a policy's run held out, as its fit.yaml says; 0.1 if there is none."""
+    """The share of episodes that a policy's training held out, from its fit.yaml; 0.1 without that file."""
     for folder in (Path(policy), Path(policy).parent):
         if (folder / OPTIONS_FILE).is_file():
             options = yaml.safe_load((folder / OPTIONS_FILE).read_text())
@@ -104,18 +104,20 @@ def held_out_share(policy: str) -> float:
 
 
 def require_fit(source: str, loaded: LoadedPolicy, meta: LeRobotDatasetMetadata) -> None:
-    """Raise `DatasetError` unless a dataset shows what the policy looks at and has the actions it takes."""
+    """Raise `DatasetError` unless a dataset has the policy's cameras and actions of the policy's shape."""
     renames = loaded.renames
     features = {renames.get(name, name): value for name, value in dataset_to_policy_features(meta.features).items()}
     config = loaded.policy.config
     require_cameras(source, config, features)
     acts, has = (tuple(side[ACTION].shape) for side in (config.output_features, features))
     if acts != has:
-        raise DatasetError(f"{source} takes actions of shape {acts}, the dataset has {has}; validate on its own data")
+        raise DatasetError(
+            f"{source} has actions of shape {acts}, the dataset has {has}; validate on the policy's own data"
+        )
 
 
 class _Measures:
-    """What is counted at one budget."""
+    """Metrics at one budget."""
 
     def __init__(self, policy: Any, size: int, device: torch.device) -> None:
         self.loss = MeanMetric().to(device)
@@ -149,11 +151,11 @@ def validate(
     """Run a policy over the held-out frames at each budget.
 
     Args:
-        loaded: The policy.
-        data: Its demonstrations; opened for it unless they are already.
-        budgets: From `budgets_of`.
+        loaded: The policy and its processors.
+        data: The demonstrations; loaded for this policy if they are not loaded yet.
+        budgets: Budgets from `budgets_of`.
         teacher: A dense policy to compare with.
-        on_progress: Called after each batch and budget.
+        on_progress: Called after each batch at each budget.
 
     Raises:
         GridsError: If nothing is held out.
@@ -163,7 +165,7 @@ def validate(
         data.load(policy.config)
     batches = data.val_dataloader()
     if not batches:
-        raise GridsError("nothing is held out to validate on; the dataset needs at least two episodes")
+        raise GridsError("no episodes are held out for validation; the dataset needs at least two episodes")
     device = next(policy.parameters()).device
     size = policy.config.output_features[ACTION].shape[0]
     measures = {k: _Measures(policy, size, device) for k in budgets}
@@ -192,7 +194,7 @@ def validate(
 
 
 def _chunk(loaded: LoadedPolicy, batch: dict[str, Any], number: int) -> tuple[Tensor, Tensor]:
-    """Action chunk [b, steps, d] from the noise of this batch: (normalised, in the dataset's units)."""
+    """Predict an action chunk [b, steps, d] from this batch's noise: (normalised, in the dataset's units)."""
     torch.manual_seed(SEED + number)
     loaded.policy.reset()
     chunk: Tensor = loaded.policy.predict_action_chunk(dict(batch)).float()
@@ -200,7 +202,7 @@ def _chunk(loaded: LoadedPolicy, batch: dict[str, Any], number: int) -> tuple[Te
 
 
 def draw_validation(result: Validation, path: Path) -> None:
-    """Save a picture of loss, and of the distance to the teacher, against the budget."""
+    """Plot the loss, and the distance to the teacher if there is one, over the budget."""
     import matplotlib as mpl
 
     mpl.use("Agg")

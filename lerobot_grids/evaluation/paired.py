@@ -1,4 +1,4 @@
-"""Several policies, or several ways of having fewer visual tokens, on the same episodes."""
+"""Compare several policies, or several methods of token reduction, on the same episodes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -31,13 +31,13 @@ from .success import Evaluation
 
 @dataclass
 class Method:
-    """One way of acting, trained once or with several seeds.
+    """One method in a comparison, trained once or with several seeds.
 
     Attributes:
         policies: Checkpoints, one per training seed.
         tokens: Run-time budget of a grids checkpoint, or of `reducer`.
-        reducer: Reduces the tokens of a dense checkpoint without training.
-        resolution: Side in pixels at which a dense checkpoint sees its images, without training.
+        reducer: Name of a reducer for a dense checkpoint, applied without training.
+        resolution: Side in pixels of the images for a dense checkpoint, applied without training.
     """
 
     policies: list[str]
@@ -52,20 +52,21 @@ class Method:
 
 @dataclass
 class MethodResult:
-    """What came of one method.
+    """Results of one method.
 
     Attributes:
-        name: Its name.
+        name: Name of the method.
         num_tokens: Visual tokens per camera.
         by_task: {task: (successes, episodes)} over all training seeds.
         by_seed: Success rate of each training seed over all tasks.
-        successes: Over all tasks and training seeds.
-        episodes: Over all tasks and training seeds.
-        interval: 95 % Wilson interval of the success rate over episodes, which training seeds only repeat.
-        paired: Against the first method, on the same episodes; None for the first.
-        gflops: Of one action chunk, counted; None where it was not.
-        latency_ms: Median of one action chunk at batch 1; None where it was not measured.
-        device: Where it was measured.
+        successes: Number of successes over all tasks and training seeds.
+        episodes: Number of episodes over all tasks and training seeds.
+        interval: 95 % Wilson interval of the success rate. Training seeds repeat the same episodes, so they do not
+            make it narrower.
+        paired: Comparison with the first method on the same episodes; None for the first.
+        gflops: GFLOPs of one action chunk; None if not counted.
+        latency_ms: Median milliseconds of one action chunk at batch 1; None if not measured.
+        device: Name of the device on which the latency was measured.
     """
 
     name: str
@@ -82,13 +83,13 @@ class MethodResult:
 
     @property
     def rate(self) -> float:
-        """Success rate over everything."""
+        """Success rate over all tasks and training seeds."""
         return self.successes / self.episodes
 
 
 @dataclass
 class ComparisonResult:
-    """Results of all methods, the first being what the others are compared with."""
+    """Results of all methods; the others are compared with the first."""
 
     protocol: dict[str, Any]
     threads: int
@@ -96,13 +97,13 @@ class ComparisonResult:
     methods: list[MethodResult] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write everything as JSON."""
+        """Write all results as JSON."""
         write_json(path, asdict(self))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One policy of one method, what its evaluation must have in common with a kept one, and where that lies."""
+    """One policy of one method, the options of its evaluation, and the path of the saved result."""
 
     name: str
     method: Method
@@ -113,7 +114,7 @@ class _Run:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What is evaluated, as it is saved; an option that was left out is as if it had been None."""
+        """The options of this evaluation, as saved with it; options that are None are left out."""
         asked = self.protocol | asdict(self.method) | {"policies": self.policy, "weights": self.weights}
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -133,34 +134,37 @@ def compare(
     protocol: dict[str, Any] | None = None,
     on_evaluation: Callable[[str, int], None] | None = None,
 ) -> ComparisonResult:
-    """Evaluate every policy of every method on the same episodes, and set them side by side.
+    """Evaluate every policy of every method on the same episodes and compare the methods.
 
-    What a policy did is kept in `folder` as `<method>-<number>.json`, and read from there when the same is asked again,
-    so a comparison that was stopped goes on, and one more method costs only itself.
+    Each evaluation is saved in `folder` as `<method>-<number>.json` and read from there in later calls with the same
+    options. So a stopped comparison continues, and for an additional method only that method is evaluated.
 
     Args:
-        methods: By name; the first is what the others are compared with.
-        make_env: Gives the environment's configuration for `look_every=` steps between two looks; can be pickled.
-        folder: For the evaluations.
-        episodes: Episodes of each task.
+        methods: Methods by name; the others are compared with the first.
+        make_env: Makes the environment's configuration; `look_every=` is the number of steps between two
+            observations. It must be picklable.
+        folder: Folder for the evaluations.
+        episodes: Number of episodes of each task.
         seed: Seed of the first episode.
-        batch_size: Episodes that run side by side.
-        device: Where policies run; None keeps each checkpoint's own.
-        tampering: What is spoiled in the policies' input, of `tampering.TAMPERINGS`.
-        workers: Policies that are evaluated at the same time, each in a process of its own.
-        costs: Whether to count FLOPs and measure milliseconds, too, when nothing else runs.
-        protocol: What else an evaluation that is read back must have in common with this one.
-        on_evaluation: Called with (method, its episodes) for each evaluation that is there.
+        batch_size: Number of episodes that run in parallel.
+        device: Device of the policies; None keeps the device of each checkpoint.
+        tampering: Changes to the policies' input, from `tampering.TAMPERINGS`.
+        workers: Number of policies that are evaluated at the same time, each in its own process.
+        costs: Whether to count FLOPs and measure milliseconds after the evaluations.
+        protocol: Further options that must be equal for a saved evaluation to be used.
+        on_evaluation: Called with (method, its episodes) after each evaluation, also one that was read.
 
     Raises:
-        GridsError: If a policy cannot be loaded, methods have unequal numbers of policies, or a kept evaluation is of
-            something else.
+        GridsError: If a policy cannot be loaded, methods have unequal numbers of policies, or a saved evaluation has
+            other options.
     """
     if len({len(method.policies) for method in methods.values()}) > 1:
         counts = ", ".join(f"{name} {len(method.policies)}" for name, method in methods.items())
-        raise GridsError(f"methods have unequal numbers of checkpoints ({counts}); give each one per training seed")
+        raise GridsError(
+            f"methods have unequal numbers of checkpoints ({counts}); give each method one per training seed"
+        )
     protocol = {"episodes": episodes, "seed": seed, "batch_size": batch_size} | (protocol or {})
-    # Before hours of evaluation.
+    # Errors in checkpoints are found here, before hours of evaluation.
     runs = [
         _Run(name, method, policy, protocol, folder / f"{name}-{number}.json", _fingerprint(policy))
         for name, method in methods.items()
@@ -189,7 +193,7 @@ def compare(
 
 
 def _map(act: Callable[[_Run], Evaluation], runs: list[_Run], workers: int) -> Iterator[tuple[_Run, Evaluation]]:
-    """Each run with its evaluation, as soon as it is there."""
+    """Yield each run with its evaluation as soon as it is done."""
     if workers == 1:
         for run in runs:
             yield run, act(run)
@@ -205,10 +209,10 @@ def _map(act: Callable[[_Run], Evaluation], runs: list[_Run], workers: int) -> I
                 yield pending[future], future.result()
         except BrokenProcessPool as error:
             raise GridsError(
-                "a process that evaluated was killed, perhaps for its memory; use fewer --workers, what is done is kept"
+                "a worker was killed, perhaps for lack of memory; finished results are kept, use fewer --workers"
             ) from error
         except BaseException:
-            # Without waiting for what is half done.
+            # Stop unfinished evaluations instead of waiting for them.
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(cancel_futures=True)
@@ -241,7 +245,7 @@ def _load(method: Method, policy: str, device: str | None) -> LoadedPolicy:
 
 
 def _kept(run: _Run) -> Evaluation | None:
-    """An evaluation of just this that is there already."""
+    """The saved evaluation of a run; None if there is none."""
     if not run.path.is_file():
         return None
     try:
@@ -259,7 +263,7 @@ def _kept(run: _Run) -> Evaluation | None:
 
 
 def _fingerprint(policy: str) -> str:
-    """Of a checkpoint's weights, so that one that was trained again is not taken for what it was."""
+    """Hash of a checkpoint's weights, so that results of an earlier training are not used."""
     folder = find_weights(policy)
     require_complete(folder)
     return "+".join(digest_of(path)[:16] for path in sorted(folder.glob("*.safetensors")))
@@ -292,7 +296,7 @@ def _summarise(name: str, evaluations: list[Evaluation], reference: list[Evaluat
 
 
 def _costs(loaded: LoadedPolicy, env_config: EnvConfig) -> tuple[float, float]:
-    """(GFLOPs, median milliseconds) of one action chunk on one observation, as the pre-processor gives it."""
+    """(GFLOPs, median milliseconds) of one action chunk for one pre-processed observation."""
     config = loaded.policy.config
     observation: dict[str, Any] = {key: torch.rand(1, *feature.shape) for key, feature in config.image_features.items()}
     if config.robot_state_feature is not None:

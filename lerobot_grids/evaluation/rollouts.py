@@ -1,4 +1,4 @@
-"""Closed-loop success of a policy in simulation, through LeRobot's own evaluation code."""
+"""Closed-loop success of a policy in simulation, measured with LeRobot's own evaluation code."""
 
 import os
 import time
@@ -24,7 +24,7 @@ from .tampering import other_instructions, tamper
 
 
 def check_fit(loaded: LoadedPolicy, env_config: EnvConfig) -> None:
-    """Raise `SimulationError` unless the environment shows what the policy looks at and takes what it does."""
+    """Raise `SimulationError` unless the environment has the policy's cameras and action shape."""
     renames = loaded.renames
     features = env_to_policy_features(env_config)
     config = loaded.policy.config
@@ -55,21 +55,21 @@ def evaluate(
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Run episodes of every task of an environment.
+    """Run episodes of every task of an environment and count successes.
 
     Args:
-        loaded: Policy and processors.
+        loaded: The policy and its processors.
         env_config: LeRobot's configuration of the environment.
-        episodes: Episodes of each task.
-        seed: Seed of the first episode; the next ones follow. Recordings should not contain them.
-        batch_size: Episodes that run side by side.
-        source: Name of the policy in the result.
-        tampering: What is spoiled in the policy's input, of `tampering.TAMPERINGS`.
-        on_start: Called with the number of episodes of all tasks.
+        episodes: Number of episodes of each task.
+        seed: Seed of the first episode; the others have the next seeds. Recordings should use other seeds.
+        batch_size: Number of episodes that run in parallel.
+        source: Name of the policy to write into the result.
+        tampering: Changes to the policy's input, from `tampering.TAMPERINGS`.
+        on_start: Called once with the number of episodes over all tasks.
         on_progress: Called with (task, episodes done, successes) after each batch.
 
     Raises:
-        SimulationError: If the environment's cameras or actions are not the policy's, or an input cannot be spoiled.
+        SimulationError: If the environment does not fit the policy, or a tampering cannot be applied.
     """
     check_fit(loaded, env_config)
     used, dense = token_counts(loaded.policy)
@@ -110,7 +110,7 @@ def evaluate(
 
 @dataclass
 class Task:
-    """A task of a suite, with its vector environment and the instruction that a tampering gives it."""
+    """A task of a suite, its vector environment, and the instruction for tampering 'instruction'."""
 
     suite: str
     name: str
@@ -118,16 +118,16 @@ class Task:
     other_instruction: str = ""
 
     def begin_at(self, episode: int) -> None:
-        """Let the next reset start with this episode.
+        """Make the next reset start with this episode.
 
-        LIBERO counts resets to choose among its initial states, and a success resets once more: without this, which
-        states a policy meets would depend on its successes.
+        LIBERO chooses the initial state by counting resets, and a success causes one more reset. Without this call the
+        initial states would depend on the policy's successes.
         """
         if all(hasattr(env.unwrapped, "init_state_id") for env in getattr(self.env, "envs", [self.env])):
             self.env.set_attr("init_state_id", [episode + i for i in range(self.env.num_envs)])
 
     def close(self) -> None:
-        """Close the environment and let go of it."""
+        """Close the environment and drop the reference to it."""
         if self.env is not None:
             self.env.close()
         self.env = None
@@ -135,8 +135,8 @@ class Task:
 
 @contextmanager
 def open_tasks(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iterator[list[Task]]:
-    """All tasks of an environment; what is still open is closed afterwards."""
-    # LeRobot prints a line per task.
+    """Create all tasks of an environment; at the end of the block, open environments are closed."""
+    # LeRobot prints a line per task; hide it.
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         suites = config.create_envs(n_envs=batch_size)
     tasks = [
@@ -144,7 +144,7 @@ def open_tasks(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iter
         for suite, envs in suites.items()
         for task_id, env in envs.items()
     ]
-    # Only the tasks hold environments, so that each is gone when it is done: LIBERO-Plus has ten thousand.
+    # Only tasks may refer to environments, so that closing frees their memory: LIBERO-Plus has ten thousand.
     del suites
     try:
         if "instruction" in tampering:
@@ -161,8 +161,8 @@ def open_tasks(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iter
 def acting(
     loaded: LoadedPolicy, env_config: EnvConfig, task: Task, tampering: list[str], seed: int
 ) -> Iterator[dict[str, Any]]:
-    """What LeRobot's rollout takes besides the environment. In this block the policy's input is spoiled."""
-    # The base's configuration: LeRobot prepares observations for some policies by their class.
+    """Arguments for LeRobot's rollout except the environment; the tampering is active in this block."""
+    # LeRobot prepares observations by the class of the configuration, so it gets the base policy's.
     before, after = make_env_pre_post_processors(env_cfg=env_config, policy_cfg=base_config(loaded.policy.config))
     with tamper(tampering, loaded.policy, loaded.preprocessor, task.other_instruction, seed) as spoil:
         yield {
@@ -176,6 +176,6 @@ def acting(
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """LeRobot draws a bar per rollout on standard error, which buries ours."""
+    """Hide the progress bars that LeRobot draws on standard error, because they overwrite ours."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         yield

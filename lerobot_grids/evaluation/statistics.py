@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Random sign flips of a test over several training seeds.
+# Number of random sign flips in the test over several training seeds.
 FLIPS = 9999
 
 
@@ -13,7 +13,7 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
     """Wilson score interval of a proportion.
 
     Args:
-        successes: Number of successes, or its mean over repetitions of the same trials.
+        successes: Number of successes, or the mean number over repetitions of the same trials.
         trials: Number of trials, at least 1.
         z: Normal quantile; the default gives 95 %.
 
@@ -21,24 +21,24 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
         (low, high) in [0, 1].
     """
     if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"{successes} successes of {trials} trials is no proportion")
+        raise ValueError(f"{successes} successes of {trials} trials is not a proportion")
     rate = successes / trials
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    # Exact where rounding would leave a hair.
+    # Exactly 0 or 1, where rounding would give a slightly different bound.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """How one way of acting fares against another on the same episodes.
+    """Comparison of one method with another on the same episodes.
 
     Attributes:
-        wins: Episodes in which only it succeeded, over all training seeds.
-        losses: Episodes in which only the other did.
-        difference: Of the success rates, in [-1, 1].
-        interval: Its 95 % interval over episodes, for these trained policies.
-        p: Two-sided p-value: how likely so uneven wins and losses are if both are as good.
+        wins: Number of episodes in which only the first method succeeded, over all training seeds.
+        losses: Number of episodes in which only the other method succeeded.
+        difference: Difference of the success rates, in [-1, 1].
+        interval: 95 % interval of the difference over episodes, for these trained policies.
+        p: Two-sided p-value: probability of wins and losses at least this uneven if both methods are equally good.
     """
 
     wins: int
@@ -57,18 +57,18 @@ def paired_comparison(ours: list[list[bool]], theirs: list[list[bool]], z: float
     """Compare outcomes of the same episodes.
 
     With one training seed: McNemar's exact test, and Agresti and Min's interval (Statistics in Medicine, 2005), which
-    is Wald's with half an observation added to each of the four cells. With several, an episode's outcomes hang
-    together: its differences are averaged over the seeds, the interval is normal over episodes, and the test flips
-    the sign of whole episodes at random. How far another training would move the result is in neither.
+    is Wald's interval with half an observation added to each of the four cells. With several seeds, the outcomes of an
+    episode are correlated, so its differences are averaged over the seeds. The interval is then normal over episodes,
+    and the test flips the sign of whole episodes at random. Neither includes the variation between trainings.
 
     Args:
-        ours: Outcomes of each training seed, episode by episode.
-        theirs: The other's, seed by seed and episode by episode.
+        ours: Outcomes of the first method: one list per training seed, one value per episode.
+        theirs: Outcomes of the other method, with the same seeds and episodes.
         z: Normal quantile; the default gives 95 %.
     """
     mine, others = np.array(ours, dtype=float), np.array(theirs, dtype=float)
     if mine.shape != others.shape or not mine.size:
-        raise ValueError(f"outcomes of shape {mine.shape} beside {others.shape} cannot be paired")
+        raise ValueError(f"outcomes of shapes {mine.shape} and {others.shape} cannot be paired")
     apart = mine - others
     wins, losses, difference = int((apart > 0).sum()), int((apart < 0).sum()), float(apart.mean())
     if len(mine) == 1:

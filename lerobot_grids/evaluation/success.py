@@ -1,4 +1,4 @@
-"""Success of a policy: counts, rates with their intervals, and every episode's outcome."""
+"""Success of a policy: counts, rates with intervals, and the outcome of every episode."""
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,7 +10,7 @@ from .statistics import wilson_interval
 
 @dataclass
 class TaskResult:
-    """Success of one task, or of several: counts, the rate with its 95 % Wilson interval, every episode's outcome."""
+    """Success on one task or several: counts, the rate with its 95 % Wilson interval, and every outcome."""
 
     task: str
     successes: int
@@ -25,20 +25,20 @@ class TaskResult:
 
 @dataclass
 class Evaluation:
-    """Success over tasks, with what was evaluated.
+    """Success on each task, and the options of the evaluation.
 
     Attributes:
-        policy: Its name.
-        policy_type: LeRobot's type of it.
+        policy: Name of the policy.
+        policy_type: LeRobot's type of the policy.
         num_tokens: Visual tokens per camera.
-        num_dense_tokens: Those of its dense policy.
-        tasks: Success of each task.
-        environment: LeRobot's type of it.
-        n_action_steps: Steps of a chunk that are executed before the policy looks again.
+        num_dense_tokens: Visual tokens per camera of the dense policy.
+        tasks: Success on each task.
+        environment: LeRobot's type of the environment.
+        n_action_steps: Steps of a chunk that are executed before the next observation.
         perturb: Perturbations as kind:severity, comma-separated; empty for none.
-        tamper: What was spoiled in the policy's input.
-        reducer: What reduced the tokens of a dense policy without training; empty for nothing.
-        resolution: Side in pixels at which a dense policy saw its images without training; None for its own.
+        tamper: Names of the changes to the policy's input.
+        reducer: Name of the reducer applied to a dense policy without training; empty for none.
+        resolution: Side in pixels of the images given to a dense policy without training; None for its own size.
     """
 
     policy: str
@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def suites(self) -> list[TaskResult]:
-        """Each suite's tasks together; empty where no suite has several tasks."""
+        """Success on each suite; empty if no suite has several tasks."""
         names = list(dict.fromkeys(task.suite for task in self.tasks))
         if len(names) == len(self.tasks):
             return []
@@ -63,23 +63,23 @@ class Evaluation:
 
     @property
     def total(self) -> TaskResult:
-        """All tasks together."""
+        """Success on all tasks together."""
         return _together("all", self.tasks)
 
     def save(self, path: Path, **more: Any) -> None:
-        """Write everything, and what else is given, as JSON."""
+        """Write all results, and the fields in `more`, as JSON."""
         sums = {"suites": [asdict(suite) for suite in self.suites], "total": asdict(self.total)}
         write_json(path, asdict(self) | sums | more)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Evaluation":
-        """What was saved; entries that are no fields are left out."""
+        """Read a saved evaluation; entries that are not fields are ignored."""
         own = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         return cls(**own | {"tasks": [TaskResult(**task) for task in content["tasks"]]})
 
 
 def summarise(task: str, outcomes: list[bool], seeds: list[int], seconds: float, suite: str = "") -> TaskResult:
-    """Count outcomes and put an interval around their rate."""
+    """Count outcomes and compute the interval of their rate."""
     successes, episodes = sum(outcomes), len(outcomes)
     interval = wilson_interval(successes, episodes)
     return TaskResult(task, successes, episodes, successes / episodes, interval, seconds, seeds, outcomes, suite)

@@ -1,4 +1,4 @@
-"""Showing results of `eval`, `validate` and `compare`: tables on the screen or in Markdown, and a picture."""
+"""Show results of `eval`, `validate` and `compare`: tables on the screen or in Markdown, and a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ MARKERS = "osD^vP*X"
 
 
 def header(result: ComparisonResult) -> list[str]:
-    """Names of the table's columns."""
+    """Column names of the table."""
     tasks = list(result.methods[0].by_task)
     costs = ["GFLOPs", "ms"] if result.methods[0].gflops is not None else []
     return ["method", "tokens", *costs, *tasks, "all", "95 %", "by seed, %", "against the first, points", "p"]
 
 
 def cells(row: MethodResult) -> list[str]:
-    """A method's row."""
+    """The table row of a method."""
     low, high = row.interval
     texts = [row.name, "?" if row.num_tokens is None else str(row.num_tokens)]
     if row.gflops is not None and row.latency_ms is not None:
@@ -33,7 +33,7 @@ def cells(row: MethodResult) -> list[str]:
 
 
 def print_methods(result: ComparisonResult) -> None:
-    """Show the table."""
+    """Print the table."""
     table = Table(title=f"{', '.join(f'{name} {value}' for name, value in result.protocol.items())}")
     for number, name in enumerate(header(result)):
         table.add_column(name, justify="left" if number == 0 else "right")
@@ -52,7 +52,7 @@ def markdown(result: ComparisonResult) -> str:
 
 
 def draw_methods(result: ComparisonResult, path: Path) -> None:
-    """Save a picture: success against visual tokens, and against milliseconds where they were measured."""
+    """Plot success over visual tokens, and over milliseconds if they were measured."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -66,7 +66,7 @@ def draw_methods(result: ComparisonResult, path: Path) -> None:
     )
     colours = pyplot.get_cmap("tab20")
     for axis, (label, name, scale) in zip(axes[0], axes_of, strict=True):
-        # Methods of one budget side by side, not one over the other.
+        # Methods with equal budgets are drawn side by side instead of over each other.
         places: dict[float, int] = {}
         for number, row in enumerate(result.methods):
             value = getattr(row, name)
@@ -100,7 +100,7 @@ def draw_methods(result: ComparisonResult, path: Path) -> None:
 
 
 def print_evaluation(result: Any) -> None:
-    """Show an `Evaluation` as a table."""
+    """Print an `Evaluation` as a table."""
     tokens = "?" if result.num_tokens is None else f"{result.num_tokens} of {result.num_dense_tokens}"
     title = f"{result.policy} ({result.policy_type}), {tokens} visual tokens per camera"
     if result.perturb:
@@ -117,7 +117,7 @@ def print_evaluation(result: Any) -> None:
         table.add_row(
             row.task,
             f"{row.successes}/{row.episodes}",
-            # A tenth of a percent means something from some hundred episodes on.
+            # With fewer episodes, tenths of a percent have no meaning.
             f"{100 * row.success_rate:.{1 if row.episodes >= 200 else 0}f} %",
             f"{100 * low:.0f} - {100 * high:.0f} %",
             f"{row.seconds:.0f}",
@@ -126,12 +126,12 @@ def print_evaluation(result: Any) -> None:
 
 
 def print_validation(result: Any) -> None:
-    """Show a `Validation` as a table."""
+    """Print a `Validation` as a table."""
     table = Table(title=f"{result.policy} ({result.policy_type}) on {result.frames} held-out frames")
     names = ["tokens", "loss", "error, by action"]
     if result.teacher is not None:
         names += ["distance to teacher", "by action"]
-    # All of them are in the JSON; a terminal is not that wide.
+    # A terminal is too narrow for all statistics; the JSON has them.
     shown = [name for name in ("border", "duplicates", "drift", "motion") if name in result.budgets[0].coordinates]
     names += shown
     for name in names:

@@ -1,7 +1,7 @@
-"""Spoiling a policy's input while it acts, to see whether it uses that input.
+"""Remove or shuffle one input of a policy during evaluation, to test whether the policy uses that input.
 
-A tampering is no perturbation: it takes an input away, in any environment and for any policy, and has no severity. A
-policy that acts as well without an input never used it.
+A tampering differs from a perturbation: it removes an input, works in any environment and for any policy, and has no
+severity. A policy that succeeds as often without an input does not use it.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,22 +18,22 @@ from lerobot_policy_grids.modeling_grids import dense_policy
 
 Observation = dict[str, Any]
 
-# What each takes away, as `eval --help` says it.
+# Name -> effect, as in `eval --help`.
 TAMPERINGS = {
     "image": "every camera is black",
-    "patches": "the 8 x 8 patches of every image are shuffled, anew at each step",
-    "tokens": "the visual tokens are shuffled over the token grid, before they are sampled, anew at each look",
-    "instruction": "the instruction is that of another task, the next of those evaluated",
-    "state": "the robot's state is always the mean of the training data",
+    "patches": "the 8 x 8 patches of every image are shuffled, differently at each step",
+    "tokens": "the visual tokens are shuffled over the token grid before reduction, differently at each forward pass",
+    "instruction": "the instruction is that of the next evaluated task",
+    "state": "the robot state is always the mean of the training data",
 }
 PATCHES = 8
 
 
 def parse_tamperings(text: str | None) -> list[str]:
-    """Names of a comma-separated list; nothing is none.
+    """Names in a comma-separated list; an empty text gives none.
 
     Raises:
-        SimulationError: If one is unknown.
+        SimulationError: If a name is unknown.
     """
     names = [part.strip() for part in (text or "").split(",") if part.strip()]
     unknown = [name for name in names if name not in TAMPERINGS]
@@ -43,7 +43,7 @@ def parse_tamperings(text: str | None) -> list[str]:
 
 
 def other_instructions(instructions: list[str]) -> list[str]:
-    """For each task of an evaluation, another's instruction: the next different one, round the list.
+    """For each task of an evaluation, the next different instruction in the list; the last gets the first.
 
     Raises:
         SimulationError: If all tasks have the same instruction.
@@ -51,7 +51,7 @@ def other_instructions(instructions: list[str]) -> list[str]:
     different = list(dict.fromkeys(instructions))
     if len(different) < 2:
         raise SimulationError(
-            f"tampering 'instruction' takes another task's instruction, and every task here says '{different[0]}'; "
+            f"tampering 'instruction' needs another task's instruction, but every task here says '{different[0]}'; "
             "evaluate tasks that differ, such as --tasks push-v3,coffee-push-v3"
         )
     following = dict(zip(different, [*different[1:], different[0]], strict=True))
@@ -62,20 +62,20 @@ def other_instructions(instructions: list[str]) -> list[str]:
 def tamper(
     names: list[str], policy: Any, preprocessor: Any, instruction: str, seed: int
 ) -> Iterator[Callable[[Observation], Observation]]:
-    """Spoil a policy's input while the block runs.
+    """Tamper with a policy's input while the block runs.
 
     Args:
-        names: Of `TAMPERINGS`.
-        policy: Dense or grids.
-        preprocessor: Its pre-processor, which knows the mean state.
-        instruction: What to say in place of the task's instruction.
-        seed: Of the shuffles.
+        names: Names from `TAMPERINGS`.
+        policy: The policy, dense or grids.
+        preprocessor: The policy's pre-processor, which holds the mean state.
+        instruction: Text that replaces the task's instruction.
+        seed: Seed of the shuffling.
 
     Yields:
-        A function that spoils an observation in LeRobot's names, before the policy's pre-processor.
+        A function that changes an observation with LeRobot's names, before the policy's pre-processor.
 
     Raises:
-        UnsupportedPolicyError: If "tokens" are to be shuffled in a policy without a token grid.
+        UnsupportedPolicyError: If `names` has "tokens" and the policy has no token grid.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -100,7 +100,7 @@ def tamper(
 
 
 def shuffle_patches(images: Tensor, random: torch.Generator) -> Tensor:
-    """Images [b, c, h, w] with their 8 x 8 patches in another order. Rows and columns that are left over stay."""
+    """Shuffle the 8 x 8 patches of images [b, c, h, w]. Remaining rows and columns at the end stay in place."""
     height, width = (size // PATCHES for size in images.shape[-2:])
     whole = images[..., : height * PATCHES, : width * PATCHES]
     tiles = whole.unflatten(-1, (PATCHES, width)).unflatten(-3, (PATCHES, height))
@@ -115,10 +115,10 @@ def shuffle_patches(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def mean_state(preprocessor: Any) -> Tensor:
-    """The training data's mean robot state [d], from the policy's normalisation.
+    """Mean robot state [d] of the training data, from the policy's normalisation.
 
     Raises:
-        SimulationError: If the pre-processor holds none.
+        SimulationError: If the pre-processor has no mean state.
     """
     for step in preprocessor.steps:
         statistics = (getattr(step, "stats", None) or {}).get(OBS_STATE, {})

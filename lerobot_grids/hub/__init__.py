@@ -1,1 +1,1 @@
-"""The Hub: what a push consists of, pushing it, and pulling it again."""
+"""The Hub: prepare, push and pull checkpoints."""

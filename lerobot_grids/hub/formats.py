@@ -1,8 +1,8 @@
-"""One checkpoint in two formats: `adapter`, what training changed over a pinned base, and `full`, self-contained.
+"""Two formats of a checkpoint: `adapter`, the changes to a pinned base policy, and `full`, which is self-contained.
 
 An adapter holds every tensor of the policy whose bits differ from the base's. With a frozen base those are the
-reducer's, a few MB. After training with LoRA they are the weights with its products added, not the low-rank matrices:
-what was measured is the sum as rounded to the policy's precision, and only that sum reproduces it.
+reducer's, a few MB. After training with LoRA they also include the weights with LoRA's products added, not the low-rank
+matrices: results were measured with the sum, rounded to the policy's precision, and only that sum reproduces them.
 """
 
 import os
@@ -26,17 +26,17 @@ from lerobot_policy_grids.errors import CheckpointError
 
 
 def write_adapter(source: Path, target: Path) -> Base:
-    """Write a grids checkpoint as an adapter, without its manifest.
+    """Write a grids checkpoint as an adapter, without a manifest.
 
     Args:
         source: A complete checkpoint folder, adapter or full.
         target: An empty folder.
 
     Returns:
-        The base that its manifest must name.
+        The base policy to name in the manifest.
 
     Raises:
-        CheckpointError: If the source's base did not come from the Hub, or cannot be fetched.
+        CheckpointError: If the source's base is not from the Hub, or cannot be fetched.
     """
     require_complete(source)
     manifest = verify_manifest(source)
@@ -60,14 +60,14 @@ def write_adapter(source: Path, target: Path) -> Base:
 
 
 def write_full(source: Path, target: Path) -> None:
-    """Write a checkpoint as a self-contained one, without its manifest.
+    """Write a checkpoint as a full one, without a manifest.
 
     Args:
         source: A complete checkpoint folder, adapter or full.
         target: An empty folder.
 
     Raises:
-        CheckpointError: If the base of an adapter cannot be fetched or is not what it was.
+        CheckpointError: If the base of an adapter cannot be fetched or has changed.
     """
     require_complete(source)
     manifest = verify_manifest(source)
@@ -86,13 +86,15 @@ def _on_cpu(config: Any) -> Any:
 
 
 def _changed(path: Path, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in a file that are the reducer's, or differ from `before`."""
+    """The tensors in a file that belong to the reducer or differ from `before`."""
     changed: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no dictionary)
                 if name not in before:
-                    raise CheckpointError(f"{path} holds '{name}', which its policy has not; save the checkpoint again")
+                    raise CheckpointError(
+                        f"{path} holds '{name}', which its policy does not have; save the checkpoint again"
+                    )
                 tensor = file.get_tensor(name).to(before[name].dtype)
                 if name.startswith("reducer.") or not _same_bits(tensor, before[name]):
                     changed[name] = tensor
@@ -102,14 +104,14 @@ def _changed(path: Path, before: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    # As bytes: to torch, -0.0 equals 0.0.
+    # Compare bytes, because in torch -0.0 equals 0.0.
     if one.shape != other.shape:
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _take(source: Path, target: Path, weights: str | None = None) -> None:
-    """Copy the small files of a checkpoint, and link its weights where the file system can."""
+    """Copy the small files of a checkpoint, and hard-link its weights if the file system supports it."""
     for name in names_in(source):
         if name == weights:
             _link(source / name, target / name)

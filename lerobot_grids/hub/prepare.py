@@ -1,4 +1,4 @@
-"""What a push consists of: the checkpoint's own files and a card, and nothing that says who or where you are."""
+"""Prepare a push: the checkpoint's files and a model card, without private data such as tokens or paths."""
 
 import re
 import shutil
@@ -32,10 +32,10 @@ from .privacy import check_outgoing, scrub_config
 
 Format = Literal["auto", "adapter", "full"]
 
-# An adapter that is larger than this share of the full checkpoint saves too little to need a base.
+# Above this size, as a share of the full checkpoint, "auto" pushes the full checkpoint.
 WORTHWHILE = 0.5
 
-# Options of a run that a card shows; the others are paths, names, or defaults of Lightning.
+# Training options that a card shows; the others are paths, names, or defaults of Lightning.
 TRAINING_OPTIONS = (
     "tokens",
     "reducer",
@@ -56,14 +56,14 @@ TRAINING_OPTIONS = (
 
 @dataclass(frozen=True)
 class Description:
-    """What the card is told besides what the checkpoint says.
+    """Information for the card that is not in the checkpoint.
 
     Attributes:
-        results: JSON files of eval, validate and bench; a looks.png beside one goes along.
+        results: JSON files of eval, validate and bench; a looks.png beside one is pushed too.
         dataset: Hub id of the training data.
-        licence: Identifier as the Hub spells it.
-        template: A jinja2 template instead of the project's.
-        step: Training step of a checkpoint that is trained further.
+        licence: Identifier of the licence in the Hub's spelling.
+        template: A jinja2 template to use instead of the project's.
+        step: Training step of the checkpoint, if training continues.
     """
 
     results: tuple[Path, ...] = ()
@@ -74,27 +74,29 @@ class Description:
 
 
 def prepare(source: Path, staging: Path, repo_id: str, format: Format, description: Description) -> None:
-    """Put everything that will be pushed into a folder.
+    """Write all files of a push into a folder and check them.
 
     Args:
-        source: A checkpoint folder; it is only read.
+        source: A checkpoint folder; it is not changed.
         staging: An empty folder on the same disk.
-        repo_id: Where it will go.
-        format: What to make of it; "auto" takes the adapter where there is a base on the Hub and it saves enough.
-        description: For the card.
+        repo_id: Repository of the push, `user/name`.
+        format: Format to write. "auto" takes the adapter if its base is on the Hub and it is small enough.
+        description: Information for the card.
 
     Raises:
-        CheckpointError: If the checkpoint is incomplete, damaged, holds NaN or links, or could not be loaded by others.
-        GridsError: If something in it should not leave this machine, or a result is not what it should be.
+        CheckpointError: If the checkpoint is incomplete, damaged, holds NaN or links, or others could not load it.
+        GridsError: If a file holds private data, or a result file does not fit.
     """
     links = [path.name for path in source.rglob("*") if path.is_symlink()]
     if links:
-        raise CheckpointError(f"{source} holds links, {', '.join(links)}; only plain files are pushed, copy them there")
+        raise CheckpointError(
+            f"{source} holds links, {', '.join(links)}; only plain files can be pushed; replace the links by files"
+        )
     require_complete(source)
     before = source.stat().st_ino
     base = _write_format(source, staging, format)
     if source.stat().st_ino != before:
-        raise CheckpointError(f"{source} was replaced by its training run while it was read; push again")
+        raise CheckpointError(f"{source} was replaced by its training run during the push; push again")
     scrub_config(staging)
     for result in description.results:
         picture = result.parent / PICTURE_FILE
@@ -135,11 +137,11 @@ def _check_loadable(source: Path, staging: Path) -> None:
 
 
 def read_facts(folder: Path, **known: Any) -> PolicyFacts:
-    """What a checkpoint folder, dense or grids, says about itself, for its card.
+    """Read the facts for a model card from a checkpoint folder, dense or grids.
 
     Args:
-        folder: The checkpoint; without a manifest it is a full one.
-        **known: What the folder does not say: repo_id, dataset, licence, training, tags.
+        folder: The checkpoint; without a manifest it counts as a full one.
+        **known: Facts that the folder does not hold: repo_id, dataset, licence, training, tags.
 
     Raises:
         CheckpointError: If its configuration or its manifest cannot be read.
@@ -178,7 +180,7 @@ def _card(source: Path, staging: Path, repo_id: str, description: Description) -
     options: dict[str, Any] = {} if description.template is None else {"template": description.template}
     try:
         return render(facts, measurements, **options)
-    except Exception as error:  # jinja2 raises what the template meets
+    except Exception as error:  # a template can raise any error
         raise GridsError(f"the card cannot be rendered: {error!r}; correct the template") from error
 
 
@@ -193,7 +195,7 @@ def _measurements(source: Path, facts: PolicyFacts, description: Description) ->
     rows: list[SuccessRow | DistanceRow] = [*found.successes, *found.distances]
     if rows and not any(row.own for row in rows):
         seen = ", ".join(sorted({row.policy for row in rows}))
-        raise GridsError(f"--results has figures of {seen}, none of {source}; give one that was measured with it")
+        raise GridsError(f"--results has figures of {seen}, none of {source}; give results of this checkpoint")
     return found
 
 
@@ -208,14 +210,14 @@ def _is(source: Path, repo_id: str) -> Callable[[str], bool]:
 
 
 def _training(source: Path) -> dict[str, str]:
-    """The options of the run that a checkpoint lies in, where it does."""
+    """Training options of the run whose output folder holds the checkpoint, or an empty dict."""
     path = source.parent / OPTIONS_FILE
     if source.name != CHECKPOINT_FOLDER or not path.is_file():
         return {}
     try:
         options = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise GridsError(f"{path} is no YAML ({error}); remove it, then push") from error
+        raise GridsError(f"{path} is not valid YAML ({error}); remove it, then push") from error
     shown = {}
     for name in TRAINING_OPTIONS:
         value: Any = options

@@ -1,4 +1,4 @@
-"""What leaves this machine for the Hub: finite weights, and nothing that says who or where you are."""
+"""Checks before a push: weights are finite, and no file holds tokens or paths of this machine."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _PATH = re.compile(rb"""(?:^|[\s"'`(=])(/(?:[\w.-]+/)+[\w.-]*|~/[\w.-]+|[A-Za-z]
 
 
 def scrub_config(folder: Path) -> None:
-    """Take out of a checkpoint's configuration where it was loaded from and pushed to before."""
+    """Remove from a checkpoint's configuration where it was loaded from and where it was pushed."""
     path = folder / CONFIG_FILE
     content = read_json(path)
     for config in filter(None, (content, content.get("base"))):
@@ -27,7 +27,7 @@ def scrub_config(folder: Path) -> None:
 
 
 def check_outgoing(folder: Path) -> None:
-    """Look through every file of a folder before it is pushed.
+    """Check every file of a folder before it is pushed.
 
     Raises:
         CheckpointError: If weights are damaged, or hold NaN or infinity.

@@ -1,4 +1,4 @@
-"""Pulling a checkpoint: every file checked, the folder whole or not there; and making an adapter self-contained."""
+"""Pull a checkpoint and check every file, and convert an adapter into a full checkpoint."""
 
 import hashlib
 import re
@@ -25,14 +25,14 @@ from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
 from .formats import write_full
 from .names import parse_repository
 
-# The client waits 10 s for more of a file, and tries 5 times.
+# Seconds without a write after which a download has ended. The client gives up after 5 tries of 10 s.
 SILENT_S = 600
 _INCOMPLETE = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})\.[0-9a-f]{8}\.incomplete")
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was pulled: the folder, its commit, and whether it is an adapter or full."""
+    """Result of a pull: the folder, its commit, and its format, "adapter" or "full"."""
 
     folder: Path
     commit: str
@@ -40,26 +40,28 @@ class Pulled:
 
 
 def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
-    """Fetch a checkpoint from the Hub into a folder that appears whole and verified, or not at all.
+    """Fetch a checkpoint from the Hub into a folder, which appears only when all files are verified.
 
-    Files that an interrupted pull has finished are not fetched again. The base of an adapter goes to the Hub's cache,
-    so that the policy loads without a network afterwards.
+    Files that an interrupted pull completed are not fetched again. The base of an adapter is fetched into the Hub's
+    cache, so the policy later loads without network access.
 
     Args:
         source: `user/name` or `user/name@revision`.
-        target: The folder to appear.
-        force: Replace `target`, if it is a checkpoint, and fetch everything anew.
+        target: The folder to write.
+        force: Whether to replace `target`, if it is a checkpoint, and to fetch all files again.
 
     Raises:
-        HubError: If the Hub does not give it.
-        CheckpointError: If what it gives is damaged, incomplete or not to be trusted.
-        OutputExistsError: If `target` exists and `force` is false, or it is no checkpoint.
+        HubError: If the download fails.
+        CheckpointError: If the checkpoint is damaged, incomplete or not trusted.
+        OutputExistsError: If `target` exists and `force` is false, or it is not a checkpoint.
     """
     repo_id, revision = parse_repository(source)
     if target.exists() and not force:
         raise OutputExistsError(f"{target} already exists; choose another folder, or replace it with --force")
     if target.exists() and not (target / CONFIG_FILE).is_file():
-        raise OutputExistsError(f"{target} is no checkpoint, and --force replaces nothing else; choose another folder")
+        raise OutputExistsError(
+            f"{target} is not a checkpoint, and --force replaces nothing else; choose another folder"
+        )
     with asking_the_hub(f"{source} cannot be pulled"):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         files = [file for file in info.siblings or [] if size_limit(file.rfilename) is not None]
@@ -88,7 +90,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
 
 
 def _check_download(path: Path, file: Any) -> None:
-    """Compare a file with the Hub's own hash: the client compares sizes only."""
+    """Compare a file with its hash on the Hub, because the client only compares sizes."""
     if file.lfs is not None:
         expected, seen = file.lfs.sha256, digest_of(path, verify=True)
     else:
@@ -96,19 +98,19 @@ def _check_download(path: Path, file: Any) -> None:
         expected, seen = file.blob_id, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     if seen != expected:
         raise CheckpointError(
-            f"{path.name} has hash {seen}, expected {expected}; it was damaged on its way, pull it again with --force"
+            f"{path.name} has hash {seen}, expected {expected}; damaged in the download, pull it again with --force"
         )
 
 
 def merge(source: str, target: Path) -> None:
-    """Make a self-contained checkpoint of an adapter, bit for bit the same policy.
+    """Make a full checkpoint from an adapter; the policy has exactly the same weights.
 
     Args:
         source: Checkpoint folder, output folder of a run, or Hub id.
-        target: The folder to appear, whole or not at all.
+        target: The folder to write, completely or not at all.
 
     Raises:
-        CheckpointError: If the source is no adapter, or its base is not what it was.
+        CheckpointError: If the source is not an adapter, or its base has changed.
         OutputExistsError: If `target` exists.
     """
     folder = find_checkpoint(source)
@@ -121,11 +123,11 @@ def merge(source: str, target: Path) -> None:
 
 
 def sweep_incomplete(repo_id: str) -> None:
-    """Remove what killed downloads of a repository left behind; nobody goes on from it.
+    """Remove files that killed downloads of a repository left behind; the client never resumes them.
 
-    A file goes if it was not written to for `SILENT_S` and nobody holds the lock under which the client writes it.
-    Either would do on most machines; network file systems may ignore locks, and clocks may be wrong. What cannot be
-    removed stays, without an error.
+    A file is removed if it was not written for `SILENT_S` seconds and no process holds the client's lock for it. Both
+    are checked, because network file systems may ignore locks and clocks may be wrong. A file that cannot be removed
+    is left without an error.
 
     Args:
         repo_id: `user/name`.
@@ -134,7 +136,7 @@ def sweep_incomplete(repo_id: str) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     for path in (cache / name / "blobs").glob("*.incomplete"):
         found = _INCOMPLETE.fullmatch(path.name)
-        # A lock that is held raises TimeoutError, which is an OSError.
+        # A lock held by another process raises TimeoutError, which is an OSError.
         with suppress(OSError):
             if found is None or time.time() - path.stat().st_mtime < SILENT_S:
                 continue

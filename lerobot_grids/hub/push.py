@@ -1,4 +1,4 @@
-"""Pushing a checkpoint: one commit that leaves nothing of an earlier checkpoint behind."""
+"""Push a checkpoint in one commit, which also deletes stale files of an earlier checkpoint."""
 
 import os
 import shutil
@@ -21,21 +21,21 @@ from lerobot_policy_grids.errors import HubError
 from .names import parse_repository
 from .prepare import Description, Format, prepare
 
-# Files of checkpoints in other formats, which would be taken for this one if they stayed beside it.
+# Files of other checkpoint formats; beside this checkpoint, other programs would load them instead.
 OTHER_CHECKPOINTS = ("train_config.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was pushed, or would be.
+    """Result of a push or of a dry run.
 
     Attributes:
-        repo_id: Where.
+        repo_id: Repository, `user/name`.
         format: "adapter" or "full".
-        files: Name -> size in bytes.
+        files: Names of the files and their sizes in bytes.
         deleted: Stale files of an earlier checkpoint that the commit deleted.
         card: Text of README.md.
-        commit: Its id; None of a dry run.
+        commit: Id of the commit; None for a dry run.
     """
 
     repo_id: str
@@ -47,7 +47,7 @@ class Pushed:
 
 
 def check_login(repo_id: str) -> None:
-    """Raise `HubError` unless somebody is logged in; before a training whose result is to be pushed."""
+    """Raise `HubError` unless the user is logged in. Call it before a training whose result will be pushed."""
     parse_repository(repo_id)
     with asking_the_hub(f"{repo_id} cannot be pushed to"):
         HfApi().whoami()
@@ -67,22 +67,22 @@ def push(
 
     Args:
         source: Checkpoint folder, or output folder of a run.
-        repo_id: `user/name`; made if it does not exist.
-        format: "adapter", "full", or "auto" for the smaller one that is possible.
-        private: Whether a repository that is made is private; one that exists must be so then.
-        tag: Name for the commit, such as v1.
-        description: What the card is told.
-        dry_run: Prepare and check everything, and push nothing.
+        repo_id: `user/name`; created if it does not exist.
+        format: "adapter", "full", or "auto" for the adapter if it is possible and much smaller.
+        private: Whether to create a private repository; an existing one must then be private.
+        tag: Tag for the commit, such as v1.
+        description: Information for the card.
+        dry_run: Whether to prepare and check all files without pushing them.
 
     Raises:
-        CheckpointError: If the checkpoint is not fit to be pushed.
-        HubError: If the Hub refuses; the repository is then as it was, or new and empty.
+        CheckpointError: If the checkpoint cannot be pushed.
+        HubError: If the Hub refuses the push; the repository is then unchanged, or new and empty.
     """
     if parse_repository(repo_id)[1] is not None:
-        raise HubError(f"'{repo_id}' names a revision; a push adds one, give user/name")
+        raise HubError(f"'{repo_id}' names a revision, but a push creates a new one; give user/name")
     folder = resolve_checkpoint(source)
     if not dry_run:
-        # Before minutes of hashing whose result could not be pushed.
+        # Check the login before minutes of hashing.
         check_login(repo_id)
     with _staging(folder) as staging:
         prepare(folder, staging, repo_id, format, description or Description())
@@ -104,7 +104,7 @@ def push(
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A folder on the checkpoint's disk, so that weights are linked. That of a killed push is removed."""
+    """Yield a folder on the checkpoint's disk, so that weights can be hard-linked; remove those of killed pushes."""
     sweep(folder)
     if not os.access(folder.parent, os.W_OK):
         with TemporaryDirectory() as elsewhere:
@@ -120,46 +120,47 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Committed:
-    """A commit's id, where it can be looked at, and the stale files of an earlier checkpoint that it deleted."""
+    """Id of a commit, and the stale files of an earlier checkpoint that it deleted."""
 
     commit: str
-    url: str
     deleted: list[str]
 
 
 def commit_folder(
     folder: Path, repo_id: str, message: str, *, private: bool = False, tag: str | None = None
 ) -> Committed:
-    """Make a folder's files the checkpoint of a repository; other files in it stay.
+    """Commit a folder as the checkpoint of a repository, and delete stale files of an earlier one.
+
+    Files that do not belong to a checkpoint stay.
 
     Args:
-        folder: Plain files alone.
-        repo_id: `user/name`; made if it does not exist.
-        message: Of the commit.
-        private: Whether a repository that is made is private; one that exists must be so then.
-        tag: Name for the commit.
+        folder: A folder with plain files only.
+        repo_id: `user/name`; created if it does not exist.
+        message: Message of the commit.
+        private: Whether to create a private repository; an existing one must then be private.
+        tag: Tag for the commit.
 
     Raises:
-        HubError: If the Hub refuses, or somebody else pushed meanwhile; the repository is as it was, or new and empty.
+        HubError: If the Hub refuses, or somebody else pushed meanwhile; the repository is unchanged, or new and empty.
     """
     api, names = HfApi(), _files_in(folder)
     with asking_the_hub(f"{repo_id} cannot be pushed to"):
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         info = api.model_info(repo_id)
         if private and not info.private:
-            raise HubError(f"{repo_id} exists and is public; make it private in its settings, or do not ask for it")
+            raise HubError(f"{repo_id} exists and is public; make it private in its settings, or drop --private")
         if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
-            raise HubError(f"{repo_id} has a tag '{tag}' already; choose another, or delete that one first")
+            raise HubError(f"{repo_id} has a tag '{tag}' already; choose another tag, or delete that one first")
         there = {file.rfilename for file in info.siblings or []}
         stale = sorted(name for name in there - set(names) if size_limit(name) is not None or name in OTHER_CHECKPOINTS)
         operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in names]
         operations += [CommitOperationDelete(name) for name in stale]
-        # Refused if somebody else pushed in between.
+        # With parent_commit the Hub refuses the commit if somebody else pushed meanwhile.
         commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=info.sha)
     if tag is not None:
         with asking_the_hub(f"{repo_id} was pushed as {commit.oid}, but cannot be tagged"):
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    return Committed(str(commit.oid), str(url), stale)
+    return Committed(str(commit.oid), stale)
 
 
 def _files_in(folder: Path) -> list[str]:

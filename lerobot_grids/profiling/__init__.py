@@ -1,1 +1,1 @@
-"""What a policy costs, stage by stage: FLOPs, milliseconds, memory."""
+"""Costs of a policy by stage: FLOPs, milliseconds, memory."""

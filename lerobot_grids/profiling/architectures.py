@@ -1,6 +1,6 @@
-"""Policies at their real dimensions with random weights, built without a network.
+"""Build policies at their real dimensions with random weights, without network access.
 
-On the "meta" device they take no memory and compute no values: enough to count FLOPs.
+On the "meta" device they need no memory and compute no values, which is enough to count FLOPs.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ STATE_SIZE = ACTION_SIZE = 14
 
 
 def architectures() -> dict[str, Family]:
-    """The families whose default checkpoint's architecture can be built here, by name."""
+    """Families whose default architecture can be built here, by name."""
     return {
         name: family
         for family in families().values()
@@ -34,17 +34,17 @@ def make_config(name: str, cameras: int, size: int | None = None, dtype: str = "
     """The configuration of a family's default architecture.
 
     Args:
-        name: One of `architectures`.
+        name: A name in `architectures`.
         cameras: Number of cameras.
-        size: Side of the square image in pixels; None takes the family's own.
-        dtype: "bfloat16" or "float32", for families that have the choice.
+        size: Side of the square image in pixels; None takes the family's default.
+        dtype: "bfloat16" or "float32", for families that support both.
 
     Raises:
         UnsupportedPolicyError: If the name is unknown.
     """
     known = architectures()
     if name not in known:
-        raise UnsupportedPolicyError(f"'{name}' is no architecture known here; choose from {', '.join(known)}")
+        raise UnsupportedPolicyError(f"'{name}' is not a known architecture; choose from {', '.join(known)}")
     size = known[name].image_size if size is None else size
     inputs = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, size, size)) for i in range(cameras)}
     inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (STATE_SIZE,))
@@ -53,9 +53,9 @@ def make_config(name: str, cameras: int, size: int | None = None, dtype: str = "
 
 
 def instantiate(config: PreTrainedConfig, device: str) -> Any:
-    """Build the policy on a device ("meta" for none) with random weights, in evaluation mode.
+    """Build the policy with random weights in evaluation mode, on a device or on "meta".
 
-    It is made in the precision that it has: in float32, billions of parameters would need twice the memory.
+    Weights are created in the policy's own precision, because in float32 a large model would need twice the memory.
     """
     config.device = device
     family = get_family(config.type)
@@ -68,7 +68,7 @@ def instantiate(config: PreTrainedConfig, device: str) -> Any:
 
 
 def make_batch(policy: Any, language_tokens: int, device: str) -> dict[str, Tensor]:
-    """One random observation, as the policy's pre-processor would give it."""
+    """Make one random observation in the format of the policy's pre-processor."""
     config = policy.config
     batch: dict[str, Tensor] = {
         key: torch.rand(1, *feature.shape, device=device) for key, feature in config.image_features.items()
@@ -80,7 +80,7 @@ def make_batch(policy: Any, language_tokens: int, device: str) -> dict[str, Tens
 
 
 class _NoRandomFill(TorchDispatchMode):
-    """Skip the random initialisation of billions of weights that are filled afterwards, more cheaply."""
+    """Skip the slow random initialisation of weights; `_fill` sets them afterwards."""
 
     SKIPPED = frozenset({"normal_", "uniform_", "erfinv_", "random_"})
 
@@ -92,7 +92,7 @@ class _NoRandomFill(TorchDispatchMode):
 
 @contextmanager
 def _default_dtype(config: Any) -> Iterator[None]:
-    """What is made in this block is made in bfloat16, if the policy is."""
+    """Make bfloat16 torch's default dtype in this block if the policy uses it."""
     saved = torch.get_default_dtype()
     if getattr(config, "dtype", "float32") == "bfloat16":
         torch.set_default_dtype(torch.bfloat16)
@@ -103,7 +103,7 @@ def _default_dtype(config: Any) -> Iterator[None]:
 
 
 def _fill(policy: nn.Module, block: int = 1 << 20) -> None:
-    """Give every parameter small random values by repeating one random block: cheap, and no denormals."""
+    """Fill every parameter by repeating one block of small random values: fast, and without denormals."""
     values = torch.randn(block) * 0.02
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -1,4 +1,4 @@
-"""Dense beside K tokens, on the same policy, the same observation and the same device."""
+"""Compare the costs of a policy with all tokens and with K tokens, on the same observation and device."""
 
 import platform
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .measure import Cost, count_flops, measure_latency, peak_memory_mib, prefix
 
 @dataclass
 class BenchResult:
-    """Costs of several ways to run one policy, and where they were measured."""
+    """Costs of one policy in several variants, and the machine on which they were measured."""
 
     policy: str
     cameras: int
@@ -33,12 +33,12 @@ class BenchResult:
     costs: list[Cost] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return all fields as plain values."""
         return vars(self) | {"costs": [cost.to_dict() for cost in self.costs]}
 
 
 def device_name(device: str) -> str:
-    """What a person calls the device."""
+    """Name of the device for people, such as the model of the processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     with suppress(OSError):
@@ -62,24 +62,24 @@ def bench(
     repeats: int = 5,
     on_progress: Callable[[str], None] | None = None,
 ) -> BenchResult:
-    """Measure a policy dense, with each token budget, and dense at lower resolutions.
+    """Measure a policy with all tokens, at each token budget, and with all tokens at lower resolutions.
 
     Args:
-        policy: Architecture name, for random weights, or a checkpoint.
-        tokens: Budgets per camera.
-        reducers: Ways of having so few; None takes "grids".
-        cameras: Number of cameras of an architecture; a checkpoint has its own.
-        language_tokens: Instruction tokens after padding; None takes the family's.
+        policy: Name of an architecture, for random weights, or a checkpoint.
+        tokens: Budgets, in visual tokens per camera.
+        reducers: Names of reducers; None takes "grids".
+        cameras: Number of cameras for an architecture; a checkpoint has a fixed number.
+        language_tokens: Number of instruction tokens after padding; None takes the family's default.
         resolutions: Sides in pixels of smaller images for the dense policy.
-        dtype: Precision, of families that have the choice.
-        device: Where to measure time and memory; None counts FLOPs only.
-        warmup: Runs before timing.
-        repeats: Timed runs.
+        dtype: Precision, for families that support both.
+        device: Device on which to measure time and memory; None only counts FLOPs.
+        warmup: Number of runs before timing.
+        repeats: Number of timed runs.
         on_progress: Called with the name of what is being measured.
 
     Raises:
         BudgetError: If a budget exceeds the dense tokens.
-        UnsupportedPolicyError: If the policy is unknown, or an image gives no whole token grid.
+        UnsupportedPolicyError: If the policy is unknown, or an image size does not give a whole token grid.
     """
     architecture = architectures().get(policy)
     length = language_tokens or (48 if architecture is None else architecture.language_tokens)
@@ -91,7 +91,7 @@ def bench(
         return loaded.detach() if isinstance(loaded, GridsPolicy) else loaded
 
     def make_pair(size: int | None = None) -> tuple[Any, Any]:
-        """The dense policy to count, and the one to time, if time is measured; one and the same where values matter."""
+        """Make the policy to count and the policy to time, or None; they are one object unless meta is enough."""
         if architecture is not None and architecture.counted_on_meta:
             return make("meta", size), make(device, size) if device else None
         both = make(device, size)
@@ -126,12 +126,12 @@ def bench(
         result.costs.append(cost)
 
     ways = [(name, budget) for name in reducers or ["grids"] for budget in tokens]
-    # Before anything is measured, so that a wrong budget costs no minutes.
+    # Check all budgets before the first measurement, which takes minutes.
     for name, budget in ways:
         compress(counted, budget, name).detach()
     add("dense", counted, timed)
     for name, budget in ways:
-        # One policy to wrap where the same is counted and timed, else two, or one and none.
+        # `counted` and `timed` may be one object, two objects, or `timed` may be None.
         wrapped = [
             compress(dense, budget, name) if dense is not None else None for dense in dict.fromkeys((counted, timed))
         ]

@@ -1,8 +1,8 @@
 """FLOPs, latency and memory of one `predict_action_chunk`, by stage.
 
-Stages: vision tower, projector, sampler, prefill of the trunk (with everything else that happens once), and the
-denoising or decoding steps. The first three are measured around their modules. Steps are told from the prefill by
-running with one and with more of them: FLOPs and time grow by the same amount with each.
+Stages: vision tower, projector, sampler, prefill of the trunk (with everything else that runs once), and the denoising
+or decoding steps. Hooks around the modules measure the first three. To separate the steps from the prefill, the policy
+runs with one step and with more: each step adds the same FLOPs and time.
 """
 
 import resource
@@ -25,16 +25,16 @@ STAGES = ("vision", "projector", "sampler", "prefill", "steps")
 
 @dataclass
 class Cost:
-    """What one action chunk costs in one way of running a policy.
+    """Costs of one action chunk for one variant of a policy.
 
     Attributes:
         name: "dense", "K=16", "dense at 112 px", ...
-        visual_tokens: Per camera.
-        prefix_length: Tokens of the prefix: visual, language, and state where the family has it there.
-        flops: Per stage; a multiply-add is 2.
-        latency_ms: Per stage and "total", the median over the repetitions; empty where not measured.
-        latency_p95_ms: The 95th percentile of the total.
-        peak_memory_mib: On a GPU, of its memory; on a CPU, of the whole process so far.
+        visual_tokens: Visual tokens per camera.
+        prefix_length: Number of tokens in the prefix: visual, language, and in some families the state.
+        flops: FLOPs per stage; a multiply-add counts as 2.
+        latency_ms: Median milliseconds per stage and in "total"; empty if not measured.
+        latency_p95_ms: 95th percentile of the total milliseconds.
+        peak_memory_mib: Peak memory of the GPU; on a CPU, peak memory of the whole process so far.
     """
 
     name: str
@@ -47,16 +47,16 @@ class Cost:
 
     @property
     def total_flops(self) -> int:
-        """All stages together."""
+        """FLOPs of all stages together."""
         return sum(self.flops.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, with the total."""
+        """Return all fields and the total as plain values."""
         return asdict(self) | {"total_flops": self.total_flops}
 
 
 def stages_of(policy: Any) -> Stages:
-    """The measurable parts of a policy."""
+    """The modules of a policy whose costs are measured."""
     base = dense_policy(policy)
     return get_family(base.config.type).stages(base)
 
@@ -74,7 +74,7 @@ def _steps(policy: Any, count: int) -> Iterator[None]:
 
 @contextmanager
 def _meter(policy: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Add up what `read` gains while the vision tower, the projector and the reducer run."""
+    """Add up the increase of `read` while the vision tower, the projector and the reducer run."""
     stages = stages_of(policy)
     modules = {"vision": stages.vision, "projector": stages.projector}
     if isinstance(policy, GridsPolicy):
@@ -97,10 +97,10 @@ def _meter(policy: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]
 
 
 def prefix_length(policy: Any, batch: dict[str, Tensor]) -> int:
-    """Tokens of the prefix that the trunk gets for `batch`."""
+    """Number of tokens in the prefix that the trunk gets for `batch`."""
     base, name = dense_policy(policy), stages_of(policy).prefix
     family, embed = get_family(base.config.type), getattr(base.model, name)
-    # A family may have put its own in place.
+    # The attached family may have replaced this method on the instance; keep its version.
     before = vars(base.model).get(name)
     lengths: list[int] = []
 
@@ -123,10 +123,10 @@ def prefix_length(policy: Any, batch: dict[str, Tensor]) -> int:
 def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
     """FLOPs of one action chunk by stage, counted by torch's flop counter.
 
-    It knows matrix products, attention and convolutions; normalisation and element-wise operations are not counted.
+    It counts matrix products, attention and convolutions, but not normalisation and element-wise operations.
     """
     vision: Any = stages_of(policy).vision
-    # The counter has no formula for every fused attention kernel; written out, it is two matrix products.
+    # The counter lacks some fused attention kernels; eager attention consists of two matrix products.
     attention = vision.config._attn_implementation
     vision.config._attn_implementation = "eager"
     totals: list[int] = []
@@ -141,7 +141,7 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
     finally:
         vision.config._attn_implementation = attention
     one, two = totals[:2]
-    # A decoding step attends to one token more than the step before it.
+    # Each decoding step attends to one token more than the previous step.
     growth = (totals[2] - two) - (two - one) if len(totals) == 3 else 0
     first = (two - one) - growth
     all_steps = steps * first + growth * steps * (steps - 1) // 2
@@ -150,7 +150,7 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
 
 
 def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats: int) -> tuple[dict[str, float], float]:
-    """Wall-clock of one action chunk by stage, with all its steps, synchronised.
+    """Wall-clock time of one action chunk by stage, with all its steps; GPUs are synchronised.
 
     Returns:
         ({stage: median milliseconds, "total": ...}, 95th percentile of the total in milliseconds).
@@ -171,7 +171,7 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
 
     for _ in range(warmup):
         run(steps)
-    # Alternating, so that a machine that slows down slows both alike.
+    # Alternate, so that a slower phase of the machine affects both in the same way.
     rounds = [(run(steps), run(1)) for _ in range(repeats)]
     full = {name: _quantile([many[name] for many, _ in rounds], 0.5) for name in (*STAGES[:3], "total")}
     per_step = _quantile([many["total"] - one["total"] for many, one in rounds], 0.5) / max(1, steps - 1)
@@ -185,7 +185,7 @@ def _quantile(values: list[float], quantile: float) -> float:
 
 
 def peak_memory_mib(policy: Any) -> float:
-    """Peak memory: of the GPU since its counter was reset, or of this process so far."""
+    """Peak memory in MiB: of the GPU since its counter was reset, or of this process so far."""
     if next(policy.parameters()).is_cuda:
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

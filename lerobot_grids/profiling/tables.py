@@ -1,4 +1,4 @@
-"""Showing a `BenchResult`: a table on the screen and a picture."""
+"""Show a `BenchResult` as a table on the screen and as a picture."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ COLOURS = {"vision": "#4477aa", "projector": "#66ccee", "sampler": "#ee6677", "p
 
 
 def print_bench(result: BenchResult) -> None:
-    """Show FLOPs per stage, and milliseconds where they were measured."""
+    """Print FLOPs per stage, and milliseconds if they were measured."""
     title = (
         f"{result.policy}: {result.parameters / 1e6:.0f} M parameters, {result.cameras} cameras, "
         f"{result.language_tokens} language tokens, one action chunk at batch 1"
@@ -53,7 +53,7 @@ def print_bench(result: BenchResult) -> None:
 
 
 def draw_bench(result: BenchResult, path: Path) -> None:
-    """Save stacked bars, a panel for FLOPs and one for milliseconds where they were measured."""
+    """Plot stacked bars: one panel for FLOPs, and one for milliseconds if they were measured."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,1 +1,1 @@
-"""Simulated robots that run on a CPU: environments, experts that demonstrate in them, rendering."""
+"""Simulated robots that run on a CPU: environments, demonstrations of scripted experts, rendering."""

@@ -1,4 +1,4 @@
-"""The camera that MetaWorld is seen through here, and how to point one."""
+"""The camera of this package's MetaWorld, and functions that orient a camera."""
 
 import mujoco
 import numpy as np
@@ -10,9 +10,9 @@ Point = np.ndarray | tuple[float, float, float]
 
 
 def camera_axes(position: Point, target: Point) -> np.ndarray:
-    """Axes of a MuJoCo camera at `position` that looks at `target`: columns left, down and backward, [3, 3].
+    """Axes of a MuJoCo camera at `position` that looks at `target`: [3, 3] with columns left, down and backward.
 
-    Upside down, because LeRobot's environment turns the corner2 camera's image by 180 degrees.
+    The image is upside down, because LeRobot's environment turns the corner2 camera's image by 180 degrees.
     """
     backward = np.subtract(position, target)
     backward /= np.linalg.norm(backward)
@@ -22,7 +22,7 @@ def camera_axes(position: Point, target: Point) -> np.ndarray:
 
 
 def look_at(position: Point, target: Point) -> np.ndarray:
-    """The camera's orientation as a quaternion [4]; see `camera_axes`."""
+    """Orientation of a camera as a quaternion [4]; see `camera_axes`."""
     quaternion = np.empty(4)
     mujoco.mju_mat2Quat(quaternion, camera_axes(position, target).flatten())
     return quaternion

@@ -1,4 +1,4 @@
-"""Which LeRobot environment a name on the command line means."""
+"""Make the configuration of the LeRobot environment that a command line names."""
 
 from dataclasses import fields
 from typing import Any
@@ -10,7 +10,7 @@ from lerobot_policy_grids.errors import SimulationError
 
 from .libero import LIBERO_KINDS, require_libero
 
-# Our faster and corrected MetaWorld in place of LeRobot's.
+# This package's faster and corrected MetaWorld replaces LeRobot's.
 ALIASES = {"metaworld": "grids_metaworld"}
 
 
@@ -26,13 +26,14 @@ def make_env_config(
 
     Args:
         name: "metaworld", or an environment type of LeRobot.
-        tasks: Its tasks; None takes the environment's own.
-        arguments: More fields of its configuration.
-        look_every: Steps between two looks of the policy; environments that can skip the images in between do.
+        tasks: Tasks, comma-separated; None takes the environment's default.
+        arguments: More fields of the environment's configuration.
+        look_every: Number of steps between two observations of the policy. Environments that can skip the images in
+            between do so.
         perturb: Perturbations as kind:severity, comma-separated; see `perturbations`.
 
     Raises:
-        SimulationError: If the environment, its package or a field is unknown, or it cannot be perturbed.
+        SimulationError: If the environment or a field is unknown, a package is missing, or it cannot be perturbed.
     """
     if name == "metaworld":
         try:
@@ -55,7 +56,7 @@ def make_env_config(
         values.setdefault("render_interval", look_every)
     if perturb and "perturb" not in known:
         raise SimulationError(
-            f"environment '{name}' cannot be perturbed: only 'metaworld' of this package can; drop --perturb"
+            f"environment '{name}' cannot be perturbed, only 'metaworld' can; drop --perturb"
             + (", or evaluate LIBERO's perturbed tasks with --env libero_plus" if name == "libero" else "")
         )
     if perturb:
@@ -73,7 +74,7 @@ def make_env_config(
 
 
 def task_names(config: EnvConfig) -> list[str]:
-    """Names of the tasks that an environment's configuration asks for."""
+    """Names of the tasks in an environment's configuration."""
     if config.type == ALIASES["metaworld"]:
         from .metaworld import expand_tasks
 

@@ -1,7 +1,7 @@
-"""What LIBERO and LIBERO-Plus need before LeRobot can make their environments.
+"""Check that LIBERO or LIBERO-Plus is completely installed, before LeRobot makes their environments.
 
-Importing LIBERO without its configuration file waits for an answer on the keyboard, and missing meshes fail in the
-middle of an evaluation. So everything is checked first, without importing it.
+Importing LIBERO without its configuration file waits for keyboard input, and missing meshes raise an error in the
+middle of an evaluation. So everything is checked first, without importing LIBERO.
 """
 
 import os
@@ -12,15 +12,15 @@ import yaml
 
 from lerobot_policy_grids.errors import SimulationError
 
-# LeRobot's environment type -> what it is called.
+# LeRobot's environment type -> name in messages.
 LIBERO_KINDS = {"libero": "LIBERO", "libero_plus": "LIBERO-Plus"}
 INSTALL = {
     "libero": "pip install 'lerobot[libero]', on Linux",
-    "libero_plus": "clone github.com/sylvestf/LIBERO-plus and put it on PYTHONPATH, as LeRobot's page on it says",
+    "libero_plus": "clone github.com/sylvestf/LIBERO-plus and put it on PYTHONPATH, as LeRobot's documentation says",
 }
-# Only the fork says which perturbation each of its tasks has.
+# A file that only the fork has: the perturbation of each task.
 PLUS_MARK = Path("benchmark") / "task_classification.json"
-# Where Hugging Face's LIBERO keeps meshes and textures that it downloads.
+# Folder into which Hugging Face's LIBERO downloads meshes and textures.
 ASSET_CACHE = Path("~/.cache/libero/assets")
 
 
@@ -31,7 +31,8 @@ def require_libero(kind: str) -> None:
         kind: "libero" or "libero_plus".
 
     Raises:
-        SimulationError: If the package, its configuration or its files are missing, or it is the other of the two.
+        SimulationError: If the package, its configuration or its files are missing, or the other of the two is
+            installed.
     """
     name = LIBERO_KINDS[kind]
     root = _package_root()
@@ -40,14 +41,14 @@ def require_libero(kind: str) -> None:
     if (root / PLUS_MARK).is_file() != (kind == "libero_plus"):
         other = next(key for key in LIBERO_KINDS if key != kind)
         raise SimulationError(
-            f"the package 'libero' in {root} is {LIBERO_KINDS[other]}, whose suites hold other tasks under the same "
+            f"the package 'libero' in {root} is {LIBERO_KINDS[other]}, which has different tasks in suites of the same "
             f"names; evaluate it with --env {other}, or replace it: {INSTALL[kind]}"
         )
     file = Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser() / "config.yaml"
     if not file.is_file():
         raise SimulationError(
-            f"{name} has no configuration {file}, and importing it would ask for one on the keyboard; "
-            'write its default once with: echo N | python -c "import libero.libero"'
+            f"{name} has no configuration {file}, and importing it would wait for keyboard input; "
+            'write the default once with: echo N | python -c "import libero.libero"'
         )
     try:
         paths = {key: Path(str(path)).expanduser() for key, path in yaml.safe_load(file.read_text()).items()}
@@ -59,7 +60,9 @@ def require_libero(kind: str) -> None:
         ) from error
     for folder in folders:
         if not folder.is_dir():
-            raise SimulationError(f"{name}'s configuration {file} names {folder}, which does not exist; correct it")
+            raise SimulationError(
+                f"{name}'s configuration {file} names {folder}, which does not exist; correct the file"
+            )
     assets = [root / "assets", paths.get("assets", root / "assets")]
     if kind == "libero":
         assets.append(ASSET_CACHE.expanduser())

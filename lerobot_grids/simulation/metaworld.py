@@ -1,14 +1,14 @@
-"""MetaWorld through LeRobot's own environment, made fast on a CPU and true on its first frame.
+"""LeRobot's MetaWorld environment, but faster on a CPU and with a correct first frame.
 
-Differs from `lerobot.envs.metaworld`:
-- The image after `reset()` is stale there on several tasks: bodies and sites move without a forward pass, so a
-  chunking policy acts its whole first chunk on a wrong goal. Here the state is propagated before rendering.
-- A side camera in which objects are more than a few pixels, at the size asked for, without shadow map and
-  multisampling: about ten times faster on a CPU.
-- Episodes end after `max_steps`; images may be rendered only when a chunking policy looks.
-- MetaWorld's table of tasks, a hundred resets long, is made once per process and not once per environment.
+Differences from `lerobot.envs.metaworld`:
+- There, the image after `reset()` is out of date on several tasks: bodies and sites have moved without a forward pass,
+  so a policy with action chunks executes its first chunk for a wrong goal. Here the state is updated before rendering.
+- A side camera shows objects larger than a few pixels. It renders at the requested size without shadow map and
+  multisampling, about ten times faster on a CPU.
+- Episodes end after `max_steps`. Images can be rendered only at the steps at which a policy needs one.
+- MetaWorld's list of tasks takes a hundred resets to make, so it is made once per process instead of per environment.
 
-LeRobot's own commands reach it with `--env.discover_packages_path=lerobot_grids.simulation
+Use it in LeRobot's own commands with `--env.discover_packages_path=lerobot_grids.simulation
 --env.type=grids_metaworld`.
 """
 
@@ -35,16 +35,16 @@ from lerobot_policy_grids.errors import SimulationError
 from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at
 from .perturbations import Perturbation, Perturber, parse_perturbations
 
-# From LeRobot 0.6.1 on; before, its own environments did without.
+# LeRobot has this function since 0.6.1; older environments were made without it.
 _frozen_at_its_end = getattr(lerobot_utils, "freeze_after_episode_end", lambda make: make)
 
-# Tasks that a policy which knows the object's position solves and a blind policy does not.
+# Tasks that need vision: a policy with the object's position solves them, and a blind policy does not.
 DEFAULT_TASKS = ("push-v3", "coffee-push-v3", "sweep-into-v3", "hand-insert-v3")
 OBJECT_POSITION, GOAL_POSITION = slice(4, 7), slice(36, 39)
 
 
 def expand_tasks(tasks: str) -> list[str]:
-    """Task names of a comma-separated list; LeRobot's difficulty groups ("easy", "hard", ...) are expanded.
+    """Task names in a comma-separated list; LeRobot's difficulty groups ("easy", "hard", ...) are expanded.
 
     Raises:
         SimulationError: If a name is unknown.
@@ -63,23 +63,23 @@ def expand_tasks(tasks: str) -> list[str]:
 
 @cache
 def _benchmark(task: str) -> metaworld.MT1:
-    """The class and the tasks that LeRobot's environment takes, with its seed."""
+    """MetaWorld's class and tasks, with the seed of LeRobot's environment."""
     return metaworld.MT1(task, seed=42)
 
 
 class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
-    """One MetaWorld task, seen by a side camera.
+    """One MetaWorld task with a side camera.
 
     Args:
         task: Task name, such as "push-v3".
         size: Height and width of the image in pixels.
         max_steps: Steps after which an unsuccessful episode ends.
-        render_interval: Render an image every this many steps and repeat it in between. A policy that acts
-            in chunks of n looks only every n steps.
-        perturbations: What is different from the scene of the demonstrations; the episode's seed decides how.
+        render_interval: Number of steps between two rendered images; the last image is repeated in between. A policy
+            that executes chunks of n actions needs an image every n steps only.
+        perturbations: Changes to the scene of the demonstrations. The episode's seed decides their direction.
     """
 
-    # What `render` gives is what the policy sees, so that points can be drawn on it.
+    # `render` returns the policy's own image, so films can draw the sampled points on it.
     renders_observation = True
     _env: Any
 
@@ -108,14 +108,14 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
 
     @property
     def positions(self) -> np.ndarray:
-        """Where the object and the goal are: float32 [6] in metres. For experts and auxiliary losses only."""
+        """Positions of object and goal, float32 [6] in metres. Only for experts and auxiliary losses."""
         parts = (self.raw_observation[OBJECT_POSITION], self.raw_observation[GOAL_POSITION])
         return np.concatenate(parts).astype(np.float32)
 
     def _ensure_env(self) -> None:
         if self._env is not None:
             return
-        # As LeRobot's environment does it.
+        # The next lines are those of LeRobot's environment.
         benchmark = _benchmark(self._env_name)
         env: Any = benchmark.train_classes[self._env_name](render_mode="rgb_array", camera_name=self.camera_name)
         env.set_task(benchmark.train_tasks[0])
@@ -147,7 +147,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         return super().step(action)
 
     def render(self) -> np.ndarray:
-        """The camera's image as the policy sees it, uint8 [size, size, 3].
+        """The policy's camera image, uint8 [size, size, 3].
 
         Raises:
             SimulationError: If OpenGL fails.
@@ -158,29 +158,29 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         except (RuntimeError, AttributeError, ImportError) as error:
             raise SimulationError(
                 f"rendering with MUJOCO_GL={choose_renderer()} failed ({error}); "
-                "try another: install libosmesa6 and set MUJOCO_GL=osmesa"
+                "try another renderer: install libosmesa6 and set MUJOCO_GL=osmesa"
             ) from error
         return image if self._perturber is None else self._perturber.see(image, self._steps)
 
     def use_own_context(self) -> None:
         """Make this environment's OpenGL context current.
 
-        gymnasium leaves current the one that was made last, with another environment's textures, or none after another
-        environment was closed: then images are black.
+        In gymnasium the context that was made last stays current, which has another environment's textures. After
+        another environment was closed, no context is current and images are black.
         """
         for viewer in self.viewers():
             viewer.make_context_current()
 
     def close(self) -> None:
-        """Free the simulator and what it has on the graphics side."""
+        """Free the simulator and its graphics resources."""
         self.use_own_context()
         for viewer in self.viewers():
-            # gymnasium leaves this to the garbage collector, which would free it in another environment's context.
+            # With gymnasium the garbage collector would free it, in another environment's context.
             viewer.con.free()
         super().close()
 
     def viewers(self) -> list[Any]:
-        """The off-screen viewers that gymnasium made for this environment: none before its first image."""
+        """The off-screen viewers that gymnasium made for this environment; none before the first image."""
         return [] if self._env is None else list(self._env.mujoco_renderer._viewers.values())
 
     def _format_raw_obs(self, raw_obs: np.ndarray) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
 @lerobot_configs.EnvConfig.register_subclass("grids_metaworld")
 @dataclass
 class MetaworldConfig(lerobot_configs.MetaworldEnv):
-    """LeRobot's MetaWorld with this module's camera.
+    """Configuration of LeRobot's MetaWorld with the changes of this module.
 
     Attributes:
         task: Task names, comma-separated, or LeRobot's difficulty groups.
@@ -223,7 +223,7 @@ class MetaworldConfig(lerobot_configs.MetaworldEnv):
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
-        """One vector environment of `n_envs` copies per task: {task: {0: environment}}."""
+        """Make one vector environment with `n_envs` copies per task: {task: {0: environment}}."""
         perturbations = parse_perturbations(self.perturb)
         vector = lerobot_configs._make_vec_env_cls(use_async_envs, n_envs)
         envs: dict[str, dict[int, gymnasium.vector.VectorEnv]] = {}

@@ -1,12 +1,12 @@
-"""Other words for a task's instruction, further from the training wording with each severity."""
+"""Paraphrases of a task's instruction; a higher severity changes more words."""
 
 import re
 
 import numpy as np
 
-# Severity 1: the instruction itself, in a frame.
+# Severity 1: the unchanged instruction inside another sentence.
 FRAMES = ("please {}", "{} now", "robot, {}")
-# Severity 3: synonyms in a long frame.
+# Severity 3: synonyms inside a longer sentence.
 LONG_FRAMES = ("i would like you to {}", "your job is this: {}", "could you {} for me")
 SYNONYMS = {
     "bypass": ("avoid", "go around"),
@@ -38,13 +38,13 @@ SYNONYMS = {
 
 
 def paraphrase(instruction: str, severity: int, random: np.random.Generator) -> str:
-    """Say an instruction in other words.
+    """Paraphrase an instruction.
 
     Args:
-        instruction: As in training.
-        severity: 1 puts it in a frame ("please ..."), 2 replaces verbs and nouns by synonyms, 3 does that in a longer
-            frame.
-        random: Chooses among synonyms and frames.
+        instruction: The instruction as in training.
+        severity: 1 puts it into another sentence ("please ..."), 2 replaces verbs and nouns by synonyms, 3 does both
+            with a longer sentence.
+        random: Random numbers that choose synonyms and sentences.
     """
     frame, long_frame = str(random.choice(FRAMES)), str(random.choice(LONG_FRAMES))
     words = instruction[0].lower() + instruction[1:]

@@ -1,10 +1,10 @@
 """Perturbed MetaWorld episodes, after LIBERO-Plus (arXiv 2510.13626): seven kinds, three severities.
 
-An episode's perturbation is a function of (kind, severity, episode seed) alone. Every policy meets the same episodes,
-so results can be paired. The seed chooses the direction and the severity only how far, so the three severities of an
-episode lie on one line from the episode as it was.
+The perturbation of an episode depends only on (kind, severity, episode seed). Every policy gets the same episodes, so
+results can be paired. The seed chooses the direction and the severity chooses the distance, so a higher severity is a
+larger change in the same direction.
 
-Adding a kind is one function (environment, strength, random) -> None and one line in `KINDS`.
+To add a kind, write one function (environment, perturbation, random) -> None and add one line to `KINDS`.
 """
 
 import zlib
@@ -34,11 +34,11 @@ class Perturbation:
 
     @property
     def strength(self) -> float:
-        """Severity in (0, 1]."""
+        """Severity as a share of the largest one, in (0, 1]."""
         return self.severity / max(SEVERITIES)
 
     def random(self, *seeds: int) -> np.random.Generator:
-        """Random numbers of this kind in an episode; the same for every severity."""
+        """Random numbers for this kind in one episode; they are the same for every severity."""
         return np.random.default_rng([*seeds, zlib.crc32(self.kind.encode())])
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Perturbation:
 
 
 def parse_perturbations(text: str) -> list[Perturbation]:
-    """Perturbations of a list such as "camera:2,light:1"; an empty text is none.
+    """Perturbations in a list such as "camera:2,light:1"; an empty text gives none.
 
     Raises:
         SimulationError: If a kind or a severity is unknown, or a kind is given twice.
@@ -58,7 +58,7 @@ def parse_perturbations(text: str) -> list[Perturbation]:
             raise SimulationError(f"perturbation '{kind}' is unknown; choose from {', '.join(KINDS)}")
         if severity not in map(str, SEVERITIES):
             raise SimulationError(
-                f"perturbation '{part}' has no severity {'' if severity else 'given '}that is known; "
+                f"perturbation '{part}' has {'an unknown' if severity else 'no'} severity; "
                 f"write {kind}: and one of {', '.join(map(str, SEVERITIES))}, such as {kind}:2"
             )
         found.append(Perturbation(kind, int(severity)))
@@ -70,11 +70,11 @@ def parse_perturbations(text: str) -> list[Perturbation]:
 
 
 class Perturber:
-    """Puts the perturbations of each episode into one `MetaworldEnv`.
+    """Applies the perturbations of each episode to one `MetaworldEnv`.
 
     Args:
-        env: The environment, with its simulator made and nothing perturbed.
-        perturbations: One of each kind at most.
+        env: The environment; its simulator must exist and be unperturbed.
+        perturbations: Perturbations, at most one of each kind.
     """
 
     def __init__(self, env: Any, perturbations: list[Perturbation]) -> None:
@@ -83,7 +83,7 @@ class Perturber:
         self._seed: int | None = None
 
     def begin(self, env: Any, seed: int | None) -> None:
-        """Perturb the episode that the next reset starts. Without a seed the previous one's perturbation stays."""
+        """Perturb the episode that the next reset starts. Without a seed the previous perturbation stays."""
         seed = (self._seed or 0) if seed is None else seed
         if seed == self._seed:
             return
@@ -93,7 +93,7 @@ class Perturber:
             KINDS[perturbation.kind](env, perturbation, perturbation.random(seed))
 
     def see(self, image: np.ndarray, step: int) -> np.ndarray:
-        """What the sensor makes of an image uint8 [h, w, 3] at a step of the episode."""
+        """Apply blur and noise, if perturbed, to the image uint8 [h, w, 3] of one step."""
         for perturbation in self.perturbations:
             if perturbation.kind == "noise":
                 image = blur_and_noise(image, perturbation.strength, perturbation.random(self._seed or 0, step))
@@ -101,7 +101,7 @@ class Perturber:
 
 
 class Nominal:
-    """The scene that policies are trained in, to return to before each perturbation."""
+    """The unperturbed scene of the training data; it is restored before each perturbation."""
 
     ARRAYS = ("cam_pos", "cam_quat", "cam_fovy", "light_diffuse", "light_dir", "tex_data")
     HEADLIGHT = ("ambient", "diffuse")
@@ -115,7 +115,7 @@ class Nominal:
         self._instruction = env.task_description
 
     def restore(self, env: Any) -> None:
-        """Undo what perturbations changed."""
+        """Undo all perturbations."""
         model = env._env.model
         for name, value in self._arrays.items():
             getattr(model, name)[:] = value
@@ -127,9 +127,10 @@ class Nominal:
 
 
 def move_camera(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Viewpoint: the camera orbits the table, comes closer or goes away, turns aside and changes its field of view.
+    """Viewpoint: change the camera's position around the table, its distance, its aim and its field of view.
 
-    At full strength by 15 degrees around, 8 up or down, 15 % in distance, 3 cm in aim and 8 % in field of view.
+    At full strength: 15 degrees of azimuth, up to 8 degrees of elevation, 15 % of the distance, 3 cm of the aim and 8 %
+    of the field of view.
     """
     model, strength = env._env.model, perturbation.strength
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, env.camera_name)
@@ -148,9 +149,9 @@ def move_camera(env: Any, perturbation: Perturbation, random: np.random.Generato
 
 
 def change_light(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Lighting: all lights dimmer (to a third), of another colour, and from another direction.
+    """Lighting: make all lights dimmer (down to a third), and change their colour and direction.
 
-    Never brighter: table and floor are at the renderer's maximum already and would not change.
+    Lights never get brighter: table and floor already have the renderer's maximum and would not change.
     """
     model, strength = env._env.model, perturbation.strength
     gains = random.uniform(0.2, 1, 3)
@@ -163,7 +164,7 @@ def change_light(env: Any, perturbation: Perturbation, random: np.random.Generat
 
 
 def repaint_background(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Background: the textures of table, floor and walls are mixed with stripes or checks of two random colours."""
+    """Background: mix the textures of table, floor and walls with stripes or checks of two random colours."""
     model, strength = env._env.model, perturbation.strength
     for texture in background_textures(model):
         height, width = int(model.tex_height[texture]), int(model.tex_width[texture])
@@ -178,7 +179,7 @@ def repaint_background(env: Any, perturbation: Perturbation, random: np.random.G
 
 
 def background_textures(model: Any) -> list[int]:
-    """Numbers of the textures on floor, table and walls."""
+    """Indices of the textures on floor, table and walls."""
     materials = set()
     for geom in range(model.ngeom):
         body = mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_BODY, model.geom_bodyid[geom])
@@ -189,32 +190,34 @@ def background_textures(model: Any) -> list[int]:
 
 
 def upload_texture(env: Any, texture: int) -> None:
-    """Send a changed texture to the renderer, which holds its own copy once it has drawn."""
+    """Send a changed texture to the renderer, which keeps a copy after its first image."""
     env.use_own_context()
     for viewer in env.viewers():
         mujoco.mjr_uploadTexture(env._env.model, viewer.con, texture)
 
 
 def start_elsewhere(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Robot: the hand starts aside, and a little higher. MetaWorld's own reset drives it there."""
+    """Robot: shift the start of the hand sideways and a little up. MetaWorld's reset moves the hand there."""
     angle = random.uniform(0, 2 * np.pi)
     distance = 0.12 * perturbation.strength
     shift = np.array([distance * np.cos(angle), distance * np.sin(angle), random.uniform(0, 0.5) * distance])
     start, low, high = env._env.hand_init_pos, env._env.mocap_low, env._env.mocap_high
-    # Mirrored where it would leave the reach of the arm.
+    # Mirror the shift on each axis on which the hand would leave the arm's range.
     shift = np.where((start + shift < low) | (start + shift > high), -shift, shift)
     env._env.hand_init_pos = start + shift
 
 
 def displace_objects(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Layout: object and goal are drawn from strips of 2 cm at the border of the box that training draws them from.
+    """Layout: draw object and goal from strips of 2 cm at the border of the box that training draws them from.
 
-    The strips lie on one side, to the left or right of the robot (before or behind, where a task varies nothing
-    sideways): just inside the box at severity 1, just outside at 2, another 2 cm out at 3.
+    The strips are on the left or the right of the robot. If a task has no sideways variation, they are in front or
+    behind. They lie just inside the box at severity 1, just outside at 2, and 2 cm further out at 3.
     """
     space = env._env._random_reset_space
     if space is None:
-        raise SimulationError(f"{env.task} draws no positions, so its layout cannot be perturbed; leave layout out")
+        raise SimulationError(
+            f"{env.task} has no random positions, so its layout cannot be perturbed; leave layout out"
+        )
     low, high = space.low.copy(), space.high.copy()
     inner, outer = 0.02 * (perturbation.severity - 2), 0.02 * (perturbation.severity - 1)
     for place in range(0, len(low) - 2, 3):
@@ -233,22 +236,22 @@ def displace_objects(env: Any, perturbation: Perturbation, random: np.random.Gen
 
 
 def set_spaces(simulator: Any, reset_space: Any, goal_space: Any) -> None:
-    """Set where MetaWorld draws positions from, and to what it clips the goal that it tells its experts."""
+    """Set the space that MetaWorld draws positions from, and the space to which it clips the experts' goal."""
     simulator._random_reset_space, simulator.goal_space = reset_space, goal_space
     vars(simulator).pop("sawyer_observation_space", None)
 
 
 def say_otherwise(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Instruction: a paraphrase."""
+    """Instruction: replace it by a paraphrase."""
     env.task_description = paraphrase(env.task_description, perturbation.severity, random)
 
 
 def leave_scene(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Noise: nothing in the scene changes; `Perturber.see` changes each image."""
+    """Noise: leave the scene unchanged, because `Perturber.see` changes each image."""
 
 
 def blur_and_noise(image: np.ndarray, strength: float, random: np.random.Generator) -> np.ndarray:
-    """An image uint8 [h, w, 3], out of focus (to 1.5 % of its width) and with Gaussian noise (to 20 % of its range)."""
+    """Add blur (up to 1.5 % of the width) and Gaussian noise (up to 20 % of the range) to an image uint8 [h, w, 3]."""
     blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.015 * image.shape[1] * strength))
     noise = random.normal(0, 0.2 * 255 * strength, image.shape)
     return np.clip(np.round(np.asarray(blurred) + noise), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Recording demonstrations of MetaWorld's scripted experts as a LeRobotDataset."""
+"""Record demonstrations of MetaWorld's scripted experts as a LeRobotDataset."""
 
 import functools
 import shutil
@@ -35,15 +35,15 @@ class Demonstration:
 
 
 def demonstrate(env: MetaworldEnv, seed: int, noise: float) -> Demonstration | None:
-    """Let the scripted expert act once.
+    """Run one episode with the scripted expert.
 
-    The action that is executed carries noise, so that the recording also shows how to recover; the action
-    that is recorded is the expert's own.
+    Noise is added to the executed action, so that the recording also shows recoveries. The recorded action is the
+    expert's own, without noise.
 
     Args:
         env: The environment.
-        seed: Of the initial state and of the noise.
-        noise: Standard deviation of Gaussian noise on the executed x, y and z.
+        seed: Seed of the initial state and of the noise.
+        noise: Standard deviation of the Gaussian noise on the executed x, y and z.
 
     Returns:
         The episode, or None if it did not succeed.
@@ -69,9 +69,9 @@ def demonstrate(env: MetaworldEnv, seed: int, noise: float) -> Demonstration | N
 def demonstrations(
     tasks: list[str], episodes: int, size: int, noise: float, seed: int, workers: int
 ) -> Iterator[Demonstration]:
-    """Successful episodes, `episodes` of each task; failed ones are tried again with the next seed.
+    """Yield `episodes` successful episodes of each task; a failed one is repeated with the next seed.
 
-    The result does not depend on `workers`: seeds are taken in order.
+    The result does not depend on `workers`, because seeds are used in order.
 
     Raises:
         SimulationError: If the expert fails more than three times as often as it succeeds.
@@ -102,7 +102,7 @@ def _worker_env(task: str, size: int) -> MetaworldEnv:
 
 
 def _demonstrate_in_worker(task: str, size: int, seed: int, noise: float) -> Demonstration | None:
-    # The experts warn about every action that is clipped, which is what their environments do.
+    # The experts warn about every clipped action, and their environments clip by design.
     warnings.filterwarnings("ignore", "Constant", UserWarning)
     return demonstrate(_worker_env(task, size), seed, noise)
 
@@ -120,16 +120,16 @@ def record(
 ) -> dict[str, int]:
     """Record demonstrations into a new LeRobotDataset (format v3.0).
 
-    The folder appears when it is complete; an interrupted recording leaves nothing.
+    The folder appears only when it is complete; an interrupted recording leaves nothing behind.
 
     Args:
         output: Folder of the new dataset.
         tasks: MetaWorld tasks, comma-separated.
-        episodes: Successful episodes of each task.
+        episodes: Number of successful episodes of each task.
         size: Height and width of the images in pixels.
         noise: Standard deviation of the noise on executed actions.
-        seed: First seed; evaluation should use others.
-        workers: Processes that simulate.
+        seed: First seed; evaluations should use other seeds.
+        workers: Number of processes that simulate.
         on_episode: Called with each `Demonstration`, for a progress bar.
 
     Returns:
@@ -151,10 +151,10 @@ def record(
         },
     }
     count = {"episodes": 0, "frames": 0}
-    datasets.disable_progress_bars()  # one per episode would bury the caller's
+    datasets.disable_progress_bars()  # one per episode would overwrite the caller's bar
     output = Path(output)
     with atomic_folder(output) as folder:
-        folder.rmdir()  # LeRobot insists on making it
+        folder.rmdir()  # LeRobot must create it
         dataset = LeRobotDataset.create(
             repo_id=f"local/{output.name}",
             fps=80,
@@ -175,8 +175,8 @@ def record(
                 if on_episode is not None:
                     on_episode(episode)
         finally:
-            # Also when interrupted: otherwise LeRobot writes the folder again after it was removed.
+            # Needed after an interruption too: otherwise LeRobot writes the folder again after it was removed.
             dataset.finalize()
-        # Images are inside the parquet files by now; LeRobot leaves the folders they passed through.
+        # The images are in the parquet files now; LeRobot does not remove its temporary folders.
         shutil.rmtree(folder / "images", ignore_errors=True)
     return count

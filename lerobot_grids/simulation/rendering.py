@@ -1,4 +1,4 @@
-"""Choosing how MuJoCo renders without a screen. Must run before mujoco is imported."""
+"""Choose how MuJoCo renders without a screen. This must run before mujoco is imported."""
 
 import os
 import sys
@@ -8,10 +8,10 @@ from lerobot_policy_grids.errors import SimulationError
 
 
 def choose_renderer() -> str:
-    """Set MUJOCO_GL to what this machine has: EGL, else OSMesa. A value set by the user stays.
+    """Set MUJOCO_GL to EGL if this machine has it, otherwise to OSMesa. A value set by the user is kept.
 
     Returns:
-        The backend's name.
+        The name of the backend.
 
     Raises:
         SimulationError: On Linux, if neither library is installed.
@@ -23,6 +23,6 @@ def choose_renderer() -> str:
             os.environ["MUJOCO_GL"] = backend
             return backend
     raise SimulationError(
-        "no off-screen OpenGL found (neither libEGL nor libOSMesa), and simulation must render images; "
+        "no off-screen OpenGL found (neither libEGL nor libOSMesa), but the simulation must render images; "
         "install one, e.g. on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri, or: apt-get install libosmesa6"
     )

@@ -1,1 +1,1 @@
-"""Training: the LightningModule, its loss, what it trains, and the callbacks that keep and show a run."""
+"""Training: the LightningModule, its losses, the choice of trained weights, and the callbacks of a run."""

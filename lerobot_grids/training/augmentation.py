@@ -1,4 +1,4 @@
-"""Small random changes of training data, so that a policy does not learn the light and the state by heart."""
+"""Small random changes of the training data, against overfitting to lighting and robot state."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from ..data import is_image
 
 
 def jitter_images(batch: dict[str, Any], strength: float) -> dict[str, Any]:
-    """Change brightness and contrast of each image [b, ..., 3, h, w] in [0, 1]; 0 changes nothing."""
+    """Change brightness and contrast of each image [b, ..., 3, h, w] in [0, 1]; strength 0 changes nothing."""
     if strength <= 0:
         return batch
     return {key: _jitter(value, strength) if is_image(value) else value for key, value in batch.items()}
 
 
 def add_state_noise(prepared: dict[str, Any], deviation: float) -> dict[str, Any]:
-    """Add noise to the normalised robot state, where there is one; 0 adds nothing."""
+    """Add Gaussian noise to the normalised robot state, if there is one; deviation 0 adds nothing."""
     if deviation <= 0 or OBS_STATE not in prepared:
         return prepared
     state = prepared[OBS_STATE]

@@ -1,7 +1,7 @@
 """Exponential moving average of the trained weights.
 
-Lightning's own callback averages the whole module: it keeps frozen weights twice, on the CPU if training moves to
-another device, and rounds them at every step. This one keeps what is trained, where it is trained.
+Lightning's own callback averages the whole module: it stores frozen weights twice, keeps the copy on the CPU if
+training moves to another device, and rounds it at every step. This one stores only trained weights, on their device.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from lerobot_policy_grids.errors import GridsError
 
 
 class TrainedWeightsAverage(Callback):
-    """Average what is trained after each optimiser step; validation and the checkpoint that a run leaves use it.
+    """Average the trained weights after each optimiser step; validation and saved policies use the average.
 
-    Training goes on from the weights themselves.
+    Training continues with the weights themselves.
 
     Args:
-        decay: Share of the average that is kept at each step.
+        decay: Weight of the old average at each step.
 
     Raises:
         GridsError: If the decay is not from 0 to below 1.
@@ -31,7 +31,9 @@ class TrainedWeightsAverage(Callback):
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise GridsError(f"--ema {decay}; give the share that is kept at each step, from 0 to below 1, as 0.999")
+            raise GridsError(
+                f"--ema {decay}; give the share of the old average at each step, from 0 to below 1, such as 0.999"
+            )
         self.decay = decay
         self._average: dict[str, Tensor] = {}
         self._updated_at = 0
@@ -39,14 +41,14 @@ class TrainedWeightsAverage(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):
-            raise GridsError("--ema averages whole weights, and fsdp shards them; drop one of the two")
+            raise GridsError("--ema needs whole weights, and fsdp shards them; drop one of the two")
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and the step it belongs to."""
+        """Return the average and its step."""
         return {"average": self._average, "updated_at": self._updated_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved average."""
+        """Continue from a saved average."""
         self._average, self._updated_at = state_dict["average"], state_dict["updated_at"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
@@ -74,7 +76,7 @@ class TrainedWeightsAverage(Callback):
 
     @contextmanager
     def in_place(self, pl_module: Any) -> Iterator[None]:
-        """In this block the module has the averages."""
+        """Put the averages into the module for the duration of the block."""
         self._swap(pl_module)
         try:
             yield

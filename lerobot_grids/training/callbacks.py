@@ -1,4 +1,4 @@
-"""Callbacks that a training run shows itself by: token schedule, coordinates, speed and progress."""
+"""Callbacks for the token schedule, statistics of coordinates, speed and the progress bar."""
 
 import time
 from typing import Any
@@ -15,16 +15,16 @@ from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 from ..console import progress_columns
 from ..coordinates import CoordinateStatistics
 
-# Metrics on the screen; the logs have all.
+# Metrics shown on the screen; the logs have all metrics.
 SHOWN = ("train/loss", "train/distillation", "val/loss", "val/distillation", "val/chunk_distance")
-# From these shares on a sampler is said to have saturated or collapsed.
+# Above this share of points, a warning says that the sampler has saturated or collapsed.
 TOO_MANY = 0.5
 
 
 class TokenScheduler(Callback):
-    """Set the budget that a grids policy's schedule has for each step, and log it as a curve.
+    """Set the budget of a grids policy at each step by its schedule, and log it.
 
-    Validation always uses the budget that the checkpoint will have.
+    Validation always uses the budget of the final checkpoint.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -36,7 +36,7 @@ class TokenScheduler(Callback):
 
 
 class CoordinateMonitor(Callback):
-    """Log `CoordinateStatistics` at each validation, and warn once when the sampler saturates or collapses."""
+    """Log `CoordinateStatistics` at each validation, and warn once if the sampler saturates or collapses."""
 
     def __init__(self) -> None:
         self._statistics: CoordinateStatistics | None = None
@@ -76,9 +76,9 @@ class CoordinateMonitor(Callback):
 
 
 class Speed(Callback):
-    """Log samples per second over all processes, validation left out, and the peak memory of this one.
+    """Log samples per second of all processes, without validation, and the memory of this process.
 
-    Memory is the device's where there is one, else the process's resident set now.
+    Memory is the peak on the GPU, or without a GPU the current resident memory of the process.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Speed(Callback):
 
 
 class TrainingProgress(ProgressBar):
-    """One bar over all steps of the run, and a line per validation that stays on the screen."""
+    """Show one progress bar for the run, and a line for each validation that stays on the screen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class TrainingProgress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Show nothing; Lightning calls this on all but one process."""
+        """Hide the bar; Lightning calls this in all processes except one."""
         self._enabled = False
 
     def enable(self) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks that keep a run: its checkpoint and its training state, and pushes of the checkpoint to the Hub."""
+"""Callbacks that save a run's checkpoint and training state, and push the checkpoint to the Hub."""
 
 import sys
 from contextlib import nullcontext
@@ -18,15 +18,15 @@ from .state import STATE_FILES, AtomicCheckpointIO
 
 
 class RunCheckpoint(Callback):
-    """Keep a run: the policy as LeRobot loads it, and the state that training goes on from.
+    """Save the policy, in LeRobot's format, and the training state to resume from.
 
-    `<output>/pretrained_model` appears whole or not at all; `<output>/training_state/last.ckpt` is replaced in
-    one step, and its predecessor kept. Both are written every `every_n_steps`, at the end, and when the run is told
-    to terminate. Where weights are averaged, the policy has the averages.
+    `<output>/pretrained_model` is written completely or not at all. `<output>/training_state/last.ckpt` is replaced
+    atomically, and the previous state is kept. Both are written every `every_n_steps`, at the end, and when the run
+    gets a signal to terminate. With averaged weights the saved policy has the averages.
 
     Args:
         output: The run's output folder.
-        every_n_steps: Optimiser steps between two checkpoints.
+        every_n_steps: Number of optimiser steps between two checkpoints.
     """
 
     def __init__(self, output: Path, every_n_steps: int = 500) -> None:
@@ -39,11 +39,11 @@ class RunCheckpoint(Callback):
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that goes on has this step's state already.
+        # A resumed run has already saved the state of this step.
         self._saved_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        # Micro-batches of one accumulated step share its number.
+        # The micro-batches of one accumulated step have the same step number.
         if trainer.global_step % self.every_n_steps == 0 and trainer.global_step > 0:
             self._save(trainer, pl_module)
 
@@ -51,7 +51,7 @@ class RunCheckpoint(Callback):
         self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning raises this one between two micro-batches; any other may have come in the middle of one.
+        # Lightning raises this exception between two micro-batches; others may come in the middle of one.
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         whole_step = done % trainer.accumulate_grad_batches == 0
         if isinstance(exception, SIGTERMException) and whole_step and trainer.global_step > 0:
@@ -61,7 +61,7 @@ class RunCheckpoint(Callback):
         if trainer.global_step == self._saved_at:
             return
         self._saved_at = trainer.global_step
-        # Every process takes part: a sharded strategy gathers its state here.
+        # All processes must call this, because a sharded strategy gathers its state here.
         trainer.save_checkpoint(self.state)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, TrainedWeightsAverage)]
         with averages[0].in_place(pl_module) if averages else nullcontext():
@@ -73,15 +73,15 @@ class RunCheckpoint(Callback):
 
 
 class PushCheckpoint(Callback):
-    """Push the run's checkpoint every `every_n_steps`, as it was just saved; the caller pushes the last step's.
+    """Push the run's saved checkpoint every `every_n_steps`; the caller pushes the last one.
 
-    Training waits for the push. Every training step draws from its own seed, so the weights are the same bits as
-    without it. A push that fails costs a line on stderr; training goes on.
+    Training waits for the push. Every training step has its own seed, so pushes do not change the trained weights.
+    After a failed push a warning is printed and training continues.
 
     Args:
-        output: The run's output folder. `RunCheckpoint` comes before this callback and saves at these steps too.
+        output: The run's output folder. `RunCheckpoint` must run before this callback and also save at these steps.
         repo_id: `user/name`.
-        every_n_steps: Optimiser steps between two pushes.
+        every_n_steps: Number of optimiser steps between two pushes.
         dataset: Hub id of the training data, for the card.
     """
 
@@ -90,12 +90,12 @@ class PushCheckpoint(Callback):
         self._pushed_at = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that goes on from this step came by here already.
+        # A resumed run has already pushed this step.
         self._pushed_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        # Micro-batches of one accumulated step share its number.
+        # The micro-batches of one accumulated step have the same step number.
         if step % self.every_n_steps or step in (0, self._pushed_at, trainer.max_steps):
             return
         self._pushed_at = step
@@ -105,11 +105,11 @@ class PushCheckpoint(Callback):
     def _push(self, step: int) -> None:
         try:
             pushed = push(self.output, self.repo_id, description=Description(dataset=self.dataset, step=step))
-        except Exception as error:  # whatever it is, the training is worth more
+        except Exception as error:  # no failure of a push may stop the training
             reason = " ".join(str(error).split()) or type(error).__name__
             print(
-                f"warning: step {step} was not pushed to {self.repo_id}: {reason}; training goes on, "
-                f"the next push is {self.every_n_steps} steps from here or at the end",
+                f"warning: step {step} was not pushed to {self.repo_id}: {reason}; training continues, "
+                f"the next push is after {self.every_n_steps} steps or at the end",
                 file=sys.stderr,
             )
         else:

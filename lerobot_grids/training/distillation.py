@@ -1,7 +1,7 @@
-"""Distillation from the dense policy: the student sees K tokens, the teacher all of them, both the same noise and time.
+"""Distillation from the dense policy: the student gets K tokens, the teacher all, with the same noise and time.
 
-After Hinton et al. 2015 (temperature) and FitNets (Romero et al. 2015, hidden states). No teacher is part of a
-checkpoint, of an optimiser or of what a distributed strategy synchronises.
+After Hinton et al. 2015 (temperature) and FitNets (Romero et al. 2015, hidden states). A teacher is not part of the
+checkpoint or the optimiser, and distributed strategies do not synchronise it.
 """
 
 from abc import ABC, abstractmethod
@@ -24,17 +24,17 @@ from lerobot_policy_grids.families import Target, get_family
 from ..policies import LoadedPolicy, find_source, load, load_processors
 from .lora import without_lora
 
-# What teacher and student must agree on besides their type.
+# Fields that must be equal in teacher and student, besides their type.
 SAME = ("chunk_size", "max_action_dim", "max_state_dim", "output_features")
 
 
 @dataclass
 class Predicted:
-    """What a policy predicted in one training step.
+    """The prediction of a policy in one training step.
 
     Attributes:
         output: Velocity or actions [b, steps, d], or logits [b, tokens, vocabulary].
-        hidden: The trunk's last hidden state [b, t, c].
+        hidden: Last hidden states of the trunk [b, t, c].
     """
 
     output: Tensor
@@ -43,11 +43,12 @@ class Predicted:
 
 @contextmanager
 def watch(target: Target, noise: dict[str, Tensor] | None = None) -> Iterator[list[Predicted]]:
-    """Collect what the policy predicts while the block runs.
+    """Collect the predictions of a policy while the block runs.
 
     Args:
-        target: Where.
-        noise: Noise and time of the policy that ran before, which this one gets too; filled if it is empty.
+        target: Module that predicts, and module that gets the noise.
+        noise: Noise and time to use instead of the policy's own. An empty dict is filled with the policy's own, to be
+            used for the next policy.
     """
     seen: list[Predicted] = []
 
@@ -72,48 +73,48 @@ def watch(target: Target, noise: dict[str, Tensor] | None = None) -> Iterator[li
 
 
 class Teacher(ABC):
-    """A dense policy that is not trained. A plain object, so that no module counts it among its parts."""
+    """A dense policy that is not trained. It is not an `nn.Module`, so that no module registers its weights."""
 
-    # What it is, for the user.
+    # Description for the user.
     description: str
-    # Whether the student may take over the feature maps that the teacher has computed.
+    # Whether the student may use the feature maps that the teacher has computed.
     shares_vision = False
 
     @abstractmethod
     @contextmanager
     def dense(self) -> Iterator[Any]:
-        """The dense policy, while the block runs: in evaluation mode, with all visual tokens."""
+        """Yield the dense policy in evaluation mode, with all visual tokens."""
 
     def predict(self, batch: Mapping[str, Any], noise: dict[str, Tensor] | None = None) -> Predicted:
-        """Run one training step's forward pass without gradients; `noise` as in `watch`."""
+        """Run the forward pass of a training step without gradients; `noise` is as in `watch`."""
         with torch.no_grad(), self.dense() as policy:
             with watch(get_family(policy.config.type).target(policy), noise) as seen:
                 policy.forward(copied(batch))
             return seen[-1]
 
     def predict_action_chunk(self, batch: Mapping[str, Any]) -> Tensor:
-        """Action chunk [b, chunk_size, action_dim]."""
+        """Predict an action chunk [b, chunk_size, action_dim]."""
         with torch.no_grad(), self.dense() as policy:
             chunk: Tensor = policy.predict_action_chunk(copied(batch))
         return chunk
 
     @abstractmethod
     def to(self, device: str | torch.device) -> None:
-        """Move to a device, unless the student takes it along."""
+        """Move the teacher to a device, if it is separate from the student."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Weight averaging copies the module that it averages, and a teacher is not averaged.
+        # A copy of the module must not contain a copy of the teacher.
         return self
 
 
 class SelfTeacher(Teacher):
-    """The student itself, with reducer and LoRA switched off: no second copy in memory.
+    """The student itself with reducer and LoRA switched off, so no second copy is in memory.
 
     Args:
-        policy: A grids policy whose base is frozen but for LoRA.
+        policy: A grids policy whose base is frozen except for LoRA.
     """
 
-    description = "the same network with every token, its reducer and LoRA switched off"
+    description = "the same network with every token, with reducer and LoRA switched off"
     shares_vision = True
 
     def __init__(self, policy: GridsPolicy) -> None:
@@ -134,10 +135,10 @@ class SelfTeacher(Teacher):
 
 
 class DenseTeacher(Teacher):
-    """A dense policy of its own.
+    """A separate dense policy.
 
     Args:
-        policy: It is frozen.
+        policy: The dense policy; it will be frozen.
     """
 
     description = "a dense teacher, a second network in memory"
@@ -154,16 +155,16 @@ class DenseTeacher(Teacher):
 
 
 class Distillation:
-    """Teaches a grids policy what the dense policy predicts. A plain object, as teachers are.
+    """Compute the distance of a grids policy's predictions to those of its teacher. Not an `nn.Module`, like teachers.
 
     Args:
         policy: The student.
-        teacher: The dense policy that it imitates.
-        temperature: Softens the predicted distribution, where the prediction is one.
-        feature_weight: Weight of the distance between the trunks' last hidden states.
+        teacher: The dense policy that the student imitates.
+        temperature: Temperature of the predicted distributions, for policies that predict one.
+        feature_weight: Weight of the distance between the last hidden states of the trunks.
 
     Raises:
-        GridsError: If a temperature is given and the prediction is no distribution.
+        GridsError: If a temperature is given and the policy does not predict a distribution.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class Distillation:
             )
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(task loss of the student, its distance to the teacher), each a scalar."""
+        """Compute (task loss of the student, distance to the teacher), each a scalar."""
         draws = _new_seed()
         noise: dict[str, Tensor] = {}
         with self.policy.seam.share_vision() if self.teacher.shares_vision else nullcontext():
@@ -200,7 +201,7 @@ class Distillation:
         return task_loss, loss
 
     def chunk_distance(self, batch: dict[str, Any]) -> Tensor:
-        """Root mean squared distance of the normalised action chunks, from the same noise."""
+        """Compute the root mean squared distance of normalised action chunks from the same noise."""
         draws = _new_seed()
         torch.manual_seed(draws)
         teacher = self.teacher.predict_action_chunk(batch)
@@ -213,7 +214,7 @@ class Distillation:
 
 
 def _new_seed() -> int:
-    """With it teacher and student draw the same noise and time, whatever the device."""
+    """Draw a seed with which teacher and student draw the same noise and time, on any device."""
     return int(torch.randint(2**62, ()))
 
 
@@ -224,23 +225,23 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with its own state and action tensors: some policies change those in place."""
+    """Copy the small tensors of a batch, because some policies change state and actions in place."""
     return {
         key: value.clone() if isinstance(value, Tensor) and value.ndim < 4 else value for key, value in batch.items()
     }
 
 
 def choose_teacher(teacher: str | None, source: str, student: LoadedPolicy, train: str) -> Teacher:
-    """The teacher that the options name.
+    """Choose the teacher by the options.
 
     Args:
         teacher: Checkpoint of a dense policy, or None for `source`.
-        source: What the student started from.
+        source: Policy that the student started from.
         student: The student and its processors.
-        train: What of the student is trained.
+        train: Which weights of the student are trained.
 
     Raises:
-        GridsError: If there is nothing to imitate, or it does not fit the student.
+        GridsError: If there is no trained dense policy, or it does not fit the student.
     """
     policy: Any = student.policy
     if not isinstance(policy, GridsPolicy) or policy.num_tokens == 0:
@@ -262,14 +263,14 @@ def choose_teacher(teacher: str | None, source: str, student: LoadedPolicy, trai
 
 
 def require_alike(name: str, teacher: Any, teacher_pre: Any, student: Any, student_pre: Any) -> None:
-    """Raise `GridsError` unless a teacher's predictions mean what the student's do.
+    """Raise `GridsError` unless predictions of teacher and student can be compared.
 
     Args:
-        name: What to call the teacher.
-        teacher: Its configuration.
-        teacher_pre: Its pre-processor.
-        student: The configuration of the student, dense or grids.
-        student_pre: Its pre-processor.
+        name: Name of the teacher for messages.
+        teacher: Configuration of the teacher.
+        teacher_pre: Pre-processor of the teacher.
+        student: Configuration of the student, dense or grids.
+        student_pre: Pre-processor of the student.
     """
     _check_fit(name, teacher, base_config(student))
     _check_statistics(name, teacher_pre, student_pre)
@@ -277,19 +278,17 @@ def require_alike(name: str, teacher: Any, teacher_pre: Any, student: Any, stude
 
 def _check_fit(name: str, teacher: Any, student: Any) -> None:
     if isinstance(teacher, GridsConfig):
-        raise GridsError(
-            f"{name} is a grids policy, but a teacher sees every token; give --teacher the dense policy it came from"
-        )
+        raise GridsError(f"{name} is a grids policy, but a teacher sees every token; give --teacher its dense policy")
     if teacher.type != student.type:
-        raise GridsError(f"teacher {name} is a '{teacher.type}', the student a '{student.type}'; they must be alike")
+        raise GridsError(f"teacher {name} is a '{teacher.type}', the student a '{student.type}'; they must be equal")
     for field in SAME:
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
-            raise GridsError(f"teacher {name} has {field}={theirs}, the student {ours}; they must be alike")
+            raise GridsError(f"teacher {name} has {field}={theirs}, the student {ours}; they must be equal")
 
 
 def _check_statistics(name: str, teacher: Any, student: Any) -> None:
-    """Normalised differently, the same numbers mean other movements."""
+    """Compare the normalisation: with other statistics, equal numbers mean different movements."""
     theirs, ours = _statistics(teacher), _statistics(student)
     for feature in (OBS_STATE, ACTION):
         for kind, value in ours.get(feature, {}).items():
@@ -297,13 +296,13 @@ def _check_statistics(name: str, teacher: Any, student: Any) -> None:
             if other is None or other.shape != value.shape or not torch.allclose(value, other, rtol=1e-3, atol=1e-5):
                 raise GridsError(
                     f"teacher {name} was not trained on this dataset: its {kind} of '{feature}' "
-                    f"{'is missing' if other is None else 'differs'}; train it here first (--tokens dense), or do "
-                    "without a teacher"
+                    f"{'is missing' if other is None else 'differs'}; train it on this dataset first (--tokens "
+                    "dense), or train without a teacher"
                 )
 
 
 def _statistics(preprocessor: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Of the features that the pre-processor normalises: {feature: {"mean": ..., "std": ...}}."""
+    """Statistics of the features that a pre-processor normalises: {feature: {"mean": ..., "std": ...}}."""
     for step in preprocessor.steps:
         if isinstance(step, NormalizerProcessorStep):
             used = {

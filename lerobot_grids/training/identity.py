@@ -1,4 +1,4 @@
-"""What a run must have in common with the run that it goes on from: its options, as they are, and what they became."""
+"""The options that a resumed run must share with the original run."""
 
 import json
 from typing import Any
@@ -9,18 +9,18 @@ from lerobot_policy_grids.errors import CheckpointError
 
 from .averaging import TrainedWeightsAverage
 
-# Of the policy's configuration: where it runs and how long the run is, which may change.
+# Fields of the policy's configuration that may change: the device and the length of the run.
 CHANGES = ("device", "schedule_steps")
 
 
 def identity_of(module: Any) -> dict[str, Any]:
-    """Every option that decides what a training step does, by a name that users know."""
+    """All options that change the result of a training step, by names that users know."""
     trainer, data = module.trainer, module.trainer.datamodule
     averages = [callback.decay for callback in trainer.callbacks if isinstance(callback, TrainedWeightsAverage)]
-    # Plain values, which a training state may hold.
+    # Convert to plain values, because a training state holds nothing else.
     configuration = _flat(json.loads(json.dumps(draccus.encode(module.policy.config), default=str)), "policy.config")
     return {
-        # With what "auto" and the recipe chose, where they were asked.
+        # Include the choices of "auto" and of the recipe.
         **dict(module.hparams) | {"train": module.trainable.train, "lr": module.lr},
         **{f"data.{name}": value for name, value in data.identity.items()},
         "ema": averages[0] if averages else None,
@@ -31,7 +31,7 @@ def identity_of(module: Any) -> dict[str, Any]:
 
 
 def require_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `CheckpointError` unless both are the same, naming what differs."""
+    """Raise `CheckpointError` unless both are equal; the message names the differences."""
     changed = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
     if changed:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, through peft) inside a base policy, and checkpoints with its products added to the weights."""
+"""LoRA (Hu et al. 2021, with peft) in a base policy, and checkpoints with its products added to the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from lerobot_policy_grids.errors import GridsError
 
-# Under which peft keeps its matrices.
+# Name under which peft stores the matrices.
 NAME = "default"
 
 
 def add_lora(base: Any, rank: int) -> None:
-    """Freeze a base policy and put trainable low-rank matrices on LeRobot's default targets for it.
+    """Freeze a base policy and add trainable low-rank matrices to LeRobot's default target modules.
 
     Args:
         base: The dense policy; its modules are replaced in place.
-        rank: Rank of the matrices; their scale is 2.
+        rank: Rank of the matrices; their product is scaled by 2.
 
     Raises:
         GridsError: If peft is missing, or LeRobot names no targets for this policy.
@@ -40,7 +40,7 @@ def add_lora(base: Any, rank: int) -> None:
 
 @contextmanager
 def without_lora(base: nn.Module) -> Iterator[None]:
-    """In this block LoRA adds nothing: the policy is what it was before `add_lora`."""
+    """Disable LoRA for the duration of the block, so the policy is as before `add_lora`."""
     layers: list[Any] = [module for module in base.modules() if hasattr(module, "get_delta_weight")]
     for layer in layers:
         layer.enable_adapters(False)
@@ -52,13 +52,13 @@ def without_lora(base: nn.Module) -> Iterator[None]:
 
 
 def state_with_lora_added(policy: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state of a policy with LoRA's products added to the weights, under the names that it has without LoRA.
+    """The state of a policy with LoRA's products added to the weights, under the names without LoRA.
 
-    The policy itself is not touched: adding in place and subtracting again would round its frozen weights.
+    The policy itself is not changed, because adding in place and subtracting again would round its frozen weights.
 
     Args:
-        policy: Says which layers have LoRA, and its scale.
-        state: Its state where the policy does not hold it whole, being sharded over processes.
+        policy: The policy with LoRA layers.
+        state: Its full state, if the policy is sharded over processes; None takes `policy.state_dict()`.
     """
     state = policy.state_dict() if state is None else state
     layers = {name: module for name, module in policy.named_modules() if hasattr(module, "get_delta_weight")}

@@ -1,4 +1,4 @@
-"""GridsModule: trains a policy, dense or with K visual tokens, on demonstrations."""
+"""GridsModule: train a policy, dense or with K visual tokens, on demonstrations."""
 
 from dataclasses import replace
 from typing import Any, Literal
@@ -26,51 +26,51 @@ from .optimisation import parameter_groups, warmup_cosine
 from .position_loss import PositionLoss
 from .trainable import TrainableChoice, choose_trainable, device_memory
 
-# Noise and time of the flow are drawn inside the policy; with this seed every validation draws the same.
+# Policies draw noise and time of the flow themselves; this seed makes them equal in every validation.
 VALIDATION_SEED = 0
-# Action chunks take all denoising steps, so only the first batches of a validation compare them.
+# Only the first batches of a validation compare action chunks, because they take all denoising steps.
 CHUNK_BATCHES = 2
 
 
 class GridsModule(lightning.LightningModule):
-    """A policy in training.
+    """LightningModule that trains a policy.
 
     Args:
         meta: Metadata of the dataset (linked from the data module on the command line).
-        policy: What to start from: a family's name, such as tiny, a checkpoint folder, or a Hub id.
-        tokens: Visual tokens per camera, or "dense" to train the policy as it is. Defaults to 16, or to what a
-            grids checkpoint has.
-        reducer: How tokens are reduced: its name, "grids" by default, or with its options {"type": "grids",
-            "condition_on": ["image"], "num_tokens_max": 64}.
+        policy: Policy to start from: a family's name, such as tiny, a checkpoint folder, or a Hub id.
+        tokens: Visual tokens per camera, or "dense" to train with all tokens. Defaults to 16, or to the value of a
+            grids checkpoint.
+        reducer: How tokens are reduced: the reducer's name, "grids" by default, or the name with options
+            {"type": "grids", "condition_on": ["image"], "num_tokens_max": 64}.
         schedule: K over the training steps: constant; linear, cosine or exponential (from the reducer's num_tokens_max
-            down to `tokens`); steps:0=144,500=64,1000=16; elastic (drawn anew at each step, for a checkpoint that
-            serves any budget), elastic:4,8,16 (one of a set) or elastic:4-64 (a range).
-        position_ids: How the trunk numbers visual tokens: "consecutive", or "dense", as if all were there. Defaults to
-            what suits the family.
-        resolution: Side in pixels of the square that images are brought to. Defaults to the policy's own.
-        train: "all" parameters that the policy leaves trainable, the "reducer" and low-rank adaptation of the base
-            ("reducer+lora"), or the "reducer" alone. "auto" takes all if that fits the memory, else LoRA.
-        distill: Share of the loss that is the distance to the dense teacher's prediction, from 0 to 1. Defaults to
-            0, no teacher.
-        distill_end: The same share at the end of the run; it changes evenly. Defaults to `distill`.
-        teacher: Dense policy to imitate, a checkpoint folder or Hub id. Defaults to the policy to start from: where
-            that stays frozen it is its own teacher, otherwise a frozen copy of it is.
-        distill_temperature: Softens the teacher's distribution, of policies that decode action tokens.
-        distill_features: Weight of the distance between the trunks' last hidden states.
-        freeze_vision: Whether the vision tower and its projector stay as they are, so that only what reads their tokens
-            is trained. Some families freeze theirs by default.
-        gradient_checkpointing: Whether activations are computed again in backward, for less memory.
-        accelerator: Lightning's accelerator, whose memory "auto" looks at (linked from the trainer).
+            down to `tokens`); steps:0=144,500=64,1000=16; elastic (a random K at each step, for a checkpoint that
+            works at any budget), elastic:4,8,16 (one of a set) or elastic:4-64 (a range).
+        position_ids: How the trunk numbers visual tokens: "consecutive", or "dense" for their numbers among all tokens.
+            Defaults to the family's choice.
+        resolution: Side in pixels of the square to which images are resized. Defaults to the policy's own.
+        train: Weights to train: "all" that the policy leaves trainable, the "reducer" and low-rank adaptation of the
+            base ("reducer+lora"), or only the "reducer". "auto" takes all if they fit into memory, else LoRA.
+        distill: Weight of the distance to the dense teacher's prediction in the loss, from 0 to 1. Defaults to 0, no
+            teacher.
+        distill_end: The same weight at the end of the run; it changes linearly. Defaults to `distill`.
+        teacher: Dense policy to imitate, a checkpoint folder or Hub id. Defaults to the policy to start from: if its
+            weights stay frozen, the same network is the teacher, otherwise a frozen copy.
+        distill_temperature: Temperature of the teacher's distribution, for policies that decode action tokens.
+        distill_features: Weight of the distance between the last hidden states of the trunks.
+        freeze_vision: Whether the vision tower and its projector stay frozen, so that only later weights are trained.
+            Some families freeze them by default.
+        gradient_checkpointing: Whether to compute activations again in the backward pass, to save memory.
+        accelerator: Lightning's accelerator; "auto" in `train` uses its memory (linked from the trainer).
         lora_rank: Rank of the low-rank adaptation.
         lr: Peak learning rate. Defaults to the family's recipe.
         reducer_lr: Peak learning rate of the reducer. Defaults to `lr`.
         warmup_steps: Steps of linear warm-up before the cosine decay. Defaults to the family's recipe.
-        auxiliary_weight: Weight of the position loss, where the dataset records object positions.
+        auxiliary_weight: Weight of the position loss, if the dataset has object positions.
         jitter: Strength of random brightness and contrast, 0 for none.
         state_noise: Standard deviation of the noise on the normalised robot state, 0 for none.
-        rename_map: Dataset feature names to the policy's, where they differ.
-        seed: Seed of the augmentation, and of the noise and the time of the flow. Each step draws anew from the seed,
-            its number and the process, so a run that goes on continues exactly.
+        rename_map: Names of dataset features -> names of the policy's features, where they differ.
+        seed: Seed of the augmentation, and of noise and time of the flow. Each step is seeded by this seed, its number
+            and the process, so a resumed run continues exactly.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class GridsModule(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # Lightning keeps them in the checkpoint; a run to resume must have had the same.
+        # Lightning saves them in the training state; a resumed run must have the same.
         self.save_hyperparameters(ignore=["meta", "accelerator"], logger=False)
         self.loaded = start(
             policy,
@@ -129,9 +129,9 @@ class GridsModule(lightning.LightningModule):
         if not all(0 <= share <= 1 for share in self.distill):
             raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
         if teacher is not None and max(self.distill) == 0:
-            raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill 0.5, say")
+            raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill, such as 0.5")
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
-        # What is never used must not wait for a gradient.
+        # A blind policy never runs its vision tower, and distributed training would wait for its gradients.
         if freeze_vision or getattr(self.policy, "num_tokens", 1) == 0:
             self._freeze_vision()
         self.distillation: Distillation | None = None
@@ -157,7 +157,7 @@ class GridsModule(lightning.LightningModule):
         else:
             choice = TrainableChoice(train, f"training {train}")  # type: ignore[arg-type]
         if choice.train == "reducer+lora":
-            # Frozen weights lose nothing by it, and memory is why they are frozen.
+            # Frozen weights need no float32, and bfloat16 saves memory.
             if self.family.to_bfloat16(self.policy.base):
                 choice = replace(choice, reason=f"{choice.reason}; frozen weights in bfloat16")
             add_lora(self.policy.base, lora_rank)
@@ -174,7 +174,7 @@ class GridsModule(lightning.LightningModule):
         base, source = dense_policy(self.policy), getattr(self.policy, "reducer", None)
         width = self.family.layout(base).width
         self.position_loss = PositionLoss(width, meta.stats[POSITIONS], len(meta.tasks))
-        # The tokens the trunk gets: all of them in a dense policy, the sampled ones otherwise.
+        # The tokens that the trunk gets: all in a dense policy, otherwise those of the reducer.
         source = self.family.feature_source(base) if source is None else source
         source.register_forward_hook(self._keep_visual_tokens)
 
@@ -219,7 +219,7 @@ class GridsModule(lightning.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         self._visual_tokens.clear()
         size = len(batch["task_index"])
-        # The training step after it draws from its own seed again.
+        # This does not affect training, because each training step sets its own seed.
         torch.manual_seed(VALIDATION_SEED + batch_index)
         prepared = self._prepare(batch, augment=False)
         if self.distillation is None:
@@ -237,13 +237,13 @@ class GridsModule(lightning.LightningModule):
     def _position_loss(self, batch: dict[str, Any]) -> Tensor:
         assert self.position_loss is not None
         size = len(batch["task_index"])
-        # One call per camera, or all cameras stacked in one: [cameras * b, n, c] to [b, cameras * n, c].
+        # Families call the module per camera or once for all: [cameras * b, n, c] to [b, cameras * n, c].
         tokens = torch.cat([part for kept in self._visual_tokens for part in kept.split(size)], dim=1)
         loss: Tensor = self.position_loss(tokens.float(), batch[POSITIONS], batch["task_index"])
         return loss
 
     def _prepare(self, batch: dict[str, Any], augment: bool) -> dict[str, Any]:
-        """Images to [0, 1], augmentation, then the policy's own pre-processor."""
+        """Scale images to [0, 1], augment, and apply the policy's own pre-processor."""
         batch = jitter_images(unit_images(batch), self.jitter if augment else 0.0)
         prepared: dict[str, Any] = self.loaded.preprocessor(batch)
         return add_state_noise(prepared, self.state_noise if augment else 0.0)
@@ -276,7 +276,7 @@ class GridsModule(lightning.LightningModule):
             gradient_clip_val = self.policy.config.get_optimizer_preset().grad_clip_norm
         sharded: Any = self.trainer.model
         if hasattr(sharded, "clip_grad_norm_"):
-            # Only the wrapper of FSDP knows the norm over all shards; Lightning refuses to guess it.
+            # Only FSDP's wrapper can compute the norm over all shards; Lightning does not support it.
             sharded.clip_grad_norm_(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate over the steps."""
+"""Parameter groups of the optimiser, and the learning rate over the steps."""
 
 import math
 from collections.abc import Iterable
@@ -9,17 +9,17 @@ from torch import nn
 
 from lerobot_policy_grids.errors import GridsError
 
-# Of the peak learning rate, at the end of a run.
+# Learning rate at the end of a run, as a share of its peak.
 FINAL_SHARE = 0.005
 
 
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], lr: float, reducer_lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups of trainable parameters by learning rate and weight decay; norms and biases are not decayed.
+    """Group trainable parameters by learning rate and weight decay; norms and biases have no weight decay.
 
     Raises:
-        GridsError: If nothing is trainable.
+        GridsError: If no parameter is trainable.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
@@ -32,9 +32,9 @@ def parameter_groups(
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to `FINAL_SHARE`.
+    """Linear warm-up, then a cosine decay to `FINAL_SHARE` of the peak.
 
-    A function of the step alone: a run that is resumed for longer follows the longer schedule.
+    The rate depends on the step only: a run that is resumed with more steps follows the longer schedule.
     """
     warmup = max(1, min(warmup, steps - 1))
 

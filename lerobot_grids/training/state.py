@@ -1,7 +1,7 @@
-"""Training states on disk: written in one step, checked before use, the one before kept.
+"""Training states on disk: written atomically and checked before use; the previous one is kept.
 
-Lightning's own writer stages a file in the system's temporary folder and copies it over the old one where that is
-another file system: a process killed in the copy loses both.
+Lightning's own writer writes to the system's temporary folder. If that is another file system, it then copies the file
+over the old one, and a process that is killed during the copy loses both.
 """
 
 import zipfile
@@ -19,10 +19,10 @@ STATE_FILES = ("training_state/last.ckpt", "training_state/previous.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs and renames; what the target held becomes `previous.ckpt`."""
+    """Write beside the target, sync and rename; the old target becomes `previous.ckpt`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save so that `path` or its predecessor is whole whenever the process dies."""
+        """Save a state so that `path` or the previous state is complete, even if the process is killed."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
@@ -32,13 +32,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 path.replace(path.with_name(Path(STATE_FILES[1]).name))
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load tensors and plain values; a file that would run code is refused by torch."""
+        """Load tensors and plain values; torch refuses a file that would run code."""
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every byte of a state is as it was written, by the archive's own checksums."""
+    """Whether a state is undamaged, by the checksums in its archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -47,18 +47,18 @@ def is_whole(path: Path) -> bool:
 
 
 def find_state(output: Path) -> tuple[Path, list[Path]]:
-    """(The newest whole training state of a run, the damaged ones that are newer).
+    """Find (the newest undamaged training state of a run, damaged states that are newer).
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no undamaged state.
     """
     present = [path for path in (output / name for name in STATE_FILES) if path.is_file()]
     if not present:
-        raise CheckpointError(f"nothing to resume: {output / STATE_FILES[0]} does not exist; start anew")
+        raise CheckpointError(f"nothing to resume: {output / STATE_FILES[0]} does not exist; start without --resume")
     for number, path in enumerate(present):
         if is_whole(path):
             return path, present[:number]
     raise CheckpointError(
-        f"{' and '.join(str(path) for path in present)} damaged; start anew with another --output and "
+        f"{' and '.join(str(path) for path in present)} damaged; start again with another --output and "
         f"--policy {output}/pretrained_model"
     )

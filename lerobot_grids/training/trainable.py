@@ -1,4 +1,4 @@
-"""What of a policy is trained, and whether that fits the memory."""
+"""Choose which weights of a policy are trained, by the available memory."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,39 +8,39 @@ import torch
 from torch import nn
 
 Trained = Literal["all", "reducer+lora", "reducer"]
-# Share of a device's memory that weights, gradients and optimiser states may take; activations need the rest.
+# Share of the memory for weights, gradients and optimiser states; activations need the rest.
 MEMORY_SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class TrainableChoice:
-    """What is trained, and why, in a line for the user."""
+    """Which weights are trained, and the reason as a line for the user."""
 
     train: Trained
     reason: str
 
 
 def training_bytes(policy: nn.Module) -> int:
-    """Memory that training all parameters the policy leaves trainable takes: weights, gradients, Adam's two states."""
+    """Bytes of all weights, and of gradients and Adam's two states of the trainable parameters."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.parameters()]
     return sum(size * (4 if trained else 1) for size, trained in sizes)
 
 
 def device_memory(accelerator: str) -> tuple[str, int]:
-    """Name and total memory in bytes of the device that Lightning will train on."""
+    """Name and total memory in bytes of the device that Lightning will use."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     return "this machine", psutil.virtual_memory().total
 
 
 def choose_trainable(policy: Any, device: str, memory: int, with_teacher: bool = False) -> TrainableChoice:
-    """Train everything if that fits, else the reducer and LoRA.
+    """Choose all weights if they fit into memory, otherwise the reducer and LoRA.
 
     Args:
         policy: A grids policy.
-        device: What to call the device.
-        memory: Its memory in bytes.
-        with_teacher: Whether training everything needs a second, frozen base as a teacher.
+        device: Name of the device for the user.
+        memory: Memory of the device in bytes.
+        with_teacher: Whether training all weights needs a separate, frozen teacher.
     """
     needed = training_bytes(policy)
     if with_teacher:
@@ -51,5 +51,5 @@ def choose_trainable(policy: Any, device: str, memory: int, with_teacher: bool =
         return TrainableChoice("all", f"training everything: {numbers}")
     return TrainableChoice(
         "reducer+lora",
-        f"training the reducer and LoRA, because everything would need {numbers} (--model.train all insists)",
+        f"training the reducer and LoRA, because everything would need {numbers} (force it with --model.train all)",
     )

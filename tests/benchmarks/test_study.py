@@ -144,7 +144,7 @@ def test_another_recipe_is_refused(small):
 
 def test_what_is_not_ours_is_not_removed(small):
     (small.output / "demonstrations").mkdir(parents=True)
-    with pytest.raises(SystemExit, match="not by this study"):
+    with pytest.raises(SystemExit, match="not made by this study"):
         small()
 
 

@@ -85,7 +85,7 @@ def test_version_and_unknown_command():
     assert re.match(r"lerobot-grids \d", shell("--version").stdout)
     result = shell("fly")
     assert result.returncode == 2
-    assert result.stderr == f"lerobot-grids: error: 'fly' is no command; choose one of {', '.join(COMMANDS)}\n"
+    assert result.stderr == f"lerobot-grids: error: 'fly' is not a command; choose one of {', '.join(COMMANDS)}\n"
 
 
 def test_errors_from_the_shell_have_no_traceback(tmp_path):

@@ -12,7 +12,7 @@ from lerobot_grids_cli.main import main
     [
         (["dense=x"], "1 policies given; give at least two"),
         (["dense", "grids=x"], "--policies dense; give NAME=CHECKPOINT"),
-        (["a=x", "--methods", '{"b": {"policy": "y"}}'], "'b' has policy; it takes policies, tokens, reducer"),
+        (["a=x", "--methods", '{"b": {"policy": "y"}}'], "'b' has policy; the fields are policies, tokens, reducer"),
         (["a=x", "b=y", "--workers", "0"], "--workers 0; give at least 1"),
         (["a=nowhere/x", "b=nowhere/y"], "nowhere/x"),
     ],

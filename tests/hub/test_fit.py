@@ -62,7 +62,9 @@ def test_a_failed_push_keeps_the_policy_and_says_how_to_push_it(hub, dense_check
     assert load_file(tmp_path / "me-first" / "pretrained_model" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("repository", "message"), [("nowhere", "is no repository"), (REPO, "hf auth login")])
+@pytest.mark.parametrize(
+    ("repository", "message"), [("nowhere", "is not the name of a repository"), (REPO, "hf auth login")]
+)
 def test_what_cannot_be_pushed_is_said_before_training(hub, train, monkeypatch, tmp_path, repository, message):
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(HubError, match=message):
@@ -105,7 +107,9 @@ def test_a_failed_push_on_the_way_is_a_line(hub, train, capsys):
     train("tiny", REPO, tokens=4, steps=3, save_every=1, push_every=1)
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if "warning" in line]
-    assert line.startswith(f"warning: step 1 was not pushed to {REPO}: {REPO} cannot be pushed to: your token may not")
+    assert line.startswith(
+        f"warning: step 1 was not pushed to {REPO}: {REPO} cannot be pushed to: your token has no permission"
+    )
     assert line.endswith("training goes on, the next push is 1 steps from here or at the end")
     assert "pushed step 2" in printed.out
     assert "pushed full checkpoint" in printed.out
@@ -114,7 +118,7 @@ def test_a_failed_push_on_the_way_is_a_line(hub, train, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"push_every": 500}, "--push_every 500 without --push; say where to"),
+        ({"push_every": 500}, "--push_every 500 without --push; give --push user/name"),
         ({"push": REPO, "push_every": 750}, "--push_every 750 with --save_every 500: .* give a multiple"),
         ({"push": REPO, "push_every": 0}, "--push_every 0; give at least 1"),
     ],

@@ -82,7 +82,7 @@ def test_figures_of_another_policy_alone_are_refused(hub, trained, dense_checkpo
     with pytest.raises(GridsError, match="has figures of dense, none of"):
         push(trained, REPO, description=Description((result,)), dry_run=True)
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(GridsError, match="is no result of eval, validate or bench"):
+    with pytest.raises(GridsError, match="is not a result of eval, validate or bench"):
         push(trained, REPO, description=Description((tmp_path / "other.json",)), dry_run=True)
 
 

@@ -27,7 +27,7 @@ def test_who_may_not_push(hub, trained, monkeypatch, token, repository, message)
 
 @pytest.mark.parametrize("name", ["repo", "a/b/c", "../x", "/etc/x", "~/x", "https://hub/x", "me/a..b", "me/x y"])
 def test_what_is_no_repository(name):
-    with pytest.raises(HubError, match="is no repository"):
+    with pytest.raises(HubError, match="is not the name of a repository"):
         parse_repository(name)
 
 
@@ -75,7 +75,7 @@ def test_an_existing_folder_is_kept_unless_forced(hub, trained, tmp_path):
     (tmp_path / "pulled" / "mine").touch()
     with pytest.raises(OutputExistsError, match="replace it with --force"):
         pull(REPO, tmp_path / "pulled")
-    with pytest.raises(OutputExistsError, match="is no checkpoint, and --force replaces nothing else"):
+    with pytest.raises(OutputExistsError, match="is not a checkpoint, and --force replaces nothing else"):
         pull(REPO, tmp_path / "pulled", force=True)
     (tmp_path / "pulled" / "config.json").touch()
     pull(REPO, tmp_path / "pulled", force=True)

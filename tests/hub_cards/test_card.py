@@ -79,7 +79,7 @@ def test_the_distance_to_the_teacher(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"tasks": [{}]}', '{"budgets": 3}', '{"costs": [{"name": 1}]}'])
 def test_what_is_no_result_is_named(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x\.json is no result of eval, validate or bench"):
+    with pytest.raises(ValueError, match=r"x\.json is not a result of eval, validate or bench"):
         read_measurements([tmp_path / "x.json"], lambda policy: True)
 
 

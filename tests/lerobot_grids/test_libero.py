@@ -74,9 +74,9 @@ def test_a_missing_package_is_named(env):
 @pytest.mark.parametrize(
     ("env", "missing", "message"),
     [
-        ("libero", {"config": False}, "no configuration .*ask for one on the keyboard; .*echo N"),
+        ("libero", {"config": False}, "no configuration .*wait for keyboard input; .*echo N"),
         ("libero_plus", {"config": False, "plus": True}, "no configuration"),
-        ("libero", {"folders": False}, r"bddl_files, which does not exist; correct it"),
+        ("libero", {"folders": False}, r"bddl_files, which does not exist; correct the file"),
         ("libero", {"assets": False}, r"meshes and textures are not in .*\.cache/libero/assets; download them once"),
         ("libero_plus", {"assets": False, "plus": True}, r"not in .*assets; download assets\.zip"),
         ("libero", {"plus": True}, "is LIBERO-Plus, .*--env libero_plus"),

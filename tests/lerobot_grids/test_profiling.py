@@ -156,8 +156,8 @@ def test_a_checkpoint_is_measured_with_its_own_cameras(grids_checkpoint, tmp_pat
     ("arguments", "message"),
     [
         (["--policy=pi9"], "'pi9' is unknown"),
-        (["--policy=tiny", "--tokens=0"], "no list of positive numbers"),
-        (["--policy=tiny", "--tokens=a,b"], "no list of positive numbers"),
+        (["--policy=tiny", "--tokens=0"], "not a list of positive numbers"),
+        (["--policy=tiny", "--tokens=a,b"], "not a list of positive numbers"),
         (["--policy=tiny", "--tokens=145"], "12 x 12 = 144"),
         (["--policy=tiny", "--resolution=100"], "set resize_imgs_with_padding to multiples of 8"),
         (["--policy=tiny", "--cameras=0"], "--cameras 0"),

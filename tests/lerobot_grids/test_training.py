@@ -220,7 +220,7 @@ def test_a_run_of_the_command_can_be_resumed(tmp_path, dataset, capsys):
     state = output / "training_state" / "last.ckpt"
     state.write_bytes(state.read_bytes()[:1000])
     fit([*flags, "--steps=9", "--resume=true"])
-    assert "going on from previous.ckpt, the one before" in capsys.readouterr().err
+    assert "continuing from previous.ckpt, the previous state" in capsys.readouterr().err
     assert torch.load(state, weights_only=True)["global_step"] == 9
     shutil.rmtree(state.parent)
     with pytest.raises(CheckpointError, match="nothing to resume"):
@@ -253,7 +253,7 @@ def test_a_terminated_run_says_so_and_can_go_on(tmp_path, dataset):
         process.terminate()
         _, error = process.communicate(timeout=100)
     assert process.returncode == 143, error
-    assert "terminated; go on with --resume" in error
+    assert "terminated; continue with --resume" in error
     assert (output / "training_state" / "last.ckpt").is_file()
     assert load(str(output)).policy.num_tokens == 4
 

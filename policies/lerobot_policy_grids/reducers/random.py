@@ -19,7 +19,7 @@ from .layout import TokenLayout, cell_coordinates, take
 @ReducerConfig.register_subclass("random")
 @dataclass
 class RandomConfig(CameraBudgetConfig):
-    """Tokens drawn anew for every image."""
+    """Draws random tokens for every image."""
 
     summary: ClassVar[str] = "drawn at random for every image"
 

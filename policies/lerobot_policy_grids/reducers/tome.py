@@ -53,13 +53,13 @@ def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int
         strength, partner = similarity.max(-1)
         # A stable sort takes the earlier token in a tie; topk guarantees no order.
         order = strength.argsort(dim=-1, descending=True, stable=True)
-        merged, kept = order[:, :count], order[:, count:].sort(-1).values
-        target = partner.gather(1, merged)
+        joined, kept = order[:, :count], order[:, count:].sort(-1).values
+        target = partner.gather(1, joined)
 
     def contract(rows: Tensor) -> Tensor:
         first, second = rows[:, ::2], rows[:, 1::2]
         index = target[..., None].expand(-1, -1, rows.shape[-1])
-        return torch.cat([take(first, kept), second.scatter_add(1, index, take(first, merged))], dim=1)
+        return torch.cat([take(first, kept), second.scatter_add(1, index, take(first, joined))], dim=1)
 
     total = contract(sizes)
     return contract(tokens * sizes) / total, total, contract(places * sizes) / total
