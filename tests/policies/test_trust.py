@@ -402,6 +402,7 @@ def test_a_tokenizer_may_come_along(brought):
 )
 def test_a_tokenizer_that_comes_along_brings_no_code(brought, change, message):
     change(brought)
+
     def check():
         check_published(brought)
         check_processors(brought)
