@@ -3,7 +3,7 @@
 python benchmarks/oracle.py fit --policy tiny_metaworld --dataset demonstrations --tokens 4 --output oracle4 ...
 python benchmarks/oracle.py eval --policy oracle4 --videos 0 --episodes 50
 
-`python benchmarks/study.py oracle` runs both and keeps what came of them. The commands and options are those of
+`python benchmarks/study.py oracle` runs both and keeps the results. The commands and options are those of
 lerobot-grids. The fourth point lies halfway between hand and object. The camera must be where it usually is:
 --perturb camera would move it.
 """

@@ -290,7 +290,7 @@ def test_extras_exist(case):
 
 
 def check_python(arguments):
-    """What follows `python`: a program that compiles, a test file, or a script of benchmarks with arguments it takes."""
+    """What follows `python`: a program that compiles, a test file, or a script of benchmarks and its arguments."""
     if arguments[0] == "-c":
         compile(arguments[1], "<document>", "exec")
     elif arguments[:2] == ["-m", "pytest"]:

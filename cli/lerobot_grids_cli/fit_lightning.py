@@ -165,7 +165,7 @@ def find_resumable(output: Path) -> Path:
 
 
 class SaveOptions(SaveConfigCallback):
-    """Keep what was asked for beside what came of it, as `fit --config` reads it."""
+    """Keep the options beside the result, as `fit --config` reads it."""
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         path = Path(trainer.default_root_dir) / "fit.yaml"

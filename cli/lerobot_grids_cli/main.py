@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        The exit code: 0, 1 for what the user can mend, 2 for a wrong command line, 130 when interrupted.
+        The exit code: 0, 1 for an error that the user can fix, 2 for a wrong command line, 130 when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if sys.version_info < (3, 12):  # noqa: UP036 (a source tree can be run by any Python)
