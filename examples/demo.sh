@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job, offline and on a CPU: compress a policy that works from 144 visual tokens to 16 and see whether it still
-# does. `tiny_metaworld` is in the package; demonstrations are recorded here. Run by `make demo`.
+# Compress a policy from 144 to 16 visual tokens and test whether it still works, offline and on a CPU. `tiny_metaworld` is
+# in the package. The demonstrations are recorded here. `make demo` runs this script.
 set -euo pipefail
 
 OUT=${1:-outputs/demo}
@@ -18,21 +18,21 @@ start=$SECONDS
 say() { printf '\n== %s ==\n' "$1"; }
 
 say "1/5  record demonstrations of a scripted expert"
-# The policy in the package was trained on just these: 100 episodes of each of four tasks.
+# The policy in the package was trained on the same demonstrations: 100 episodes of each of four tasks.
 lerobot-grids record --config "$(dirname "$0")/metaworld/record.yaml" --output "$OUT/demonstrations"
 
 say "2/5  compress the trained policy: 16 sampled visual tokens per image instead of 144"
 lerobot-grids fit --policy tiny_metaworld --tokens 16 --dataset "$OUT/demonstrations" --steps "$STEPS" \
     --model.lr 5e-4 --output "$OUT/grids16"
 
-say "3/5  train the floor: a policy that sees no image at all"
+say "3/5  train the floor: a policy that sees no image"
 lerobot-grids fit --policy tiny --reducer blind --dataset "$OUT/demonstrations" --steps 1000 --output "$OUT/blind"
 
-say "4/5  how it does with other budgets, on held-out demonstrations"
+say "4/5  validate other numbers of tokens on held-out demonstrations"
 lerobot-grids validate --policy "$OUT/grids16" --teacher tiny_metaworld --dataset "$OUT/demonstrations" \
-    --tokens 1,4,8,16 --picture "$OUT/budgets.png"
+    --tokens 1,4,8,16 --picture "$OUT/tokens.png"
 
-say "5/5  let each act in simulation"
+say "5/5  evaluate each policy in simulation"
 for policy in tiny_metaworld "$OUT/grids16" "$OUT/blind"; do
     name=$(basename "$policy")
     lerobot-grids eval --policy "$policy" --episodes "$TRIALS" --output "$OUT/eval/$name" \
