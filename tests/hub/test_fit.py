@@ -110,7 +110,7 @@ def test_a_failed_push_on_the_way_is_a_line(hub, train, capsys):
     assert line.startswith(
         f"warning: step 1 was not pushed to {REPO}: {REPO} cannot be pushed to: your token has no permission"
     )
-    assert line.endswith("training goes on, the next push is 1 steps from here or at the end")
+    assert line.endswith("training continues, the next push is after 1 steps or at the end")
     assert "pushed step 2" in printed.out
     assert "pushed full checkpoint" in printed.out
 
