@@ -513,6 +513,24 @@ def test_tables_are_those_of_the_kept_results(study):
             assert any([values[name] for name in names] in found for names, found in shown), row
 
 
+def test_the_readme_repeats_the_kept_results():
+    """Its table of successes by reducer and tokens, and the demo's."""
+    results, tables = kept_results.results, list(tables_of(ROOT / "README.md"))
+    counts = {row[0]: row for row in results.table(kept_results.lines("main"))}
+    ((names, rows),) = [table for table in tables if table[0][:2] == ["tokens", "dense"]]
+    for tokens, *cells in rows:
+        for name, cell in zip(names[1:], cells, strict=True):
+            method = "dense" if name == "dense" else f"{name}{tokens}"
+            assert not cell or f"{cell}/1200" in counts[method], method
+    demo = {row[0]: row for row in results.table(kept_results.lines("demo"))}
+    ((_, rows),) = [table for table in tables if table[0][:2] == ["policy", "visual tokens"]]
+    assert len(rows) == len(demo) - 1
+    for name, tokens, *tasks, total in rows:
+        assert [tokens, *(task.split("/")[0] for task in tasks)] == demo[name][1 : 2 + len(tasks)]
+        assert total.startswith(demo[name][2 + len(tasks)] + ", ")
+        assert total.endswith(f"{demo[name][3 + len(tasks)]} %")
+
+
 def test_documents_name_no_place_of_one_machine():
     for path in MARKDOWN:
         assert not re.search(r"/(?:home|root|work|tmp|Users)/", path.read_text()), path
