@@ -239,7 +239,9 @@ def test_eval_verify_hashes_again(grids_checkpoint, tmp_path, capsys, monkeypatc
         file.write(content)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     load(folder)
-    assert "has SHA-256" in refused(capsys, "eval", "--policy", folder, "--verify", "--output", tmp_path / "out")
+    assert "has SHA-256" in refused(
+        capsys, "eval", "--policy", folder, "--verify", "--episodes=1", "--output", tmp_path
+    )
 
 
 @pytest.mark.parametrize(
