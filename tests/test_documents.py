@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 
 import kept_results
 from lerobot_grids_cli import parser as cli_parser
+from lerobot_grids_cli.fit_options import FitOptions
 from lerobot_grids_cli.main import COMMANDS
 from lerobot_grids_cli.main import main as run_cli
 
@@ -144,30 +146,33 @@ def replaced(request):
     return lambda text: pattern.sub(stand_in, text)
 
 
+@cache
+def fit_parser():
+    """The parser of `lerobot-grids fit`, whose class would train next."""
+    from lerobot_grids_cli import fit_lightning
+
+    with pytest.MonkeyPatch.context() as patch:
+        for step in ("before_instantiate_classes", "instantiate_classes"):
+            patch.setattr(fit_lightning.FitCLI, step, lambda cli: None)
+        # Lightning warns where it is given other arguments than its process.
+        patch.setattr(sys, "argv", ["lerobot-grids"])
+        return fit_lightning._parse(["--dataset", "a/b"]).parser
+
+
 @pytest.fixture
 def options_of(monkeypatch):
     """Parses a command line of lerobot-grids and returns its options, without running anything."""
     monkeypatch.chdir(ROOT)
-    # Lightning warns where it is given other arguments than its process.
-    monkeypatch.setattr(sys, "argv", ["lerobot-grids"])
 
     def parse(arguments):
         name, *rest = arguments
         if name == "fit":
-            return fit_options(rest)
+            return vars(fit_parser().parse_args(cli_parser.switched_on(FitOptions, rest)))
         module, seen = import_module(f"lerobot_grids_cli.{COMMANDS[name][0]}"), {}
         monkeypatch.setattr(module, "run", lambda *a, **k: seen.update(cli_parser.parse(*a, **k)))
         module.main(rest)
         assert seen
         return seen
-
-    def fit_options(arguments):
-        from lerobot_grids_cli import fit_lightning
-        from lerobot_grids_cli.fit_options import FitOptions
-
-        for step in ("before_instantiate_classes", "instantiate_classes"):
-            monkeypatch.setattr(fit_lightning.FitCLI, step, lambda cli: None)
-        return vars(fit_lightning._parse(cli_parser.switched_on(FitOptions, arguments)).config)
 
     def checked(arguments):
         options = parse(arguments)
@@ -369,7 +374,6 @@ def known_options():
     """Every option of every subcommand, and of a reducer."""
     from inspect import signature
 
-    from lerobot_grids_cli import fit_lightning
     from lerobot_policy_grids.reducers import ReducerConfig
 
     options = set()
@@ -378,20 +382,17 @@ def known_options():
         main = functions.get("evaluate" if name == "eval" else name)
         if name != "fit":
             options |= {f"--{parameter}" for parameter in signature(main).parameters}
-    options |= set(fit_lightning._parse(["--dataset", "a/b"]).parser._option_string_actions)
+    options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
     return options | {"--reducer.type", "--dry-run"} | FOREIGN
 
 
-def test_options_in_prose_exist(options_of, monkeypatch):
+def test_options_in_prose_exist():
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
-    from lerobot_grids_cli import fit_lightning
     from lerobot_policy_grids import GridsConfig
 
-    for step in ("before_instantiate_classes", "instantiate_classes"):
-        monkeypatch.setattr(fit_lightning.FitCLI, step, lambda cli: None)
     known = known_options()
     ours = {field.name for kind in (GridsConfig, SmolVLAConfig) for field in fields(kind)} | {"path"}
     checked = 0
@@ -511,6 +512,24 @@ def test_tables_are_those_of_the_kept_results(study):
         if row[0] not in LEFT_OUT.get(study, ()):
             values = dict(zip(header, row, strict=True))
             assert any([values[name] for name in names] in found for names, found in shown), row
+
+
+def test_the_readme_repeats_the_kept_results():
+    """Its table of successes by reducer and tokens, and the demo's."""
+    results, tables = kept_results.results, list(tables_of(ROOT / "README.md"))
+    counts = {row[0]: row for row in results.table(kept_results.lines("main"))}
+    ((names, rows),) = [table for table in tables if table[0][:2] == ["tokens", "dense"]]
+    for tokens, *cells in rows:
+        for name, cell in zip(names[1:], cells, strict=True):
+            method = "dense" if name == "dense" else f"{name}{tokens}"
+            assert not cell or f"{cell}/1200" in counts[method], method
+    demo = {row[0]: row for row in results.table(kept_results.lines("demo"))}
+    ((_, rows),) = [table for table in tables if table[0][:2] == ["policy", "visual tokens"]]
+    assert len(rows) == len(demo) - 1
+    for name, tokens, *tasks, total in rows:
+        assert [tokens, *(task.split("/")[0] for task in tasks)] == demo[name][1 : 2 + len(tasks)]
+        assert total.startswith(demo[name][2 + len(tasks)] + ", ")
+        assert total.endswith(f"{demo[name][3 + len(tasks)]} %")
 
 
 def test_documents_name_no_place_of_one_machine():

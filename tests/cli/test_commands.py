@@ -221,6 +221,29 @@ def test_eval_refuses_damaged_checkpoints(grids_checkpoint, tmp_path, capsys, ho
     assert not (tmp_path / "out").exists()
 
 
+def test_eval_verify_hashes_again(grids_checkpoint, tmp_path, capsys, monkeypatch):
+    """A file whose size and time are as before is known by its remembered hash, unless it is to be verified."""
+    from huggingface_hub import constants
+
+    from lerobot_grids.policies import load
+    from lerobot_policy_grids.checkpoint.manifest import write_manifest
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(grids_checkpoint, folder)
+    write_manifest(folder)
+    weights = folder / "model.safetensors"
+    content, status = bytearray(weights.read_bytes()), weights.stat()
+    content[-1] ^= 1
+    with weights.open("r+b") as file:
+        file.write(content)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    load(folder)
+    assert "has SHA-256" in refused(
+        capsys, "eval", "--policy", folder, "--verify", "--episodes=1", "--output", tmp_path
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
