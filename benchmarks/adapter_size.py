@@ -15,10 +15,8 @@ import platform
 import resource
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import results as kept
 from jsonargparse import auto_cli
@@ -39,17 +37,17 @@ def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, An
     # Set before the import of the client, which reads them.
     os.environ |= {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     import torch
-    from lerobot.policies.factory import get_policy_class
 
     from lerobot_grids.hub.formats import write_adapter
-    from lerobot_grids.profiling.architectures import construct, instantiate, make_config, write_smolvlm
+    from lerobot_grids.profiling.architectures import cheap_construction, instantiate, make_config
     from lerobot_policy_grids import GridsConfig, GridsPolicy
     from lerobot_policy_grids.checkpoint.load import fetch_base
-    from lerobot_policy_grids.checkpoint.manifest import verify_manifest
+    from lerobot_policy_grids.checkpoint.manifest import verify_manifest, write_manifest
+    from lerobot_policy_grids.families.smolvla import write_vlm
 
     source, adapter, base = folder / "policy", folder / "adapter", snapshot(folder / "cache", f"random/{family}")
     adapter.mkdir()
-    write_smolvlm(snapshot(folder / "cache", VLM))
+    write_vlm(snapshot(folder / "cache", VLM))
     torch.manual_seed(0)
     dense = instantiate(make_config(family, cameras, dtype=dtype), "cpu")
     dense.save_pretrained(base)
@@ -62,23 +60,19 @@ def measure(family: str, dtype: str, cameras: int, folder: Path) -> dict[str, An
     policy.save_pretrained(source)
     for name in ("policy_preprocessor", "policy_postprocessor"):
         (source / f"{name}.json").write_text(json.dumps({"name": name, "steps": []}))
+    config = dense.config
     del dense, policy
     gc.collect()
-
-    def make_class(kind: str) -> Any:
-        real = get_policy_class(kind)
-        return real if kind == "grids" else lambda config, **options: construct(config, partial(real, **options))
-
     # Skip the random initialisation of weights that are loaded anyway, and use their own precision.
-    with patch("lerobot_policy_grids.modeling_grids.get_policy_class", make_class):
-        write_adapter(source, adapter)
+    with cheap_construction(config):
+        write_manifest(adapter, write_adapter(source, adapter))
         gc.collect()
         (source / "model.safetensors").unlink()
         manifest = verify_manifest(adapter)
         assert manifest is not None
         assert manifest.base is not None
         start = time.perf_counter()
-        fetch_base(manifest.base)
+        fetch_base(manifest.base, verify=True)
         verify_base_s = time.perf_counter() - start
         loaded = GridsPolicy.from_pretrained(adapter)
     assert all(torch.equal(value, loaded.reducer.state_dict()[name]) for name, value in expected.items())

@@ -59,7 +59,7 @@ def instantiate(config: PreTrainedConfig, device: str) -> Any:
     """
     config.device = device
     family = get_family(config.type)
-    with family.offline(config), torch.device(device), _NoRandomFill(), _default_dtype(config):
+    with family.offline(config), torch.device(device), cheap_construction(config):
         policy = build(config).eval()
     family.finish(policy)
     if device != "meta":
@@ -91,13 +91,14 @@ class _NoRandomFill(TorchDispatchMode):
 
 
 @contextmanager
-def _default_dtype(config: Any) -> Iterator[None]:
-    """Make bfloat16 torch's default dtype in this block if the policy uses it."""
+def cheap_construction(config: Any) -> Iterator[None]:
+    """In this block a policy is made in the precision that it has, and its weights keep undefined values."""
     saved = torch.get_default_dtype()
     if getattr(config, "dtype", "float32") == "bfloat16":
         torch.set_default_dtype(torch.bfloat16)
     try:
-        yield
+        with _NoRandomFill():
+            yield
     finally:
         torch.set_default_dtype(saved)
 

@@ -133,7 +133,7 @@ class SmolVLA(Family):
     def offline(self, config: Any) -> Iterator[None]:
         with TemporaryDirectory() as folder:
             vlm = Path(folder) / "vlm"
-            _write_vlm(vlm)
+            write_vlm(vlm)
             with replaced(config, vlm_model_name=str(vlm)):
                 yield
 
@@ -291,7 +291,7 @@ SIZES = {
 }
 
 
-def _write_vlm(folder: Path) -> None:
+def write_vlm(folder: Path) -> None:
     """Make a folder with what SmolVLA asks of its vision-language model: sizes, and a tokenizer."""
     shutil.copytree(VLM_FOLDER, folder)
     content: Any = json.loads((folder / "config.json").read_text())
