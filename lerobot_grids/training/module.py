@@ -20,6 +20,7 @@ from ..seeds import seed_of
 from .augmentation import add_state_noise, jitter_images
 from .callbacks import CoordinateMonitor, TokenScheduler
 from .distillation import Distillation, choose_teacher
+from .finite import require_finite_gradients, require_finite_loss
 from .identity import identity_of, require_same_run
 from .lora import add_lora
 from .optimisation import parameter_groups, warmup_cosine
@@ -210,6 +211,7 @@ class GridsModule(lightning.LightningModule):
             position_loss = self._position_loss(batch)
             self.log("train/position_loss", position_loss.detach(), prog_bar=True, batch_size=size)
             total = total + self.auxiliary_weight * position_loss
+        require_finite_loss(total.detach(), batch, self.global_step)
         return total
 
     def _distill_share(self) -> float:
@@ -258,6 +260,9 @@ class GridsModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        # With a loss scaler such gradients are expected, and their step is skipped.
+        if self.trainer.precision != "16-mixed":
+            require_finite_gradients(self.named_parameters(), self.global_step)
         self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

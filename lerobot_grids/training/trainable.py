@@ -34,7 +34,7 @@ def device_memory(accelerator: str) -> tuple[str, int]:
 
 
 def choose_trainable(policy: Any, device: str, memory: int, with_teacher: bool = False) -> TrainableChoice:
-    """Choose all weights if they fit into memory, otherwise the reducer and LoRA.
+    """Choose all weights if they fit into memory, otherwise the reducer, with LoRA where LeRobot names its targets.
 
     Args:
         policy: A grids policy.
@@ -49,7 +49,8 @@ def choose_trainable(policy: Any, device: str, memory: int, with_teacher: bool =
     numbers = f"about {needed / 2**30:.0f} GiB for {what}; {device} has {memory / 2**30:.0f} GiB"
     if needed < MEMORY_SHARE * memory:
         return TrainableChoice("all", f"training everything: {numbers}")
-    return TrainableChoice(
-        "reducer+lora",
-        f"training the reducer and LoRA, because everything would need {numbers} (force it with --model.train all)",
-    )
+    because = f"because everything would need {numbers} (force it with --model.train all)"
+    if not policy.base._get_default_peft_targets():
+        kind = policy.base.config.type
+        return TrainableChoice("reducer", f"training the reducer alone, LeRobot has no LoRA for '{kind}', {because}")
+    return TrainableChoice("reducer+lora", f"training the reducer and LoRA, {because}")

@@ -18,7 +18,7 @@ OWN = frozenset(
 
 
 def forward_methods(wrapper: type) -> type:
-    """Class decorator: pass on to `self.base` what `PreTrainedPolicy` has and `wrapper` does not define."""
+    """Class decorator: pass to the base, `self.require_attached()`, what `wrapper` does not define itself."""
     for name, member in vars(PreTrainedPolicy).items():
         if isfunction(member) and not name.startswith("_") and name not in OWN and name not in vars(wrapper):
             setattr(wrapper, name, _forwarded(name))
@@ -35,7 +35,7 @@ def declare_as(wrapper: type, base: type) -> None:
 
 def _forwarded(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.base, name)(*args, **kwargs)
+        return getattr(self.require_attached(), name)(*args, **kwargs)
 
     method.__name__ = name
     method.__doc__ = f"The base policy's `{name}`."

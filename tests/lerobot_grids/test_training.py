@@ -136,6 +136,10 @@ def test_what_is_trained_follows_from_the_memory(dataset, dense_checkpoint):
     assert tight.train == "reducer+lora"
     assert "a small GPU has 0 GiB" in tight.reason
     assert "--model.train all" in tight.reason
+    policy.base._get_default_peft_targets = lambda: None
+    without = choose_trainable(policy, "a small GPU", training_bytes(policy))
+    assert without.train == "reducer"
+    assert "LeRobot has no LoRA for 'tiny_smolvla'" in without.reason
 
 
 def test_recipes_add_up():

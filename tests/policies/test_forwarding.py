@@ -41,7 +41,7 @@ def test_a_method_of_a_release_to_come_reaches_the_base(policy, monkeypatch):
     forwarding.forward_methods(Wrapper)
     forwarding.declare_as(Wrapper, type(policy.base))
     wrapper = Wrapper(policy.config)
-    wrapper.base = policy.base
+    wrapper.require_attached = lambda: policy.base
     assert wrapper.count_queued_actions() == 7
     assert Wrapper._layers_to_wrap == ["Block"]
 
