@@ -194,7 +194,7 @@ def start(
         config = PreTrainedConfig.get_choice_class(source_type(source))(input_features=inputs, device="cpu")
     config.device = "cpu"
     config.output_features = outputs
-    # A checkpoint is loaded from where it lies; where it came from means nothing elsewhere.
+    # A local folder, which another machine does not have.
     config.pretrained_path = None
     _describe_robot(base_config(config), meta)
     _check_sizes(source, config)

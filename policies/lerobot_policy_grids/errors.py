@@ -6,7 +6,7 @@ class GridsError(Exception):
 
 
 class UnsupportedPolicyError(GridsError):
-    """The policy has no dense grid of visual tokens that an adapter here knows."""
+    """The policy has no dense grid of visual tokens that a family in `families/` describes."""
 
 
 class TokenGridError(GridsError):

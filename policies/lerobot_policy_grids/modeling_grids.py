@@ -49,7 +49,7 @@ def compress(
     """
     device = next(policy.parameters()).device
     chosen = reducer_config(reducer) if isinstance(reducer, str) else reducer
-    # LeRobot's configurations look for the device that they name, and "meta" is none.
+    # LeRobot's configurations check that their device exists, and "meta" is not a device that exists.
     config = GridsConfig(base=policy.config, reducer=chosen, num_tokens=num_tokens, device="cpu")
     config.device = str(device)
     with torch.device(device):
@@ -140,7 +140,7 @@ class GridsPolicy(PreTrainedPolicy):
             )
 
     def _coming_budgets(self) -> set[int]:
-        """What the reducer will be asked for, where it cannot serve everything."""
+        """The budgets that training will ask of a reducer that cannot serve every K."""
         if type(self.reducer).check_budget is Reducer.check_budget:
             return set()
         # An elastic schedule has no last step.
@@ -150,7 +150,7 @@ class GridsPolicy(PreTrainedPolicy):
         return {min(k, limit) for k in budgets for limit in (k, *limits)}
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module. In training the budget is that of the step, otherwise `config.reducer.num_tokens`."""
+        """Set the training mode. In training the budget is that of the step, otherwise `config.reducer.num_tokens`."""
         super().train(mode)
         self._advance_schedule(0)
         return self
@@ -205,7 +205,7 @@ class GridsPolicy(PreTrainedPolicy):
         return base
 
     def forward(self, batch: dict[str, Tensor], **kwargs: Any) -> tuple[Tensor, dict[str, Any] | None]:
-        """Training loss of the base policy, seen through K tokens per camera.
+        """Training loss of the base policy with K tokens per camera.
 
         Args:
             batch: A pre-processed batch.
@@ -218,7 +218,7 @@ class GridsPolicy(PreTrainedPolicy):
         return loss, log
 
     def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
-        """Action chunk [b, chunk_size, action_dim] of the base policy, seen through K tokens per camera.
+        """Action chunk [b, chunk_size, action_dim] of the base policy with K tokens per camera.
 
         Raises:
             GridsError: If it holds NaN or infinity, which no robot should be sent.
@@ -313,7 +313,7 @@ class GridsPolicy(PreTrainedPolicy):
         return model
 
     def __getattr__(self, name: str) -> Any:
-        # Reached for what neither this policy nor LeRobot's own class has.
+        # Python calls this for a name that neither this policy nor LeRobot's own class has.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -326,7 +326,7 @@ class GridsPolicy(PreTrainedPolicy):
 def _finite(action: Any) -> Any:
     # A newer LeRobot may return an object that holds the action.
     values = getattr(action, "action", action)
-    # Without values, where costs are counted.
+    # A meta tensor, on which costs are counted, has no values to check.
     if isinstance(values, Tensor) and not values.is_meta and not torch.isfinite(values).all():
         raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
     return action

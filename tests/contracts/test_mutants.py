@@ -1,4 +1,4 @@
-"""The contract suite catches an adapter that is wrong: run it with one and expect failures."""
+"""The contract suite fails for a family that is wrong: each mutant is a family with one inserted error."""
 
 import os
 import subprocess

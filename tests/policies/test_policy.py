@@ -43,7 +43,6 @@ def test_actions_come_from_a_queue_that_reset_empties(grids_checkpoint):
 
 def test_from_pretrained_needs_no_source_of_the_base(grids_checkpoint, tmp_path):
     """A checkpoint is whole: moved alone to another place, it loads."""
-    import shutil
 
     copy = tmp_path / "elsewhere"
     shutil.copytree(grids_checkpoint, copy)

@@ -20,7 +20,7 @@ from .seam import Seam
 
 
 class DensePolicy(Protocol):
-    """What this project asks of a LeRobot policy. Its inner modules are its family's affair."""
+    """The methods of a LeRobot policy that this project calls. Only its family uses its inner modules."""
 
     config: Any
     model: Any
@@ -38,7 +38,7 @@ class DensePolicy(Protocol):
         """Forget queued actions."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """As of any module."""
+        """Set the training mode."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Target:
-    """What a policy is trained to predict: where a teacher's and a student's is read, and how far apart they are.
+    """What a policy is trained to predict, for distillation: where it is read, and how to compare two predictions.
 
     Attributes:
         module: Its output is the prediction, its first input the trunk's last hidden state.

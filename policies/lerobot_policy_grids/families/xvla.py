@@ -194,8 +194,8 @@ class XVLA(Family):
     def checkpoint_names(self, policy: DensePolicy, names: list[str]) -> dict[str, str]:
         from lerobot.policies.xvla import modeling_xvla
 
-        # LeRobot renames keys of published checkpoints while it loads, and moves values about; here they are the names'
-        # numbers, in two equal columns.
+        # LeRobot renames keys of published checkpoints while it loads, and moves values about; here each value is the
+        # number of its name, in two equal columns.
         numbers = {name: torch.tensor([[number, number]]) for number, name in enumerate(names)}
         if modeling_xvla._is_vendored_florence_state_dict(numbers):
             numbers = modeling_xvla._remap_vendored_florence_state_dict(numbers)
@@ -302,7 +302,7 @@ def _distance(space: Any, student: Tensor, teacher: Tensor, batch: Mapping[str, 
     pad = batch.get("action_is_pad")
     if pad is not None:
         counts &= ~pad[..., None]
-    # Nothing is learned where both are equal.
+    # The gradient is zero where both are equal.
     student = torch.where(counts, student, teacher)
     goal = teacher
     if _grips_by_logits(space, teacher):
@@ -419,7 +419,7 @@ def _build_model_inputs(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> di
     vlm = policy.model.vlm
     images = list(inputs["image_input"].unbind(1))
     tokens = seam.tokens(images, batch, partial(_encode, vlm), vlm.get_input_embeddings())
-    # Empty where the reducer was not asked.
+    # Empty where the reducer was not called.
     coordinates = list(seam.coordinates or []) or None
     return inputs | {"image_input": Views(tokens, len(images) - len(tokens), coordinates)}
 
