@@ -197,7 +197,7 @@ def damage(folder, how):
     ("how", "message"),
     [
         ("no weights", "lacks model.safetensors"),
-        ("broken processor", "the processors in"),
+        ("broken processor", "cannot be read as JSON"),
         ("no processors", "lacks policy_preprocessor.json"),
         ("no config", "holds no config.json"),
         ("config is no JSON", "cannot be read as JSON"),
