@@ -168,6 +168,7 @@ class PiFast(Pi):
         "pi0_fast_prepare_state_tokenizer_processor_step": PROMPT_OPTIONS,
         "action_tokenizer_processor": frozenset(
             {
+                "allow_truncation",
                 "trust_remote_code",
                 "max_action_tokens",
                 "fast_skip_tokens",
