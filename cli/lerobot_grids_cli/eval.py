@@ -42,7 +42,8 @@ def evaluate(
         seed: Seed of the first episode; the others have the next seeds.
         batch_size: Number of episodes that run in parallel.
         device: Device, such as cpu or cuda. Defaults to the checkpoint's, or to one that this machine has.
-        videos: Number of episodes of each task to film; 0 for none.
+        videos: Number of episodes of each task to film; 0 for none. Films are extra rollouts with other noise, so an
+            episode may end differently in its film.
         output: Folder for films and result.json. Defaults to outputs/eval/<policy>-<other options>.
         json: Further JSON file for the result.
         rename_map: Names of the environment's observations -> the policy's names, where they differ.
