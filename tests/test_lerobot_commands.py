@@ -76,6 +76,7 @@ def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
     lerobot(
         "lerobot-eval",
         f"--policy.path={checkpoint}",
+        "--policy.num_tokens=4",
         "--policy.device=cpu",
         *METAWORLD,
         "--eval.n_episodes=1",
@@ -85,20 +86,17 @@ def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
     assert json.loads((evaluation / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
 
 
-def test_lerobot_eval_of_our_checkpoints(dense_checkpoint, grids_checkpoint, tmp_path):
-    for checkpoint, flags in ((dense_checkpoint, ()), (grids_checkpoint, ("--policy.num_tokens=4",))):
-        output = tmp_path / checkpoint.name
-        lerobot(
-            "lerobot-eval",
-            f"--policy.path={checkpoint}",
-            "--policy.device=cpu",
-            *flags,
-            *METAWORLD,
-            "--eval.n_episodes=1",
-            "--eval.batch_size=1",
-            f"--output_dir={output}",
-        )
-        assert (output / "eval_info.json").is_file()
+def test_lerobot_eval_of_a_dense_checkpoint(dense_checkpoint, tmp_path):
+    lerobot(
+        "lerobot-eval",
+        f"--policy.path={dense_checkpoint}",
+        "--policy.device=cpu",
+        *METAWORLD,
+        "--eval.n_episodes=1",
+        "--eval.batch_size=1",
+        f"--output_dir={tmp_path / 'eval'}",
+    )
+    assert (tmp_path / "eval" / "eval_info.json").is_file()
 
 
 PARSE = """
@@ -152,12 +150,3 @@ def test_lerobot_rollout_parses_our_checkpoint(grids_checkpoint):
         "--duration=1",
     )
     assert (kind, tokens) == ("grids", "25")
-
-
-def test_the_plugin_is_discovered():
-    code = (
-        "from lerobot.utils.import_utils import register_third_party_plugins; register_third_party_plugins()\n"
-        "from lerobot.configs import PreTrainedConfig; print('grids' in PreTrainedConfig.get_known_choices())"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.strip().endswith("True")
