@@ -38,7 +38,7 @@ class DensePolicy(Protocol):
         """Forget queued actions."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Set the training mode."""
+        """Every parameter, as of any module."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import BudgetError
 from ..reducers.attention import Prefix
 from ..reducers.base import in_float32
+from ..reducers.layout import take
 from .seam import Seam
 
 # Layers that see every token (FastV's K = 2), as long as as many follow.
@@ -101,7 +102,7 @@ class TrunkPruning:
         states = torch.cat([pruned.tokens.to(prefix.dtype), prefix[:, others]], dim=1)
         order = index.argsort(dim=-1)
         self._kept = index.gather(1, order)
-        return states.gather(1, order[..., None].expand_as(states))
+        return take(states, order)
 
     def take(self, values: Tensor, dim: int) -> Tensor:
         """Entries of what is left of the prefix, and of whatever follows it, along a dimension of [b, ...]."""

@@ -9,6 +9,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 
 from ..reducers import Reducer, TokenLayout
+from ..reducers.layout import masked_mean
 
 
 class Seam:
@@ -152,8 +153,7 @@ def gather_context(
     context: dict[str, Tensor] = {}
     tokens = batch[OBS_LANGUAGE_TOKENS]
     if "language" in condition_on:
-        mask = batch[OBS_LANGUAGE_ATTENTION_MASK][..., None].float()
-        context["language"] = (embed_language(tokens).float() * mask).sum(1) / mask.sum(1).clamp_min(1)
+        context["language"] = masked_mean(embed_language(tokens).float(), batch[OBS_LANGUAGE_ATTENTION_MASK])
     if "state" in condition_on:
         state = batch[OBS_STATE]
         state = state[:, -1] if state.ndim > 2 else state

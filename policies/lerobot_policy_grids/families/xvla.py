@@ -29,6 +29,7 @@ from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from ..reducers.interpolation import bilinear
+from ..reducers.layout import cell_coordinates
 from .base import DensePolicy, Family, Recipe, Stages, Target, lower_right_region, refuse_second_attach
 from .seam import Seam
 
@@ -410,7 +411,7 @@ def _spread(count: int, token_grid: tuple[int, int], like: Tensor) -> Tensor:
     """Coordinates [b, k, 2] of k cells, evenly spaced in raster order, for tokens that were read nowhere."""
     height, width = token_grid
     cells = ((torch.arange(count, device=like.device) + 0.5) * (height * width) / max(count, 1)).long()
-    places = torch.stack([(cells % width + 0.5) / width, (cells // width + 0.5) / height], dim=-1)
+    places = cell_coordinates(token_grid, like.device)[cells]
     return places.expand(len(like), -1, -1)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .base import BudgetConfig, Reducer, ReducerConfig, in_float32
-from .layout import TokenLayout, cell_coordinates, take
+from .layout import TokenLayout, cell_coordinates, masked_mean, take
 
 # Share of the budget for recycled tokens, and share of the dropped tokens that are recycled (the paper's tau).
 RECYCLED, RECYCLABLE = 0.25, 0.3
@@ -136,20 +136,13 @@ class TrunkReducer(Reducer):
         tokens, index = self.choose(prefix, self.num_tokens * cameras)
         order = index.argsort(dim=-1, stable=True)
         index = index.gather(1, order)
-        tokens = tokens.gather(1, order[..., None].expand_as(tokens))
         cells = cell_coordinates(self.token_grid, index.device).repeat(cameras, 1)
-        return Pruned(tokens, cells[index], index)
+        return Pruned(take(tokens, order), cells[index], index)
 
 
 def top(scores: Tensor, k: int) -> Tensor:
     """Index int64 [b, k] of the k largest scores [b, n]; in a tie the earlier token comes first."""
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over dim 1 of [b, m, n] where mask bool [b, m] is true."""
-    weights = mask.float()[..., None]
-    return (values * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 class FastVReducer(TrunkReducer):

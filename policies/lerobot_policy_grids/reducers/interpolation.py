@@ -6,6 +6,8 @@ Positions outside the map are read at its border. Arithmetic is float32 for ever
 import torch
 from torch import Tensor
 
+from .layout import take
+
 INTERPOLATIONS = ("antialiased", "bilinear", "nearest")
 
 
@@ -28,8 +30,7 @@ def bilinear(feature_map: Tensor, pixels: Tensor) -> Tensor:
     above, below, y = _neighbours(pixels[..., 1], height)
 
     def cell(column: Tensor, row: Tensor) -> Tensor:
-        index = (row * width + column)[..., None].expand(-1, -1, flat.shape[-1])
-        return flat.gather(1, index).float()
+        return take(flat, row * width + column).float()
 
     top = (1 - x) * cell(left, above) + x * cell(right, above)
     bottom = (1 - x) * cell(left, below) + x * cell(right, below)

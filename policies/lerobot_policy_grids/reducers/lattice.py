@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,7 +16,7 @@ from ..errors import BudgetError
 from .anchors import WHOLE, Region, region_cells
 from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled
 from .interpolation import bilinear
-from .layout import TokenLayout
+from .layout import TokenLayout, cell_coordinates
 
 # Largest ratio of the sides of a lattice cell; longer cells do not sample the image evenly.
 MAX_STRETCH = 3.0
@@ -55,24 +54,6 @@ def _nearest_to_square(num_tokens: int, token_grid: tuple[int, int]) -> tuple[in
 
     best = min(shapes, key=stretch, default=None)
     return best if best is not None and stretch(best) <= math.log(MAX_STRETCH) else None
-
-
-def lattice_coordinates(shape: tuple[int, int], region: Region) -> Tensor:
-    """Centres of the cells of a lattice over a part of the image.
-
-    Args:
-        shape: Rows and columns of the lattice.
-        region: Part of the image, (left, top, right, bottom) in [0, 1].
-
-    Returns:
-        float32 [rows * columns, 2], (x, y) in [0, 1], row by row.
-    """
-    left, top, right, bottom = region
-    rows, columns = shape
-    y = top + (torch.arange(rows) + 0.5) / rows * (bottom - top)
-    x = left + (torch.arange(columns) + 0.5) / columns * (right - left)
-    grid = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([grid[1].flatten(), grid[0].flatten()], dim=-1)
 
 
 class LatticeReducer(MapReducer):
@@ -121,8 +102,7 @@ class UniformReducer(LatticeReducer):
     def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
         height, width = self.token_grid
         shape = self.lattice(k)
-        coordinates = lattice_coordinates(shape, self.region).to(feature_map.device)
-        coordinates = coordinates.expand(len(feature_map), -1, -1)
+        coordinates = cell_coordinates(shape, feature_map.device, self.region).expand(len(feature_map), -1, -1)
         pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
         return Sampled(bilinear(feature_map, pixels), coordinates)
 
@@ -148,5 +128,5 @@ class PoolReducer(LatticeReducer):
         tokens = functional.adaptive_avg_pool2d(image, shape).flatten(2).transpose(1, 2)
         rows, columns = self.rows, self.columns
         region = (columns.start / width, rows.start / height, columns.stop / width, rows.stop / height)
-        coordinates = lattice_coordinates(shape, region).to(feature_map.device)
+        coordinates = cell_coordinates(shape, feature_map.device, region)
         return Sampled(tokens, coordinates.expand(len(feature_map), -1, -1))

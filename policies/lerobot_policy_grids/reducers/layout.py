@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anchors import Region
+from .anchors import WHOLE, Region
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,23 @@ class TokenLayout:
         return self.token_grid[0] * self.token_grid[1]
 
 
-def cell_coordinates(token_grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-    """Centres of all cells: float32 [H * W, 2], (x, y) in [0, 1], row by row."""
-    height, width = token_grid
-    y = (torch.arange(height, device=device) + 0.5) / height
-    x = (torch.arange(width, device=device) + 0.5) / width
+def cell_coordinates(
+    shape: tuple[int, int], device: torch.device | str | None = None, region: Region = WHOLE
+) -> Tensor:
+    """Centres of the cells of a grid or a lattice.
+
+    Args:
+        shape: Its rows and columns.
+        device: Where the result is needed.
+        region: The part of the image that it covers, (left, top, right, bottom) in [0, 1].
+
+    Returns:
+        float32 [rows * columns, 2], (x, y) in [0, 1] of the image, row by row.
+    """
+    left, top, right, bottom = region
+    rows, columns = shape
+    y = top + (torch.arange(rows, device=device) + 0.5) / rows * (bottom - top)
+    x = left + (torch.arange(columns, device=device) + 0.5) / columns * (right - left)
     grid = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([grid[1].flatten(), grid[0].flatten()], dim=-1)
 
@@ -48,3 +60,9 @@ def cell_coordinates(token_grid: tuple[int, int], device: torch.device | str | N
 def take(rows: Tensor, index: Tensor) -> Tensor:
     """The rows [b, k, c] of a tensor [b, n, c] at an index [b, k]."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over dim 1 of [b, m, n] where mask bool [b, m] is true."""
+    weights = mask.float()[..., None]
+    return (values * weights).sum(1) / weights.sum(1).clamp_min(1)
