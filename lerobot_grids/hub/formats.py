@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lerobot_policy_grids import GridsConfig
 from lerobot_policy_grids.checkpoint import build, load_checkpoint, read_config
 from lerobot_policy_grids.checkpoint.digests import digest_of
-from lerobot_policy_grids.checkpoint.files import ADAPTER_FILE, CARD_FILE, MANIFEST_FILE, WEIGHTS_FILE, names_in
+from lerobot_policy_grids.checkpoint.files import (
+    ADAPTER_FILE,
+    CARD_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    names_in,
+    open_tensors,
+)
 from lerobot_policy_grids.checkpoint.find import require_complete
 from lerobot_policy_grids.checkpoint.load import fetch_base_weights, load_file
 from lerobot_policy_grids.checkpoint.manifest import Base, verify_manifest
@@ -88,18 +94,15 @@ def _on_cpu(config: Any) -> Any:
 def _changed(path: Path, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in a file that belong to the reducer or differ from `before`."""
     changed: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dictionary)
-                if name not in before:
-                    raise CheckpointError(
-                        f"{path} holds '{name}', which its policy does not have; save the checkpoint again"
-                    )
-                tensor = file.get_tensor(name).to(before[name].dtype)
-                if name.startswith("reducer.") or not _same_bits(tensor, before[name]):
-                    changed[name] = tensor
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); save the checkpoint again") from error
+    with open_tensors(path, "save the checkpoint again") as file:
+        for name in file.keys():  # noqa: SIM118 (no dictionary)
+            if name not in before:
+                raise CheckpointError(
+                    f"{path} holds '{name}', which its policy does not have; save the checkpoint again"
+                )
+            tensor = file.get_tensor(name).to(before[name].dtype)
+            if name.startswith("reducer.") or not _same_bits(tensor, before[name]):
+                changed[name] = tensor
     return changed
 
 

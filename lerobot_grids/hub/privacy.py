@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import get_token
-from safetensors import SafetensorError, safe_open
 
-from lerobot_policy_grids.checkpoint.files import CONFIG_FILE, read_json
+from lerobot_policy_grids.checkpoint.files import CONFIG_FILE, open_tensors, read_json
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
@@ -40,14 +39,11 @@ def check_outgoing(folder: Path) -> None:
 
 
 def _require_finite(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dictionary)
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise CheckpointError(f"{path.name}: '{name}' holds NaN or infinity; push an earlier checkpoint")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error}); save the checkpoint again") from error
+    with open_tensors(path, "save the checkpoint again", shown=path.name) as file:
+        for name in file.keys():  # noqa: SIM118 (no dictionary)
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{path.name}: '{name}' holds NaN or infinity; push an earlier checkpoint")
 
 
 def _refuse_private(path: Path) -> None:

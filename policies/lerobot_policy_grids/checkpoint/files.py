@@ -1,9 +1,13 @@
-"""The files that a checkpoint may hold, and a safe reader for JSON from other people."""
+"""The files that a checkpoint may hold, and safe readers for JSON and tensors from other people."""
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 
@@ -108,6 +112,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if _depth(content) > MAX_DEPTH:
         raise CheckpointError(f"{path} is nested deeper than {MAX_DEPTH} levels; do not use it")
     return content
+
+
+@contextmanager
+def open_tensors(path: Path, advice: str, shown: str | Path | None = None) -> Iterator[Any]:
+    """Open a safetensors file for the duration of the block; its tensors are read one by one.
+
+    Args:
+        path: The file.
+        advice: What the user should do if it is damaged.
+        shown: How the message names the file. None takes its path.
+
+    Yields:
+        The open file, with `keys()` and `get_tensor(name)`.
+
+    Raises:
+        CheckpointError: If it cannot be opened, or a read in the block fails.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shown or path} cannot be read ({error}); {advice}") from error
 
 
 def _refuse_constant(name: str) -> None:

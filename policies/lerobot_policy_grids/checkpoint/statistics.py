@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import POSTPROCESSOR_FILE, PREPROCESSOR_FILE, read_json
+from .files import POSTPROCESSOR_FILE, PREPROCESSOR_FILE, open_tensors, read_json
 
 # LeRobot's mode of normalisation -> the statistics that it uses.
 USED = {
@@ -69,12 +68,8 @@ def _fault_of(folder: Path, step: dict[str, Any]) -> str | None:
     }
     statistics: dict[str, dict[str, Tensor]] = {}
     if "state_file" in step:
-        path = folder / step["state_file"]
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (no dictionary)
-                    name, _, kind = key.rpartition(".")
-                    statistics.setdefault(name, {})[kind] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+        with open_tensors(folder / step["state_file"], "copy the checkpoint again") as file:
+            for key in file.keys():  # noqa: SIM118 (no dictionary)
+                name, _, kind = key.rpartition(".")
+                statistics.setdefault(name, {})[kind] = file.get_tensor(key)
     return find_fault(features, config.get("norm_map") or {}, statistics)

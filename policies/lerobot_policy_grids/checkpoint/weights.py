@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .files import open_tensors
 
 # Precisions that weights may be stored in and converted from.
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,17 +43,14 @@ def load_weights(
     """
     advice = "the file does not belong to this configuration, or is damaged; copy the checkpoint again"
     targets = module.state_dict(keep_vars=True)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            sources = {name: name for name in names} if rename is None else rename(names)
-            for name in sorted(sources.keys() & targets.keys()):
-                value = file.get_tensor(sources[name])
-                problem = _copy(value if convert is None else convert(sources[name], value), targets[name])
-                if problem:
-                    raise CheckpointError(f"{path}: '{sources[name]}' {problem}; {advice}")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
+    with open_tensors(path, advice) as file:
+        names = list(file.keys())
+        sources = {name: name for name in names} if rename is None else rename(names)
+        for name in sorted(sources.keys() & targets.keys()):
+            value = file.get_tensor(sources[name])
+            problem = _copy(value if convert is None else convert(sources[name], value), targets[name])
+            if problem:
+                raise CheckpointError(f"{path}: '{sources[name]}' {problem}; {advice}")
     # Tied weights are stored under one of their names.
     stored = {targets[name].data_ptr() for name in sources.keys() & targets.keys()}
     missing = [
