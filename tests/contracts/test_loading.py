@@ -1,6 +1,8 @@
 """Weights fit exactly or are refused, and so do budgets."""
 
+import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def test_names_of_older_checkpoints_are_understood(family, tmp_path):
     """LeRobot renames some keys while it loads; so must a loader that replaces it."""
     policy, other = family.policy(), family.policy()
     if not hasattr(policy, "_fix_pytorch_state_dict_keys"):
-        pytest.skip("the names of this family's weights never changed")
+        pytest.skip("LeRobot renames no weights of this family by that method")
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     old = {name.removeprefix("model."): value.clone() for name, value in policy.state_dict().items()}
@@ -64,6 +66,46 @@ def test_names_of_older_checkpoints_are_understood(family, tmp_path):
     save_file(old, tmp_path / "model.safetensors")
     load_checkpoint(other, tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+
+
+# Florence-2's own code, as published X-VLA checkpoints have it, by today's names.
+FLORENCE = (
+    (r"(vision_tower\.convs\.\d+)\.conv\.", r"\1.proj."),
+    (r"(\.(?:spatial|channel)_block\.conv[12])\.", r"\1.fn.dw."),
+    (r"\.spatial_block\.norm1\.", ".spatial_block.window_attn.norm."),
+    (r"\.channel_block\.norm1\.", ".channel_block.channel_attn.norm."),
+    (r"_block\.norm2\.", "_block.ffn.norm."),
+    (r"_block\.(window|channel)_attn\.(?!norm)", r"_block.\1_attn.fn."),
+    (r"_block\.ffn\.(?!norm)", "_block.ffn.fn.net."),
+    (r"multi_modal_projector\.image_position_embed", "image_pos_embed"),
+    (r"multi_modal_projector\.image_projection\.weight", "image_projection"),
+    (r"multi_modal_projector\.", ""),
+    (r"vlm\.language_model\.", "vlm.language_model.model."),
+)
+
+
+@pytest.mark.parametrize("family", ["xvla"], indirect=True)
+def test_published_florence_weights_are_understood(family, tmp_path):
+    """What LeRobot makes of such a file, this loader makes of it, too."""
+    from lerobot.policies.xvla.modeling_xvla import _remap_vendored_florence_state_dict
+
+    policy, other = family.policy(), family.policy()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    old = {}
+    for name, value in policy.state_dict().items():
+        before = functools.reduce(lambda text, rule: re.sub(*rule, text), FLORENCE, name)
+        old[before] = (value.T if before.endswith("image_projection") else value).clone(
+            memory_format=torch.contiguous_format
+        )
+    old["model.vlm.language_model.final_logits_bias"] = torch.zeros(1)  # dropped on purpose
+    assert len(old.keys() - policy.state_dict().keys()) > 50
+    expected = _remap_vendored_florence_state_dict(old)
+    save_file(old, tmp_path / "model.safetensors")
+    load_checkpoint(other, tmp_path)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+        assert torch.equal(value, policy.state_dict()[name]), name
 
 
 def test_attaching_twice_is_refused(family):
