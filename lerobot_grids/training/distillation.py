@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lerobot_policy_grids import GridsConfig, GridsPolicy
 from lerobot_policy_grids.checkpoint import read_config
+from lerobot_policy_grids.checkpoint.statistics import USED
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import Target, get_family
@@ -305,17 +306,11 @@ def _statistics(preprocessor: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Statistics of the features that a pre-processor normalises: {feature: {"mean": ..., "std": ...}}."""
     for step in preprocessor.steps:
         if isinstance(step, NormalizerProcessorStep):
-            used = {
-                "MEAN_STD": ("mean", "std"),
-                "MIN_MAX": ("min", "max"),
-                "QUANTILES": ("q01", "q99"),
-                "QUANTILE10": ("q10", "q90"),
-            }
             return {
                 feature: {
                     kind: torch.as_tensor(value).float().cpu()
                     for kind, value in step.stats[feature].items()
-                    if kind in used.get(step.norm_map[described.type].value, ())
+                    if kind in USED.get(step.norm_map[described.type].value, ())
                 }
                 for feature, described in step.features.items()
                 if feature in step.stats

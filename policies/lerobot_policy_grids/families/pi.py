@@ -30,6 +30,7 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import Region
 from ..tiny import VLM_FOLDER
 from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, refuse_second_attach, replaced
+from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
 from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
@@ -222,7 +223,7 @@ class PiFast(Pi):
 
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
         fields = {
-            "text_tokenizer_name": str(_write_text_tokenizer(folder / "text")),
+            "text_tokenizer_name": str(write_character_tokenizer(folder / "text", VOCABULARY)),
             "action_tokenizer_name": str(_write_action_tokenizer(folder / "fast")),
             "max_decoding_steps": 5,
             "max_action_tokens": 6,
@@ -346,8 +347,7 @@ def _no_actions(tokens: Tensor, action_horizon: int, action_dim: int) -> Tensor:
 
 SMALL_WIDTH, SMALL_VISION, SMALL_IMAGE, SMALL_PATCH = 32, 24, 112, 14
 # Characters, a few named tokens and spares: ids that stand for FAST's action tokens.
-SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
-VOCABULARY = (*SPECIAL, *(chr(code) for code in range(32, 127)), "Action", *(f"w{i}" for i in range(100)))
+VOCABULARY = ("<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS, "Action", *(f"w{i}" for i in range(100)))
 
 
 @contextmanager
@@ -377,18 +377,6 @@ def _small_model(make: Any, config: Any) -> Any:
     return make(config=config)
 
 
-def _write_text_tokenizer(folder: Path) -> Path:
-    """A character-level tokenizer that LeRobot can load by its folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return folder
-
-
 _ACTION_TOKENIZER = """
 import numpy as np
 from scipy.fft import dct
@@ -408,8 +396,8 @@ def _write_action_tokenizer(folder: Path) -> Path:
     """A stand-in for FAST's action tokenizer, which LeRobot loads with its code from a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "processing_action_tokenizer.py").write_text(_ACTION_TOKENIZER)
-    _write_text_tokenizer(folder)
-    _write_text_tokenizer(folder / "bpe_tokenizer")
+    for place in (folder, folder / "bpe_tokenizer"):
+        write_character_tokenizer(place, VOCABULARY)
     name = "UniversalActionProcessor"
     content = {
         "processor_class": name,

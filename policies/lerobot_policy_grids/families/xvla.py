@@ -31,6 +31,7 @@ from ..reducers.anchors import WHOLE, Region
 from ..reducers.interpolation import bilinear
 from ..reducers.layout import cell_coordinates
 from .base import DensePolicy, Family, Recipe, Stages, Target, lower_right_region, refuse_second_attach
+from .characters import CHARACTERS, write_character_tokenizer
 from .seam import Seam
 
 # Sizes of Florence-2-large, from which X-VLA-0.9B was trained. LeRobot reads them from a checkpoint's config.json.
@@ -243,8 +244,8 @@ class XVLA(Family):
         from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 
         fields: dict[str, Any] = {
-            "florence_config": _small_florence(_write_tokenizer(folder / "bart")),
-            "tokenizer_name": str(folder / "bart"),
+            "florence_config": _small_florence(len(VOCABULARY)),
+            "tokenizer_name": str(write_character_tokenizer(folder / "bart", VOCABULARY)),
             "tokenizer_max_length": 8,
             "resize_imgs_with_padding": (64, 64),
             "chunk_size": 8,
@@ -328,6 +329,10 @@ def _grips_by_logits(space: Any, like: Tensor) -> bool:
     return not bool(slope.any())
 
 
+# Of the small tokenizer.
+VOCABULARY = ("<pad>", "</s>", "<s>", "<unk>", *CHARACTERS)
+
+
 def _small_florence(vocabulary: int) -> dict[str, Any]:
     """A Florence-2 of cells of 8 pixels."""
     return {
@@ -360,20 +365,6 @@ def _small_florence(vocabulary: int) -> dict[str, Any]:
             "bos_token_id": 2,
         },
     }
-
-
-def _write_tokenizer(folder: Path) -> int:
-    """A character-level tokenizer that LeRobot can load by its folder; returns the size of its vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "</s>", "<s>", "<unk>"]
-    vocabulary = [*special, *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return len(vocabulary)
 
 
 def dense_rows(table: Tensor, segments: Sequence[int | Tensor], token_grid: tuple[int, int], batch: int) -> Tensor:
