@@ -67,7 +67,8 @@ class CoordinateStatistics(Metric):
 
     def count(self, reducer: GridSampler, inputs: Any, sampled: Sampled) -> None:
         """Update from what a sampler returns: a forward hook of it."""
-        self.update(sampled.coordinates.detach(), reducer.anchors(sampled.coordinates.shape[1]))
+        camera = inputs[3] if len(inputs) > 3 else 0
+        self.update(sampled.coordinates.detach(), reducer.anchors(sampled.coordinates.shape[1], camera))
 
     def compute(self) -> dict[str, float]:
         """The means."""

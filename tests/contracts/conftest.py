@@ -1,6 +1,7 @@
 """One row per VLA family: how the contract suite builds it, and what is expected of it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Row:
         sequence: For such a family: the module that gets the reduced sequence, and its keyword arguments [b, n, c].
         seam: The method that the family overrides with the one that reduces tokens.
         pruned: When tokens can be dropped inside its trunk: "act", "train".
+        resizes_with_padding: Whether it keeps the aspect ratio of images that are not square without an option.
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
         since: First LeRobot release with which it is supported.
@@ -49,16 +51,19 @@ class Row:
     seam: str
     sequence: tuple[str, tuple[str, ...]] = ("", ())
     pruned: tuple[str, ...] = ()
+    resizes_with_padding: bool = True
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
     since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
-    def policy(self, cameras: int = 1, **options: Any) -> Any:
-        """A dense policy in evaluation mode."""
-        size = self.image_size
-        inputs = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, size, size)) for i in range(cameras)}
+    def policy(self, cameras: int = 1, shapes: Sequence[tuple[int, int]] = (), **options: Any) -> Any:
+        """A dense policy in evaluation mode, with square cameras or with cameras of these (height, width)."""
+        shapes = shapes or [(self.image_size, self.image_size)] * cameras
+        inputs = {
+            f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, *shape)) for i, shape in enumerate(shapes)
+        }
         inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
         outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
         torch.manual_seed(0)
@@ -68,8 +73,8 @@ class Row:
     def batch(self, policy: Any) -> dict[str, Any]:
         """A batch as it comes from the policy's pre-processor; some instructions are shorter than others."""
         torch.manual_seed(1)
-        size, steps = self.image_size, policy.config.chunk_size
-        batch: dict[str, Any] = {key: torch.rand(BATCH, 3, size, size) for key in policy.config.image_features}
+        steps = policy.config.chunk_size
+        batch: dict[str, Any] = {key: torch.rand(BATCH, *f.shape) for key, f in policy.config.image_features.items()}
         batch["observation.state"] = torch.randn(BATCH, 4)
         batch["action"] = torch.randn(BATCH, steps, 4)
         batch["action_is_pad"] = torch.zeros(BATCH, steps, dtype=torch.bool)
@@ -157,6 +162,7 @@ FAMILIES: dict[str, Row] = {
         trunk="",
         sequence=("transformer", ("vlm_features", "aux_visual_inputs")),
         seam="_build_model_inputs",
+        resizes_with_padding=False,
         bfloat16={"dtype": "bfloat16"},
         tokenizes=True,
         since="0.6.1",

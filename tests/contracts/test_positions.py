@@ -43,8 +43,9 @@ def test_what_follows_the_images_stays_where_it_was(concatenating_family, camera
     act(wrapped, batch)
     assert len(seen) == len(dense) > 1
     visual, all_visual = 4 * cameras, concatenating_family.tokens_per_camera * cameras
-    starts = wrapped.reducer.anchor_cells[wrapped.reducer._raster_order(4)]
-    cells = starts[:, 1] * wrapped.reducer.token_grid[1] + starts[:, 0]
+    height, width = wrapped.reducer.token_grid
+    column, row = (wrapped.reducer.anchors(4) * torch.tensor([width, height]) - 0.5).round().long().T
+    cells = row * width + column
     for (prefix, ours), (_, theirs) in zip(seen, dense, strict=True):
         if prefix and ours.shape[1] > 1:
             kept = torch.cat([cells + camera * concatenating_family.tokens_per_camera for camera in range(cameras)])

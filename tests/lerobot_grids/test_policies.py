@@ -42,8 +42,8 @@ def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path)
     meta = load_metadata(str(dataset_of(tmp_path / "wide", image=(48, 96, 3))))
     policy = start(str(dense_checkpoint), 16, meta).policy
     assert policy.config.input_features["observation.image"].shape == (3, 48, 96)
-    assert policy.family.layout(policy.base).region == (0.0, 0.5, 1.0, 1.0)
-    assert (policy.reducer.anchor_cells[:, 1] >= 6).all()
+    assert policy.family.layout(policy.base).regions == ((0.0, 0.5, 1.0, 1.0),)
+    assert (policy.reducer.anchors(16)[:, 1] > 0.5).all()
 
 
 def test_the_commit_of_the_base_is_kept(dataset, dense_checkpoint, tmp_path, monkeypatch):

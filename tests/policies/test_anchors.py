@@ -1,5 +1,7 @@
 """Every prefix of the anchors covers the image."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -44,6 +46,18 @@ def test_letterbox_padding_comes_last(region):
     assert 0 < count < 256
     assert inside[:count].all()
     assert sorted(anchor_order(16, 16, region)) == list(range(256))
+
+
+def test_a_region_between_two_rows_of_centres_has_the_nearest_cells():
+    _, y = anchor_cells(16, 16, 16, (0.0, 0.49, 1.0, 0.51)).T
+    assert set(y.tolist()) <= {7, 8}
+
+
+def test_the_order_is_what_checkpoints_were_trained_with():
+    """Anchors are not saved: a change of their order would change every checkpoint, and needs a new version."""
+    orders = [anchor_order(16, 16), anchor_order(12, 12, (0.0, 0.125, 1.0, 0.875)), anchor_order(8, 6)]
+    digest = hashlib.sha256(repr(orders).encode()).hexdigest()
+    assert digest[:16] == "dc3b99bd18f50245"
 
 
 def test_prefixes_are_nested():

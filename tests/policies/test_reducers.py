@@ -54,7 +54,7 @@ def test_pool_is_average_pooling(feature_map):
 @pytest.mark.parametrize("kind", [UniformReducer, PoolReducer, RandomReducer])
 def test_letterbox_padding_is_left_out(kind, feature_map):
     feature_map[:, :6] = torch.nan
-    tokens, coordinates = kind((12, 12), 8, region=LOWER_HALF)(feature_map)
+    tokens, coordinates = kind((12, 12), 8, regions=[LOWER_HALF])(feature_map)
     assert tokens.isfinite().all()
     assert (coordinates[..., 1] > 0.5).all()
 

@@ -4,7 +4,7 @@ A family is stateless: what `attach` changes lives on the policy, and `detach` u
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,11 @@ from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
 from .seam import Seam
+
+# Part of the name of a camera that exists only in a configuration.
+EMPTY_CAMERA = "empty_camera"
+# Channels that an image may have: depth, colour, colour with opacity.
+CHANNELS = (1, 3, 4)
 
 
 class DensePolicy(Protocol):
@@ -174,12 +179,19 @@ class Family(ABC):
             (left, top, right, bottom) in [0, 1] of that square.
         """
 
-    def common_region(self, policy: DensePolicy) -> Region:
-        """The smallest region that holds the image of every camera, whatever its shape."""
-        shapes = [feature.shape[-2:] for feature in policy.config.image_features.values()]
-        regions = [self.image_region(policy, height, width) for height, width in shapes]
-        lefts, tops, rights, bottoms = zip(*regions, strict=True)
-        return min(lefts), min(tops), max(rights), max(bottoms)
+    def cameras(self, policy: DensePolicy) -> dict[str, Region]:
+        """The cameras that may send images, and where the image of each lies in what the vision tower sees.
+
+        Raises:
+            UnsupportedPolicyError: If there are none.
+        """
+        # LeRobot adds `empty_cameras` to a policy that was trained with more cameras; they never send an image.
+        shapes = {k: f.shape for k, f in policy.config.image_features.items() if EMPTY_CAMERA not in k}
+        if not shapes:
+            raise UnsupportedPolicyError(
+                "the policy has no camera, so it has no visual tokens to reduce; give its configuration image features"
+            )
+        return {key: self.image_region(policy, *image_size(shape)) for key, shape in shapes.items()}
 
     # Optional abilities.
 
@@ -266,6 +278,13 @@ class Family(ABC):
             folder: For files that the policy wants to read, such as a tokenizer's.
             **options: Further fields of the configuration.
         """
+
+
+def image_size(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image feature of shape (c, h, w), or (h, w, c) as LeRobot leaves some datasets' shapes."""
+    channels_last = shape[0] not in CHANNELS and shape[-1] in CHANNELS
+    height, width = shape[:2] if channels_last else shape[-2:]
+    return height, width
 
 
 def centred_region(height: int, width: int, target_height: int, target_width: int) -> Region:

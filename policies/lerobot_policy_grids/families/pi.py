@@ -64,13 +64,14 @@ class Pi(Family):
         paligemma = _paligemma(policy)
         vision = paligemma.config.vision_config
         side = vision.image_size // vision.patch_size
+        cameras = self.cameras(policy)
         return TokenLayout(
             token_grid=(side, side),
             width=vision.hidden_size,
-            cameras=tuple(config.image_features),
+            cameras=tuple(cameras),
             language_width=paligemma.config.text_config.hidden_size,
             state_width=0 if config.robot_state_feature is None else config.max_state_dim,
-            region=self.common_region(policy),
+            regions=tuple(cameras.values()),
         )
 
     def attach(self, policy: Any, seam: Seam) -> None:

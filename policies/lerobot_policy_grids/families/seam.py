@@ -76,14 +76,15 @@ class Seam:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(Tokens, coordinates) of each camera, from maps that are stacked camera by camera."""
         counts = [reducer.tokens_of(camera) for camera in cameras]
-        if len(set(counts)) == 1:
-            sampled = reducer(maps, context, counts[0])
+        if len({(count, reducer.region_of(camera)) for count, camera in zip(counts, cameras, strict=True)}) == 1:
+            sampled = reducer(maps, context, counts[0], cameras[0])
             return list(sampled.tokens.chunk(len(cameras))), list(sampled.coordinates.chunk(len(cameras)))
         size = len(maps) // len(cameras)
-        each = [
-            reducer(maps[part], {name: value[part] for name, value in context.items()}, count)
-            for part, count in zip((slice(i * size, (i + 1) * size) for i in range(len(cameras))), counts, strict=True)
-        ]
+        each = []
+        for place, (camera, count) in enumerate(zip(cameras, counts, strict=True)):
+            part = slice(place * size, (place + 1) * size)
+            own = {name: value[part] for name, value in context.items()}
+            each.append(reducer(maps[part], own, count, camera))
         return [sampled.tokens for sampled in each], [sampled.coordinates for sampled in each]
 
     def remember_coordinates(self) -> None:

@@ -30,7 +30,17 @@ from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from ..tiny import TINY_FOLDER, VLM_FOLDER, TinySmolVLAConfig
-from .base import DensePolicy, Family, Recipe, Stages, Target, lower_right_region, refuse_second_attach, replaced
+from .base import (
+    DensePolicy,
+    Family,
+    Recipe,
+    Stages,
+    Target,
+    image_size,
+    lower_right_region,
+    refuse_second_attach,
+    replaced,
+)
 from .distances import action_distance
 from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
@@ -60,7 +70,7 @@ class SmolVLA(Family):
         cell = vlm_config.vision_config.patch_size * vlm_config.scale_factor
         size = config.resize_imgs_with_padding
         if size is None:
-            shapes = {tuple(feature.shape[-2:]) for feature in config.image_features.values()}
+            shapes = {image_size(feature.shape) for feature in config.image_features.values()}
             if len(shapes) != 1:
                 raise UnsupportedPolicyError(
                     f"cameras of different sizes {sorted(shapes)} without resize_imgs_with_padding; set it, so that "
@@ -79,13 +89,14 @@ class SmolVLA(Family):
                 f"prefix_length={config.prefix_length} pads the prefix back to its dense length, so no token would "
                 "be saved; set prefix_length=-1"
             )
+        cameras = self.cameras(policy)
         return TokenLayout(
             token_grid=(height // cell, width // cell),
             width=vlm_config.text_config.hidden_size,
-            cameras=tuple(config.image_features),
+            cameras=tuple(cameras),
             language_width=vlm_config.text_config.hidden_size,
             state_width=config.max_state_dim,
-            region=self.common_region(policy),
+            regions=tuple(cameras.values()),
         )
 
     def attach(self, policy: Any, seam: Seam) -> None:

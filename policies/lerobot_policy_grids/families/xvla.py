@@ -121,13 +121,14 @@ class XVLA(Family):
                 f"images of {height} x {width} pixels are not a whole number of {cell}-pixel cells; "
                 f"set resize_imgs_with_padding to multiples of {cell}"
             )
+        cameras = self.cameras(policy)
         return TokenLayout(
             token_grid=(height // cell, width // cell),
             width=vlm.vision_config.embed_dim[-1],
-            cameras=tuple(config.image_features),
+            cameras=tuple(cameras),
             language_width=vlm.text_config.d_model,
             state_width=config.max_state_dim if config.use_proprio else 0,
-            region=self.common_region(policy),
+            regions=tuple(cameras.values()),
             extra_tokens=1,
         )
 
@@ -160,7 +161,7 @@ class XVLA(Family):
 
     def keep_positions(self, policy: Any, seam: Seam) -> None:
         config, layout = policy.config, seam.layout
-        views = config.num_image_views or len(layout.cameras)
+        views = config.num_image_views or len(config.image_features)
         per_view = layout.extra_tokens + layout.num_dense_tokens
         length = config.chunk_size + views * per_view + config.tokenizer_max_length
         if length > config.max_len_seq:

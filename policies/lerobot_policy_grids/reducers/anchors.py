@@ -41,8 +41,9 @@ def anchor_order(height: int, width: int, region: Region = WHOLE) -> tuple[int, 
     left, right = region[0] * width / unit, region[2] * width / unit
     top, bottom = region[1] * height / unit, region[3] * height / unit
     border = torch.stack([x - left, right - x, y - top, bottom - y]).amin(0)
-    padding = border < 0
-    distance, crowding = torch.where(padding, -1.0, 2 * border), torch.zeros_like(x)
+    # A region so thin that it holds no cell's centre has the cells that are nearest to it.
+    padding = border < border.max().clamp_max(0)
+    distance, crowding = torch.where(padding, -1.0, 2 * border.clamp_min(0)), torch.zeros_like(x)
     order: list[int] = []
     for _ in range(height * width):
         if distance.max() < 0:

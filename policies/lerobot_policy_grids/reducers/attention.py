@@ -59,7 +59,7 @@ class FastVConfig(TrunkConfig):
     )
 
     def build(self, layout: TokenLayout) -> "FastVReducer":
-        return FastVReducer(layout.token_grid, **self.budgets(layout), layers=self.full_layers)
+        return FastVReducer(layout.token_grid, **self.arguments(layout), layers=self.full_layers)
 
 
 @ReducerConfig.register_subclass("sparsevlm")
@@ -73,7 +73,7 @@ class SparseVLMConfig(TrunkConfig):
     )
 
     def build(self, layout: TokenLayout) -> "SparseVLMReducer":
-        return SparseVLMReducer(layout.token_grid, **self.budgets(layout), layers=self.full_layers)
+        return SparseVLMReducer(layout.token_grid, **self.arguments(layout), layers=self.full_layers)
 
 
 class Prefix(NamedTuple):

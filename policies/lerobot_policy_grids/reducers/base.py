@@ -5,7 +5,7 @@ remain. Coordinates are (x, y) in [0, 1] of the image that the vision tower saw;
 x = (i + 0.5) / w. Reducers depend on torch and not on LeRobot.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError, TokenGridError
+from .anchors import WHOLE, Region
 from .layout import TokenLayout
 
 
@@ -84,8 +85,8 @@ class BudgetConfig(ReducerConfig):
     def largest(self) -> int:
         return self.num_tokens if self.num_tokens_max is None else self.num_tokens_max
 
-    def budgets(self, layout: TokenLayout) -> dict[str, Any]:
-        """The reducer's arguments for its budget.
+    def arguments(self, layout: TokenLayout) -> dict[str, Any]:
+        """The reducer's arguments that follow from the budget and the cameras.
 
         Raises:
             BudgetError: If the policy has fewer tokens than the budget, or a named camera does not exist.
@@ -108,14 +109,14 @@ class CameraBudgetConfig(BudgetConfig):
         default_factory=dict, metadata={"help": "Largest number of tokens of some cameras, by name."}
     )
 
-    def budgets(self, layout: TokenLayout) -> dict[str, Any]:
+    def arguments(self, layout: TokenLayout) -> dict[str, Any]:
         for name, limit in self.camera_tokens.items():
             if name not in layout.cameras:
                 raise BudgetError(f"camera_tokens names '{name}'; the policy's cameras are {', '.join(layout.cameras)}")
             if limit < 1:
                 raise BudgetError(f"camera_tokens gives {limit} tokens to '{name}'; give at least 1")
         limits = {i: self.camera_tokens[name] for i, name in enumerate(layout.cameras) if name in self.camera_tokens}
-        return {**super().budgets(layout), "camera_limits": limits}
+        return {**super().arguments(layout), "camera_limits": limits, "regions": layout.regions}
 
 
 class Sampled(NamedTuple):
@@ -208,6 +209,8 @@ class MapReducer(Reducer):
         num_tokens: K, the initial budget.
         num_tokens_max: Largest budget that can be set. Defaults to `num_tokens`.
         camera_limits: Largest number of tokens of some cameras, by camera number, whatever the budget.
+        regions: Where the image of each camera lies in the vision tower's input; the rest is letterbox padding. One
+            region is every camera's.
     """
 
     def __init__(
@@ -217,16 +220,27 @@ class MapReducer(Reducer):
         *,
         num_tokens_max: int | None = None,
         camera_limits: Mapping[int, int] | None = None,
+        regions: Sequence[Region] = (WHOLE,),
     ) -> None:
-        super().__init__(token_grid, num_tokens, num_tokens_max=num_tokens_max)
+        # Set first, because some reducers check a budget against them.
+        self.regions = tuple(regions)
         self.camera_limits = dict(camera_limits or {})
+        super().__init__(token_grid, num_tokens, num_tokens_max=num_tokens_max)
 
     def tokens_of(self, camera: int) -> int:
         """Number of tokens of a camera with the current budget."""
         return min(self.num_tokens, self.camera_limits.get(camera, self.num_tokens))
 
+    def region_of(self, camera: int) -> Region:
+        """Where the image of a camera lies in the vision tower's input."""
+        return self.regions[camera if len(self.regions) > 1 else 0]
+
     def forward(
-        self, feature_map: Tensor, context: Mapping[str, Tensor] | None = None, num_tokens: int | None = None
+        self,
+        feature_map: Tensor,
+        context: Mapping[str, Tensor] | None = None,
+        num_tokens: int | None = None,
+        camera: int = 0,
     ) -> Sampled:
         """Reduce each feature map to k tokens.
 
@@ -235,6 +249,7 @@ class MapReducer(Reducer):
             context: The inputs in `condition_on`: "language" [b, l], "state" [b, s], "camera" int64 [b], the index of
                 the camera.
             num_tokens: k for this call. Defaults to the budget.
+            camera: Number of the camera whose region the images have.
 
         Returns:
             `Sampled(tokens [b, k, c], coordinates float32 [b, k, 2])`.
@@ -248,10 +263,10 @@ class MapReducer(Reducer):
                 f"feature map of {tuple(feature_map.shape[1:3])} tokens, but this reducer was built for "
                 f"{self.token_grid}; use the image size the checkpoint was trained with"
             )
-        return self.reduce(feature_map, context or {}, num_tokens or self.num_tokens)
+        return self.reduce(feature_map, context or {}, num_tokens or self.num_tokens, self.region_of(camera))
 
-    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
-        """`forward` on a map of the right grid."""
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region) -> Sampled:
+        """`forward` on a map of the right grid, whose image lies in `region`."""
         raise NotImplementedError
 
 

@@ -76,13 +76,12 @@ class GridSamplerConfig(CameraBudgetConfig):
         return GridSampler(
             layout.token_grid,
             layout.width,
-            **self.budgets(layout),
+            **self.arguments(layout),
             # Some policies have no robot state.
             condition_on=[name for name in self.condition_on if name != "state" or layout.state_width > 0],
             language_width=layout.language_width,
             state_width=layout.state_width,
             num_cameras=len(layout.cameras),
-            region=layout.region,
             hidden_width=self.hidden_width,
             geometry_width=self.geometry_width,
             anchored=self.anchored,
@@ -127,8 +126,8 @@ class GridSampler(MapReducer):
         state_width: Dimensions of the robot state, if `condition_on` has "state".
         num_cameras: Number of cameras that share this sampler.
         camera_limits: Largest number of tokens of some cameras, by camera number, whatever the budget.
-        region: Where the camera image lies in the vision tower's input. The rest is letterbox padding, and its anchors
-            come last.
+        regions: Where the image of each camera lies in the vision tower's input; one region is every camera's. The
+            rest is letterbox padding, and its anchors come last.
         hidden_width: Hidden units of the coordinate head (paper: 512).
         geometry_width: Hidden units of the geometry embedding (paper: 256); 0 for none.
         anchored: Whether each coordinate starts at its anchor. If not, all start near the centre, as in the paper.
@@ -153,13 +152,15 @@ class GridSampler(MapReducer):
         state_width: int = 0,
         num_cameras: int = 1,
         camera_limits: Mapping[int, int] | None = None,
-        region: Region = WHOLE,
+        regions: Sequence[Region] = (WHOLE,),
         hidden_width: int = 512,
         geometry_width: int = 256,
         anchored: bool = True,
         interpolation: str = "antialiased",
     ) -> None:
-        super().__init__(token_grid, num_tokens, num_tokens_max=num_tokens_max, camera_limits=camera_limits)
+        super().__init__(
+            token_grid, num_tokens, num_tokens_max=num_tokens_max, camera_limits=camera_limits, regions=regions
+        )
         unknown = sorted(set(condition_on) - set(CONTEXTS))
         if unknown:
             raise ValueError(f"condition_on holds {unknown}; expected any of {list(CONTEXTS)}")
@@ -181,61 +182,72 @@ class GridSampler(MapReducer):
             # Points with equal start and equal gradients would stay equal.
             nn.init.normal_(self.coordinate_head.out.bias, std=FREE_SPREAD)
         self.interpolation = interpolation
-        # Cells of the camera image without padding; each token covers an equal share of them.
-        self.image_rows, self.image_columns = region_cells(height, columns, region)
         self.geometry = Float32MLP(2, geometry_width, width) if geometry_width > 0 else None
 
-        # Saved with the weights, because the offsets were learned for these anchors.
+        # Anchors [r, num_tokens_max, 2] of each different region, and the first cell [r, 2] of its image. They follow
+        # from the grid and the cameras, so they are not saved.
+        different = tuple(dict.fromkeys(self.regions))
+        self._number_of = {region: number for number, region in enumerate(different)}
+        images = [region_cells(height, columns, region) for region in different]
         self.anchor_cells: Tensor
-        self.register_buffer("anchor_cells", anchor_cells(height, columns, self.num_tokens_max, region))
+        self.image_corners: Tensor
         self.grid_size: Tensor
-        self.register_buffer("grid_size", torch.tensor([columns, height]), persistent=False)
-        self.image_corner: Tensor
-        corner = torch.tensor([self.image_columns.start, self.image_rows.start])
-        self.register_buffer("image_corner", corner, persistent=False)
+        for name, value in {
+            "anchor_cells": torch.stack([anchor_cells(height, columns, self.num_tokens_max, r) for r in different]),
+            "image_corners": torch.tensor([[across.start, down.start] for down, across in images]),
+            "grid_size": torch.tensor([columns, height]),
+        }.items():
+            self.register_buffer(name, value, persistent=False)
 
-    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region) -> Sampled:
         with in_float32(feature_map):
-            pixels, coordinates = self._predict(feature_map, context, k)
-            tokens = self._read(feature_map, pixels)
+            pixels, coordinates = self._predict(feature_map, context, k, region)
+            tokens = self._read(feature_map, pixels, region)
             if self.geometry is not None:
                 tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
         return Sampled(tokens, coordinates)
 
-    def _read(self, feature_map: Tensor, pixels: Tensor) -> Tensor:
+    def _read(self, feature_map: Tensor, pixels: Tensor, region: Region) -> Tensor:
         """Read tokens [b, k, c] at pixels [b, k, 2]."""
-        image = feature_map[:, self.image_rows, self.image_columns]
+        # The camera image without padding; each token covers an equal share of it.
+        rows, columns = region_cells(*self.token_grid, region)
+        image = feature_map[:, rows, columns]
         reach = math.sqrt(image.shape[1] * image.shape[2] / pixels.shape[1])
         if self.interpolation == "antialiased" and reach > 1:
-            return antialiased(image, pixels - self.image_corner, reach)
+            return antialiased(image, pixels - self.image_corners[self._number_of[region]], reach)
         return bilinear(feature_map, pixels.round() if self.interpolation == "nearest" else pixels)
 
-    def _predict(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region
+    ) -> tuple[Tensor, Tensor]:
         """Predict float32 pixels and coordinates, each [b, k, 2]."""
         offsets = self.coordinate_head(self._context(feature_map, context))
         offsets = offsets.unflatten(-1, (self.num_tokens_max, 2))[:, :k]
         # Raster order, because the trunk was trained with the dense grid in that order.
-        order = self._raster_order(k)
-        cells, offsets = self._starts(order), offsets[:, order]
+        anchored = self.cells_of(region)[:k]
+        order = self._raster_order(anchored)
+        cells, offsets = self._starts(anchored[order]), offsets[:, order]
         anchors = (cells + 0.5) / self.grid_size
         # sigmoid(logit(a) + d) - a in closed form. It is exactly 0 at d = 0; sigmoid(logit(a)) would round.
         growth = torch.expm1(offsets.clamp(-MAX_OFFSET, MAX_OFFSET))
         shift = anchors * (1 - anchors) * growth / (1 + anchors * growth)
         return cells + shift * self.grid_size, (anchors + shift).clamp(0.0, 1.0)
 
-    def _raster_order(self, k: int) -> Tensor:
-        cells = self.anchor_cells[:k]
+    def cells_of(self, region: Region) -> Tensor:
+        """Anchors int64 [num_tokens_max, 2], (column, row), of an image that lies in `region`."""
+        return self.anchor_cells[self._number_of[region]]
+
+    def _raster_order(self, cells: Tensor) -> Tensor:
         return (cells[:, 1] * self.token_grid[1] + cells[:, 0]).argsort()
 
-    def _starts(self, order: Tensor) -> Tensor:
-        """Cells [k, 2], (column, row), that the offsets are added to."""
-        if self.anchored:
-            return self.anchor_cells[order]
-        return ((self.grid_size - 1) / 2).expand(len(order), 2)
+    def _starts(self, cells: Tensor) -> Tensor:
+        """Cells [k, 2] that the offsets are added to, of tokens with these anchors."""
+        return cells if self.anchored else ((self.grid_size - 1) / 2).expand(len(cells), 2)
 
-    def anchors(self, k: int) -> Tensor:
-        """Initial coordinates [k, 2] of the first k tokens, in the order of `forward`."""
-        return (self._starts(self._raster_order(k)) + 0.5) / self.grid_size
+    def anchors(self, k: int, camera: int = 0) -> Tensor:
+        """Initial coordinates [k, 2] of the first k tokens of a camera, in the order of `forward`."""
+        cells = self.cells_of(self.region_of(camera))[:k]
+        return (self._starts(cells[self._raster_order(cells)]) + 0.5) / self.grid_size
 
     def _context(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         parts = []

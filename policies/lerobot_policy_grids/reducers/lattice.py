@@ -7,13 +7,13 @@ over the lattice's cells, as many vision-language models do.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BudgetError
-from .anchors import WHOLE, Region, region_cells
+from .anchors import Region, region_cells
 from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled
 from .interpolation import bilinear
 from .layout import TokenLayout, cell_coordinates
@@ -62,27 +62,21 @@ class LatticeReducer(MapReducer):
     Args:
         token_grid: (H, W) of the feature maps.
         num_tokens: K, the initial budget.
-        region: Where the camera image lies in the vision tower's input; letterbox padding is left out.
-        **options: Further arguments of `MapReducer`.
+        **options: Further arguments of `MapReducer`. Letterbox padding outside their regions is left out.
 
     Raises:
         BudgetError: If a budget makes no even lattice.
     """
 
-    def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
-        # Set first, because `check_budget` needs them.
-        self.region = region
-        self.rows, self.columns = region_cells(*token_grid, region)
-        super().__init__(token_grid, num_tokens, **options)
-
     def check_budget(self, num_tokens: int) -> None:
         """Raise `BudgetError` if `num_tokens` points make no even lattice."""
-        self.lattice(num_tokens)
+        for region in self.regions:
+            self.lattice(num_tokens, region)
 
-    def lattice(self, num_tokens: int) -> tuple[int, int]:
-        """Rows and columns of the lattice with `num_tokens` points."""
-        cells = (self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
-        return lattice_shape(num_tokens, cells)
+    def lattice(self, num_tokens: int, region: Region) -> tuple[int, int]:
+        """Rows and columns of the lattice with `num_tokens` points over a region."""
+        rows, columns = region_cells(*self.token_grid, region)
+        return lattice_shape(num_tokens, (rows.stop - rows.start, columns.stop - columns.start))
 
 
 @ReducerConfig.register_subclass("uniform")
@@ -93,16 +87,16 @@ class UniformConfig(CameraBudgetConfig):
     summary: ClassVar[str] = "read at a fixed lattice"
 
     def build(self, layout: TokenLayout) -> "UniformReducer":
-        return UniformReducer(layout.token_grid, **self.budgets(layout), region=layout.region)
+        return UniformReducer(layout.token_grid, **self.arguments(layout))
 
 
 class UniformReducer(LatticeReducer):
     """Bilinear reading at the centres of the lattice's cells."""
 
-    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region) -> Sampled:
         height, width = self.token_grid
-        shape = self.lattice(k)
-        coordinates = cell_coordinates(shape, feature_map.device, self.region).expand(len(feature_map), -1, -1)
+        shape = self.lattice(k, region)
+        coordinates = cell_coordinates(shape, feature_map.device, region).expand(len(feature_map), -1, -1)
         pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
         return Sampled(bilinear(feature_map, pixels), coordinates)
 
@@ -115,18 +109,18 @@ class PoolConfig(CameraBudgetConfig):
     summary: ClassVar[str] = "averages of blocks of the image"
 
     def build(self, layout: TokenLayout) -> "PoolReducer":
-        return PoolReducer(layout.token_grid, **self.budgets(layout), region=layout.region)
+        return PoolReducer(layout.token_grid, **self.arguments(layout))
 
 
 class PoolReducer(LatticeReducer):
     """`F.adaptive_avg_pool2d` to the lattice's cells."""
 
-    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region) -> Sampled:
         height, width = self.token_grid
-        shape = self.lattice(k)
-        image = feature_map[:, self.rows, self.columns].permute(0, 3, 1, 2)
+        shape = self.lattice(k, region)
+        rows, columns = region_cells(height, width, region)
+        image = feature_map[:, rows, columns].permute(0, 3, 1, 2)
         tokens = functional.adaptive_avg_pool2d(image, shape).flatten(2).transpose(1, 2)
-        rows, columns = self.rows, self.columns
-        region = (columns.start / width, rows.start / height, columns.stop / width, rows.stop / height)
-        coordinates = cell_coordinates(shape, feature_map.device, region)
+        read = (columns.start / width, rows.start / height, columns.stop / width, rows.stop / height)
+        coordinates = cell_coordinates(shape, feature_map.device, read)
         return Sampled(tokens, coordinates.expand(len(feature_map), -1, -1))

@@ -15,10 +15,10 @@ class TokenLayout:
     Attributes:
         token_grid: (H, W) of one camera's feature map.
         width: C, channels of a visual token.
-        cameras: Feature keys of the cameras, in the policy's order.
+        cameras: Feature keys of the cameras that send images, in the policy's order.
         language_width: Channels of an embedded language token.
         state_width: Dimensions of the (padded) robot state; 0 for a policy without one.
-        region: The part of the vision tower's input that holds the image of at least one camera; the rest is padding.
+        regions: For each camera, the part of the vision tower's input that holds its image; the rest is padding.
         extra_tokens: Tokens per camera in front of the grid that are not cells of it; they are not reduced.
     """
 
@@ -27,7 +27,7 @@ class TokenLayout:
     cameras: tuple[str, ...]
     language_width: int
     state_width: int
-    region: Region
+    regions: tuple[Region, ...]
     extra_tokens: int = 0
 
     @property

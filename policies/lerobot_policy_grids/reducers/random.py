@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .anchors import WHOLE, Region
+from .anchors import Region
 from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled
 from .layout import TokenLayout, cell_coordinates, take
 
@@ -24,7 +24,7 @@ class RandomConfig(CameraBudgetConfig):
     summary: ClassVar[str] = "drawn at random for every image"
 
     def build(self, layout: TokenLayout) -> "RandomReducer":
-        return RandomReducer(layout.token_grid, **self.budgets(layout), region=layout.region)
+        return RandomReducer(layout.token_grid, **self.arguments(layout))
 
 
 class RandomReducer(MapReducer):
@@ -33,18 +33,11 @@ class RandomReducer(MapReducer):
     Args:
         token_grid: (H, W) of the feature maps.
         num_tokens: K, the initial budget.
-        region: Where the camera image lies in the vision tower's input; cells of letterbox padding are drawn only
-            when all others are.
-        **options: Further arguments of `MapReducer`.
+        **options: Further arguments of `MapReducer`. Cells of letterbox padding are drawn only when all others are.
     """
 
-    def __init__(self, token_grid: tuple[int, int], num_tokens: int, *, region: Region = WHOLE, **options: Any) -> None:
+    def __init__(self, token_grid: tuple[int, int], num_tokens: int, **options: Any) -> None:
         super().__init__(token_grid, num_tokens, **options)
-        left, top, right, bottom = region
-        x, y = cell_coordinates(self.token_grid).unbind(-1)
-        self.padding: Tensor
-        outside = (x < left) | (x > right) | (y < top) | (y > bottom)
-        self.register_buffer("padding", outside.float(), persistent=False)
         self._looks = 0
 
     def _draw(self, dense: Tensor) -> Tensor:
@@ -59,9 +52,12 @@ class RandomReducer(MapReducer):
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(dense.shape[:2], generator=generator).to(dense.device)
 
-    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region) -> Sampled:
         dense = feature_map.flatten(1, 2)
-        draws = self._draw(dense) + self.padding
-        kept = draws.topk(k, largest=False).indices.sort(-1).values
-        places = cell_coordinates(self.token_grid, dense.device).expand(len(dense), -1, -1)
+        places = cell_coordinates(self.token_grid, dense.device)
+        left, top, right, bottom = region
+        x, y = places.unbind(-1)
+        padding = (x < left) | (x > right) | (y < top) | (y > bottom)
+        kept = (self._draw(dense) + padding.float()).topk(k, largest=False).indices.sort(-1).values
+        places = places.expand(len(dense), -1, -1)
         return Sampled(take(dense, kept), take(places, kept))

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .anchors import Region
 from .base import CameraBudgetConfig, MapReducer, ReducerConfig, Sampled, in_float32
 from .layout import TokenLayout, cell_coordinates, take
 
@@ -29,7 +30,7 @@ class ToMeConfig(CameraBudgetConfig):
     )
 
     def build(self, layout: TokenLayout) -> "ToMeReducer":
-        return ToMeReducer(layout.token_grid, **self.budgets(layout))
+        return ToMeReducer(layout.token_grid, **self.arguments(layout))
 
 
 def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +69,7 @@ def merge_most_similar(tokens: Tensor, sizes: Tensor, places: Tensor, count: int
 class ToMeReducer(MapReducer):
     """Bipartite soft matching of the dense tokens down to k."""
 
-    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int) -> Sampled:
+    def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region) -> Sampled:
         tokens = feature_map.flatten(1, 2).float()
         sizes = tokens.new_ones(*tokens.shape[:2], 1)
         places = cell_coordinates(self.token_grid, tokens.device).expand(len(tokens), -1, -1)
