@@ -16,7 +16,7 @@ import torch
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from lerobot_grids.data.datamodule import POSITIONS
+from lerobot_grids.data import POSITIONS
 from lerobot_grids.simulation.camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, camera_axes
 from lerobot_grids.simulation.metaworld import GOAL_POSITION, OBJECT_POSITION, MetaworldEnv
 from lerobot_grids.training.module import GridsModule

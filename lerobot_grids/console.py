@@ -1,9 +1,10 @@
-"""Progress bars and JSON files of the commands."""
+"""Progress bars, findings and JSON files of the commands."""
 
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from rich.progress import (
 )
 
 from lerobot_policy_grids.checkpoint import atomic_file
+
+from .preflight import Finding, refuse_errors
 
 
 class CountingBar:
@@ -60,6 +63,15 @@ def counting_bar(title: str, total: int | None, unit: str) -> Iterator[CountingB
     """Show a progress bar on standard error while the block runs; `expect` sets a total that is not known yet."""
     with Progress(*progress_columns("{task.description}", unit), console=Console(stderr=True)) as progress:
         yield CountingBar(progress, progress.add_task(title, total=total))
+
+
+def report(findings: Iterable[Finding]) -> None:
+    """Print a line for each warning on standard error, and raise `PreflightError` if there are errors."""
+    found = list(dict.fromkeys(findings))
+    for finding in found:
+        if not finding.is_error:
+            print(f"lerobot-grids: warning: {finding.line}", file=sys.stderr)
+    refuse_errors(found)
 
 
 def require_writable(path: Path) -> None:

@@ -85,7 +85,7 @@ def two_camera_dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dense_checkpoint(dataset, tmp_path_factory) -> Path:
     """A dense tiny policy with random weights, saved as `fit --tokens dense` saves it."""
-    from lerobot_grids.data.datamodule import load_metadata
+    from lerobot_grids.data import load_metadata
     from lerobot_grids.policies import start
 
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def dense_checkpoint(dataset, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def grids_checkpoint(dataset, dense_checkpoint, tmp_path_factory) -> Path:
     """A grids policy around the dense checkpoint: 16 tokens, at most 36."""
-    from lerobot_grids.data.datamodule import load_metadata
+    from lerobot_grids.data import load_metadata
     from lerobot_grids.policies import start
 
     torch.manual_seed(1)

@@ -65,7 +65,7 @@ def evaluate(
     from lerobot_grids.evaluation.rollouts import evaluate as run_episodes
     from lerobot_grids.evaluation.tables import print_evaluation
     from lerobot_grids.evaluation.tampering import parse_tamperings
-    from lerobot_grids.policies import load, short_name
+    from lerobot_grids.policies import load, peek, short_name
     from lerobot_grids.simulation.environments import make_env_config
 
     require_at_least(1, episodes=episodes, batch_size=batch_size)
@@ -73,8 +73,9 @@ def evaluate(
     tampering = parse_tamperings(tamper)
     name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), perturb, tamper)))
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
-    # Errors in the environment are found here, before a large checkpoint is loaded.
-    make_env_config(env, tasks, env_args, perturb=perturb)
+    # Errors in the environment, and what does not fit it, are found before large weights are fetched.
+    env_config = make_env_config(env, tasks, env_args, perturb=perturb)
+    check_fit(*peek(policy, rename_map), env_config)
     loaded = load(
         policy,
         device=device,
@@ -87,7 +88,6 @@ def evaluate(
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
     env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb)
-    check_fit(loaded, env_config)
     # Check the output paths before minutes of simulation.
     for path in (*([Path(json)] if json else []), folder / "result.json"):
         require_writable(path)

@@ -11,10 +11,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.console import report
+from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.hub.prepare import Description
 from lerobot_grids.hub.push import check_login, push
 from lerobot_grids.policies import parse_tokens, source_type
+from lerobot_grids.preflight.disk import check_disk
 from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.callbacks import Speed, TrainingProgress
 from lerobot_grids.training.checkpoints import PushCheckpoint, RunCheckpoint
@@ -37,6 +39,7 @@ LINKS = (
     ("distill", "model.distill"),
     ("teacher", "model.teacher"),
     ("rename_map", "model.rename_map"),
+    ("rename_map", "data.rename_map"),
     ("seed", "model.seed"),
     ("dataset", "data.dataset"),
     ("seed", "data.seed"),
@@ -245,6 +248,8 @@ def fit(arguments: list[str]) -> None:
 def _run(arguments: list[str]) -> None:
     cli = _parse(arguments)
     if cli.trainer.is_global_zero:
+        disk = check_disk(cli.output, cli.model.policy)
+        report([*cli.datamodule.findings, *cli.model.loaded.findings, *disk])
         print(describe(cli))
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from)

@@ -78,7 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
         from lerobot_policy_grids.errors import GridsError
 
         if isinstance(error, (GridsError, OSError)):
-            return fail(str(error))
+            # A preflight may find several errors.
+            for line in getattr(error, "lines", [str(error)]):
+                fail(line)
+            return 1
         raise
     return 0
 

@@ -15,6 +15,8 @@ def validate(
     picture: str | None = None,
     json: str | None = None,
     rename_map: dict[str, str] | None = None,
+    tolerance_s: float = 1e-4,
+    video_backend: str | None = None,
 ) -> None:
     """Measure loss and actions on held-out demonstrations at several token budgets, compared with the dense teacher.
 
@@ -32,15 +34,18 @@ def validate(
         picture: PNG file for a plot of loss over budget.
         json: JSON file for the result.
         rename_map: Names of dataset features -> the policy's names. Defaults to those of the training.
+        tolerance_s: How far in seconds a video's frame may be from its time stamp.
+        video_backend: Decoder of videos, "torchcodec" or "pyav". Defaults to the one that works here.
     """
     from pathlib import Path
 
-    from lerobot_grids.console import counting_bar, require_writable
-    from lerobot_grids.data.datamodule import LeRobotDataModule
-    from lerobot_grids.evaluation.open_loop import Validation, budgets_of, draw_validation, held_out_share, require_fit
+    from lerobot_grids.console import counting_bar, report, require_writable
+    from lerobot_grids.data import LeRobotDataModule, load_metadata
+    from lerobot_grids.evaluation.open_loop import Validation, budgets_of, draw_validation, held_out_share
     from lerobot_grids.evaluation.open_loop import validate as run_validation
     from lerobot_grids.evaluation.tables import print_validation
-    from lerobot_grids.policies import load, parse_tokens, token_counts
+    from lerobot_grids.policies import load, parse_tokens, peek, token_counts
+    from lerobot_grids.preflight.robot import check_acting
     from lerobot_grids.training.distillation import require_alike
     from lerobot_policy_grids.errors import BudgetError
 
@@ -56,15 +61,23 @@ def validate(
     for path in (json, picture):
         if path is not None:
             require_writable(Path(path))
-    loaded = load(policy, device=device, rename_map=rename_map)
-    budgets = budgets_of(loaded.policy, asked)
+    # What does not fit is said before large weights are fetched.
+    config, renames = peek(policy, rename_map)
+    if rename_map is None:
+        known = load_metadata(dataset).features
+        renames = {old: new for old, new in renames.items() if old in known}
     data = LeRobotDataModule(
         dataset,
         batch_size=batch_size,
         val_fraction=held_out_share(policy) if val_fraction is None else val_fraction,
         max_val_frames=frames,
+        rename_map=renames,
+        tolerance_s=tolerance_s,
+        video_backend=video_backend,
     )
-    require_fit(policy, loaded, data.meta)
+    report([*data.findings, *check_acting(policy, config, data.features)])
+    loaded = load(policy, device=device, rename_map=rename_map)
+    budgets = budgets_of(loaded.policy, asked)
     dense = None
     if teacher is not None:
         dense = load(teacher, device=device, rename_map=rename_map)

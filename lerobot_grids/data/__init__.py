@@ -1,6 +1,7 @@
 """Demonstrations: a LeRobotDataset, split by episodes and shuffled by a seed."""
 
-from .datamodule import POSITIONS, LeRobotDataModule, load_metadata
+from .datamodule import LeRobotDataModule
 from .images import is_image, unit_images
+from .metadata import POSITIONS, load_metadata
 
 __all__ = ["POSITIONS", "LeRobotDataModule", "is_image", "load_metadata", "unit_images"]

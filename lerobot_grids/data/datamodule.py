@@ -2,53 +2,21 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning
 from lerobot.configs import PreTrainedConfig
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.datasets.factory import resolve_delta_timestamps
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from lerobot_policy_grids.errors import DatasetError, GridsError
 
+from ..preflight import Finding, refuse_errors
+from ..preflight.features import read_features
+from ..preflight.values import check_values, data_files
 from .frame_cache import FrameCache, fits_in_memory
 from .frame_order import FrameOrder
-
-# Dataset feature with object and goal positions. It is not an observation, so no policy gets it.
-POSITIONS = "auxiliary.positions"
-
-
-def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMetadata:
-    """Load the metadata of a dataset from a local folder or the Hub.
-
-    Raises:
-        DatasetError: If it is neither, is not a LeRobotDataset v3, or has no camera or no action.
-    """
-    folder = Path(dataset)
-    local = folder.exists() or dataset.startswith((".", "/", "~")) or dataset.count("/") != 1
-    if local and not (folder / "meta" / "info.json").is_file():
-        seen = "does not exist" if not folder.exists() else "holds no meta/info.json"
-        raise DatasetError(
-            f"dataset {dataset} {seen}; expected the folder of a LeRobotDataset v3.0, or a Hub id like user/name"
-        )
-    try:
-        if local:
-            meta = LeRobotDatasetMetadata(f"local/{folder.name}", root=folder)
-        else:
-            meta = LeRobotDatasetMetadata(dataset, revision=revision)
-    except Exception as error:  # LeRobot raises many types of errors here
-        where = "read" if local else "fetched from the Hub (and it is not a folder here)"
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DatasetError(f"dataset {dataset} cannot be {where}: {cause}") from error
-    if not meta.camera_keys:
-        raise DatasetError(f"dataset {dataset} has no camera, so there are no visual tokens to reduce")
-    if ACTION not in meta.features:
-        raise DatasetError(f"dataset {dataset} has no '{ACTION}' to learn; it has {', '.join(sorted(meta.features))}")
-    return meta
+from .frames import Frames, open_dataset, read_columns
+from .metadata import load_metadata
 
 
 class LeRobotDataModule(lightning.LightningDataModule):
@@ -61,12 +29,19 @@ class LeRobotDataModule(lightning.LightningDataModule):
         val_fraction: Share of the episodes held out, spread evenly over the recording.
         max_val_frames: Validate on at most this many of the held-out frames, spread evenly.
         num_workers: Number of processes that load frames. -1 takes 0 for cached frames, else one per core up to 4.
+        episodes: Train and validate on these episodes alone. Defaults to all.
+        rename_map: Names of dataset features -> the policy's names, where they differ.
+        tolerance_s: How far in seconds a video's frame may be from its time stamp, as in lerobot-train.
+        video_backend: Decoder of videos, "torchcodec" or "pyav". Defaults to the one that works here.
         cache: Whether frames stored as images are decoded once into memory: "auto" (if they need less than a quarter of
             the memory) or "never".
         seed: Seed of the order of the frames.
 
     Raises:
-        DatasetError: If the dataset is missing, unreadable, or has no camera or no action.
+        DatasetError: If the dataset is missing or unreadable, or its numbers are not what its metadata says.
+
+    Attributes:
+        findings: What may surprise in the dataset.
     """
 
     def __init__(
@@ -77,6 +52,10 @@ class LeRobotDataModule(lightning.LightningDataModule):
         val_fraction: float = 0.1,
         max_val_frames: int = 512,
         num_workers: int = -1,
+        episodes: list[int] | None = None,
+        rename_map: dict[str, str] | None = None,
+        tolerance_s: float = 1e-4,
+        video_backend: str | None = None,
         cache: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -87,8 +66,15 @@ class LeRobotDataModule(lightning.LightningDataModule):
             raise DatasetError(f"val_fraction={val_fraction}; choose a share of the episodes from 0 to below 1")
         if max_val_frames < 1:
             raise DatasetError(f"max_val_frames={max_val_frames}; give at least 1, or val_fraction=0 for no validation")
+        if tolerance_s <= 0:
+            raise DatasetError(f"tolerance_s={tolerance_s}; give seconds above 0, such as 0.001")
         self.meta = load_metadata(dataset, revision)
         self.revision = revision
+        self.episodes = _chosen(episodes, self.meta.total_episodes)
+        self.rename_map = rename_map
+        self.features = read_features(self.meta, rename_map)
+        self.tolerance_s = tolerance_s
+        self.video_backend = video_backend
         self.batch_size = 32 if batch_size is None else batch_size
         self.val_fraction = val_fraction
         self.max_val_frames = max_val_frames
@@ -97,6 +83,18 @@ class LeRobotDataModule(lightning.LightningDataModule):
         self.seed = seed
         self.train_dataset: Dataset[Any] | None = None
         self.val_dataset: Dataset[Any] | None = None
+        self.findings: list[Finding] = []
+        self._checked = False
+        # A dataset on the Hub is fetched and checked later.
+        if data_files(self.meta):
+            self._check()
+
+    def _check(self) -> None:
+        if not self._checked:
+            findings = check_values(self.meta, self.features, self.episodes, self.tolerance_s)
+            refuse_errors(findings)
+            self.findings += findings
+        self._checked = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -104,6 +102,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
         return {
             "frames": self.meta.total_frames,
             "revision": self.revision,
+            "episodes": self.episodes if len(self.episodes) < self.meta.total_episodes else None,
             "batch_size": self.batch_size,
             "val_fraction": self.val_fraction,
             "seed": self.seed,
@@ -111,33 +110,51 @@ class LeRobotDataModule(lightning.LightningDataModule):
 
     def split(self) -> tuple[list[int], list[int]]:
         """Episode indices for (training, validation). With fewer than two episodes nothing is held out."""
-        episodes = list(range(self.meta.total_episodes))
+        episodes = self.episodes
         held_out = round(self.val_fraction * len(episodes))
         if self.val_fraction > 0 and len(episodes) > 1:
             held_out = max(held_out, 1)
         # Spread evenly, so that every task and every session is represented.
         val = {(2 * i + 1) * len(episodes) // (2 * held_out) for i in range(held_out)} if held_out else set()
-        return [e for e in episodes if e not in val], sorted(val)
+        return (
+            [e for place, e in enumerate(episodes) if place not in val],
+            [e for place, e in enumerate(episodes) if place in val],
+        )
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_dataset is None:
             if self.trainer is None:
                 raise RuntimeError("setup needs a trainer, because the module's policy decides which frames are loaded")
-            self.load(self.trainer.lightning_module.policy.config)
+            loaded = self.trainer.lightning_module.loaded
+            self.load(loaded.policy.config, loaded.renames)
 
-    def load(self, config: PreTrainedConfig) -> None:
-        """Open the dataset with the delta timestamps of a policy's configuration."""
-        dataset = LeRobotDataset(
-            self.meta.repo_id,
-            root=self.meta.root,
+    def load(self, config: PreTrainedConfig, rename_map: dict[str, str] | None = None) -> None:
+        """Open the dataset with the delta timestamps of a policy's configuration.
+
+        Args:
+            config: The policy's configuration.
+            rename_map: Names of dataset features -> the policy's names, where this module was not told.
+
+        Raises:
+            DatasetError: If it cannot be opened, does not have what the policy reads, or its numbers are wrong.
+        """
+        if rename_map and not self.rename_map:
+            self.rename_map = rename_map
+            self.features, self._checked = read_features(self.meta, rename_map), False
+        dataset = open_dataset(
+            self.meta,
+            self.features,
+            config,
             revision=self.revision,
-            delta_timestamps=resolve_delta_timestamps(config, self.meta),
-            return_uint8=True,
+            tolerance_s=self.tolerance_s,
+            video_backend=self.video_backend,
         )
-        if self.cache == "auto" and fits_in_memory(self.meta):
-            frames: Dataset[Any] = FrameCache(dataset)
+        self._check()
+        columns = read_columns(self.features, config)
+        if self.cache == "auto" and fits_in_memory(self.meta, columns):
+            frames: Dataset[Any] = FrameCache(dataset, columns)
         else:
-            frames = dataset
+            frames = Frames(dataset, columns)
         train, val = (self._frames_of(episodes) for episodes in self.split())
         stride = max(1, -(-len(val) // self.max_val_frames))
         self.train_dataset, self.val_dataset = Subset(frames, train), Subset(frames, val[::stride])
@@ -195,6 +212,16 @@ class LeRobotDataModule(lightning.LightningDataModule):
             # The cache returns whole batches.
             collate_fn=_identity if cached else None,
         )
+
+
+def _chosen(episodes: list[int] | None, total: int) -> list[int]:
+    """The numbers of the episodes that are used, in the dataset's order."""
+    if episodes is None:
+        return list(range(total))
+    wrong = [number for number in episodes if not 0 <= number < total]
+    if wrong or not episodes:
+        raise DatasetError(f"episodes={episodes}; the dataset has the episodes 0 .. {total - 1}, give some of them")
+    return sorted(set(episodes))
 
 
 def _identity(batch: Any) -> Any:

@@ -6,6 +6,7 @@ on a CPU this takes as long as the training step itself.
 
 import io
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lerobot_policy_grids.errors import DatasetError
+
 # Share of the machine's memory that decoded frames may take.
 MEMORY_SHARE = 0.25
 
 
-def fits_in_memory(meta: LeRobotDatasetMetadata) -> bool:
-    """Whether all frames are stored as colour images and need less than `MEMORY_SHARE` of the memory."""
-    if meta.video_keys or meta.depth_keys:
+def fits_in_memory(meta: LeRobotDatasetMetadata, columns: Mapping[str, str]) -> bool:
+    """Whether the images in these columns are stored as such, and all need less than `MEMORY_SHARE` of the memory."""
+    if any(key in columns for key in meta.video_keys):
         return False
-    pixels = sum(int(np.prod(meta.features[key]["shape"])) for key in meta.camera_keys)
+    pixels = sum(int(np.prod(meta.features[key]["shape"])) for key in meta.camera_keys if key in columns)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return meta.total_frames * pixels < MEMORY_SHARE * memory
 
@@ -34,24 +37,29 @@ class FrameCache(Dataset[dict[str, Any]]):
 
     Args:
         dataset: A dataset with all episodes, images instead of videos, and `return_uint8=True`.
+        columns: Dataset's name -> name in a batch, of the columns that are kept.
+
+    Raises:
+        DatasetError: If an image cannot be decoded.
     """
 
-    def __init__(self, dataset: LeRobotDataset) -> None:
+    def __init__(self, dataset: LeRobotDataset, columns: Mapping[str, str]) -> None:
         meta = dataset.meta
-        table = dataset.hf_dataset.with_format("arrow")[:]
-        self.columns: dict[str, Tensor | list[Any]] = {}
-        for key in table.column_names:
-            column = table[key].combine_chunks()
-            if key in meta.camera_keys:
-                self.columns[key] = torch.stack([_decode(cell.as_py()["bytes"]) for cell in column])
+        table = dataset.hf_dataset.select_columns(list(columns)).with_format("arrow")[:]
+        self.columns: dict[str, Tensor] = {}
+        for source, name in columns.items():
+            column = table[source].combine_chunks()
+            if source in meta.camera_keys:
+                self.columns[name] = torch.stack([_decode(cell.as_py(), row) for row, cell in enumerate(column)])
             else:
-                self.columns[key] = _numbers(column.to_pylist())
+                self.columns[name] = _numbers(column.to_pylist())
         self.tasks = list(meta.tasks.index)
         episodes = meta.episodes
         starts, ends = (torch.tensor(episodes[f"dataset_{side}_index"]) for side in ("from", "to"))
         episode: Any = self.columns["episode_index"]
         self.first, self.last = starts[episode], ends[episode] - 1
-        self.deltas = {key: torch.tensor(delta) for key, delta in (dataset.reader.delta_indices or {}).items()}
+        deltas = dataset.reader.delta_indices or {}
+        self.deltas = {columns[source]: torch.tensor(delta) for source, delta in deltas.items() if source in columns}
 
     def __len__(self) -> int:
         return len(self.first)
@@ -67,9 +75,7 @@ class FrameCache(Dataset[dict[str, Any]]):
         first, last = self.first[rows, None], self.last[rows, None]
         batch: dict[str, Any] = {}
         for key, column in self.columns.items():
-            if isinstance(column, list):
-                batch[key] = [column[row] for row in indices]
-            elif key in self.deltas:
+            if key in self.deltas:
                 wanted = rows[:, None] + self.deltas[key]
                 batch[key] = column[wanted.clamp(first, last)]
                 batch[f"{key}_is_pad"] = (wanted < first) | (wanted > last)
@@ -79,15 +85,16 @@ class FrameCache(Dataset[dict[str, Any]]):
         return batch
 
 
-def _numbers(values: list[Any]) -> Tensor | list[Any]:
-    """Convert numbers to a tensor (float64 becomes float32, as in LeRobot); return other values unchanged."""
+def _numbers(values: list[Any]) -> Tensor:
+    """Convert numbers to a tensor; float64 becomes float32, as in LeRobot."""
     array = np.array(values)
-    if array.dtype.kind not in "biuf":
-        return values
     return torch.as_tensor(array.astype(np.float32) if array.dtype == np.float64 else array)
 
 
-def _decode(image: bytes) -> Tensor:
+def _decode(image: dict[str, Any], row: int) -> Tensor:
     """Decode an image to uint8 [3, h, w]."""
-    pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
+    try:
+        pixels = np.array(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+    except (OSError, TypeError) as error:
+        raise DatasetError(f"the image of frame {row} cannot be decoded ({error}); fetch the dataset again") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

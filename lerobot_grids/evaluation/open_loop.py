@@ -11,22 +11,20 @@ from typing import Any
 
 import torch
 import yaml
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION
-from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 from torchmetrics import MeanMetric, MeanSquaredError
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.files import OPTIONS_FILE
-from lerobot_policy_grids.errors import BudgetError, DatasetError, GridsError
+from lerobot_policy_grids.errors import BudgetError, GridsError
 from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 
 from ..console import write_json
 from ..coordinates import CoordinateStatistics
-from ..data.datamodule import LeRobotDataModule
+from ..data import LeRobotDataModule
 from ..data.images import unit_images
-from ..policies import LoadedPolicy, require_cameras
+from ..policies import LoadedPolicy
 
 # Every budget and every policy gets the same noise and time of the flow.
 SEED = 0
@@ -101,19 +99,6 @@ def held_out_share(policy: str) -> float:
             options = yaml.safe_load((folder / OPTIONS_FILE).read_text())
             return float(options["data"]["val_fraction"])
     return 0.1
-
-
-def require_fit(source: str, loaded: LoadedPolicy, meta: LeRobotDatasetMetadata) -> None:
-    """Raise `DatasetError` unless a dataset has the policy's cameras and actions of the policy's shape."""
-    renames = loaded.renames
-    features = {renames.get(name, name): value for name, value in dataset_to_policy_features(meta.features).items()}
-    config = loaded.policy.config
-    require_cameras(source, config, features)
-    acts, has = (tuple(side[ACTION].shape) for side in (config.output_features, features))
-    if acts != has:
-        raise DatasetError(
-            f"{source} has actions of shape {acts}, the dataset has {has}; validate on the policy's own data"
-        )
 
 
 class _Measures:

@@ -23,11 +23,15 @@ from .success import Evaluation, summarise
 from .tampering import other_instructions, tamper
 
 
-def check_fit(loaded: LoadedPolicy, env_config: EnvConfig) -> None:
-    """Raise `SimulationError` unless the environment has the policy's cameras and action shape."""
-    renames = loaded.renames
+def check_fit(config: Any, renames: dict[str, str], env_config: EnvConfig) -> None:
+    """Raise `SimulationError` unless an environment has the cameras and the action shape of a policy's configuration.
+
+    Args:
+        config: The policy's configuration.
+        renames: Names of the environment's observations to the policy's.
+        env_config: The environment's.
+    """
     features = env_to_policy_features(env_config)
-    config = loaded.policy.config
     shown = [renames.get(key, key) for key, feature in features.items() if feature.type is FeatureType.VISUAL]
     if not set(shown) & set(config.image_features):
         wanted = next(iter(config.image_features))
@@ -71,7 +75,7 @@ def evaluate(
     Raises:
         SimulationError: If the environment does not fit the policy, or a tampering cannot be applied.
     """
-    check_fit(loaded, env_config)
+    check_fit(loaded.policy.config, loaded.renames, env_config)
     used, dense = token_counts(loaded.policy)
     result = Evaluation(
         source,

@@ -17,7 +17,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_policy_grids.checkpoint.atomic import atomic_folder
 from lerobot_policy_grids.errors import SimulationError
 
-from ..data.datamodule import POSITIONS
+from ..data import POSITIONS
 from .metaworld import MetaworldEnv, expand_tasks
 
 IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"

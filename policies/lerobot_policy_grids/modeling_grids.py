@@ -83,6 +83,7 @@ class GridsPolicy(PreTrainedPolicy):
         config.share_with_base()
         base_config = config.require_base()
         self.family = get_family(base_config.type)
+        self.family.require_inputs(base_config.input_features)
         if base is None:
             # Only the base's constructor honours load_vlm_weights.
             base = get_policy_class(base_config.type)(base_config, **kwargs)

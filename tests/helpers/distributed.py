@@ -11,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch import Callback
 
-from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.training.module import GridsModule
 
 GLOBAL_BATCH, STEPS = 8, 3

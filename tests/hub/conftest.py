@@ -30,7 +30,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def trained_once(dataset, dense_checkpoint, tmp_path_factory) -> Path:
     """As if BASE had been fetched, wrapped, and its reducer trained."""
-    from lerobot_grids.data.datamodule import load_metadata
+    from lerobot_grids.data import load_metadata
     from lerobot_grids.policies import start
 
     commit = LoopbackHub().add_folder(BASE, dense_checkpoint)

@@ -4,7 +4,7 @@ import lightning
 import pytest
 import torch
 
-from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.policies import load
 from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.module import GridsModule

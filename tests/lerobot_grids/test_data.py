@@ -5,8 +5,9 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import default_collate
 
-from lerobot_grids.data.datamodule import LeRobotDataModule, load_metadata
+from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.data.frame_cache import FrameCache
+from lerobot_grids.policies import start
 from lerobot_policy_grids import TinySmolVLAConfig
 from lerobot_policy_grids.errors import DatasetError
 
@@ -124,8 +125,8 @@ def test_dataset_lacking_a_camera_or_an_action(lacking, tmp_path):
         data.add_frame(frame | {"task": "t"})
     data.save_episode()
     data.finalize()
-    with pytest.raises(DatasetError, match=f"has no .?{lacking}"):
-        load_metadata(str(root))
+    with pytest.raises(DatasetError, match={"camera": "has no colour camera", "action": "has no 'action'"}[lacking]):
+        start("tiny", 16, load_metadata(str(root)))
 
 
 @pytest.mark.parametrize("options", [{"cache": "maybe"}, {"val_fraction": 1.0}, {"val_fraction": -0.1}])

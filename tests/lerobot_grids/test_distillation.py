@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids.data.datamodule import load_metadata
+from lerobot_grids.data import load_metadata
 from lerobot_grids.training.distillation import DenseTeacher, SelfTeacher, feature_loss
 from lerobot_grids.training.module import GridsModule
 from lerobot_policy_grids.errors import GridsError

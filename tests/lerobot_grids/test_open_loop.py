@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.evaluation.open_loop import budgets_of, held_out_share, validate
 from lerobot_grids.policies import load
 from lerobot_grids_cli.main import main

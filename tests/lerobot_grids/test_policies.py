@@ -10,7 +10,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids.data.datamodule import load_metadata
+from lerobot_grids.data import load_metadata
 from lerobot_grids.policies import load, parse_tokens, start
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
@@ -152,7 +152,7 @@ def test_the_names_of_the_actions_are_the_datasets(names, tmp_path):
     base = get_family("pi0").small(inputs, outputs, tmp_path)
     base.config.action_feature_names = ["grip", "a", "b", "c"]
     base.save_pretrained(tmp_path / "base")
-    with small_sizes("pi0"), patch("lerobot_grids.policies.make_processors", lambda *args: (Steps(), Steps())):
+    with small_sizes("pi0"), patch("lerobot_grids.policies.starting.make_processors", lambda *args: (Steps(), Steps())):
         built = start(str(tmp_path / "base"), 16, meta)
     assert built.policy.config.action_feature_names == ["a", "b", "c", "grip"]
     assert built.policy.base.config.action_feature_names == ["a", "b", "c", "grip"]

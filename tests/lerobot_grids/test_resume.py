@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
-from lerobot_grids.data.datamodule import LeRobotDataModule
+from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.data.frame_order import FrameOrder
 from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.checkpoints import RunCheckpoint

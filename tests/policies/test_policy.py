@@ -8,7 +8,7 @@ import torch
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
-from lerobot_grids.data.datamodule import load_metadata
+from lerobot_grids.data import load_metadata
 from lerobot_policy_grids import GridsConfig, GridsPolicy, TinySmolVLAConfig
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
 

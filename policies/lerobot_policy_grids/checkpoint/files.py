@@ -15,6 +15,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 # Only the trained tensors, for a checkpoint that names its base policy.
 ADAPTER_FILE = "grids_adapter.safetensors"
+WEIGHTS_FILES = (WEIGHTS_FILE, ADAPTER_FILE)
 MANIFEST_FILE = "grids_manifest.json"
 PREPROCESSOR_FILE = "policy_preprocessor.json"
 POSTPROCESSOR_FILE = "policy_postprocessor.json"
@@ -77,7 +78,7 @@ def size_limit(name: str) -> int | None:
     folder, _, file = name.rpartition("/")
     if folder:
         return TOKENIZER_LIMIT if folder == TOKENIZER_FOLDER and file in TOKENIZER_FILES else None
-    if name in (WEIGHTS_FILE, ADAPTER_FILE):
+    if name in WEIGHTS_FILES:
         return WEIGHTS_LIMIT
     return STATE_LIMIT if STATE_FILE.fullmatch(name) else SIZE_LIMITS.get(name)
 

@@ -16,6 +16,7 @@ from .files import (
     POSTPROCESSOR_FILE,
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
+    WEIGHTS_FILES,
     read_json,
 )
 from .hub_errors import explain
@@ -42,13 +43,14 @@ def resolve_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
 
 
-def find_checkpoint(source: str, **options: Any) -> Path:
+def find_checkpoint(source: str, *, weights: bool = True, **options: Any) -> Path:
     """The checkpoint folder that a user names: a folder, or an id on the Hub, `user/name` or `user/name@revision`.
 
     A published checkpoint is checked before it is returned.
 
     Args:
         source: Folder or Hub id. A folder wins over a repository of the same name.
+        weights: Whether the weights are fetched, too.
         **options: Options of the Hub's client: revision, token, cache_dir, ...
 
     Raises:
@@ -60,7 +62,8 @@ def find_checkpoint(source: str, **options: Any) -> Path:
         repository, _, revision = source.partition("@")
         options["revision"] = revision or options.get("revision")
         try:
-            folder = Path(snapshot_download(repository, allow_patterns=LOADED, **options))
+            patterns = LOADED if weights else [name for name in LOADED if name not in WEIGHTS_FILES]
+            folder = Path(snapshot_download(repository, allow_patterns=patterns, **options))
         except Exception as error:  # the Hub client's errors share no base class
             raise CheckpointError(
                 f"{source} is not a folder here and cannot be fetched from the Hub: {explain(error)}"
@@ -115,15 +118,15 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not a valid configuration: {error}") from error
 
 
-def require_complete(folder: Path) -> None:
-    """Raise `CheckpointError` unless the folder holds configuration, weights and both processors."""
+def require_complete(folder: Path, *, weights: bool = True) -> None:
+    """Raise `CheckpointError` unless the folder holds configuration and both processors, and weights if asked."""
     if (folder / PEFT_FILE).is_file():
         raise CheckpointError(
             f"{folder} is a PEFT adapter, which holds low-rank weights alone; train with lerobot-grids fit "
             "--model.train reducer+lora, which saves whole weights, or merge it with PEFT and save the policy"
         )
-    weights = ADAPTER_FILE if (folder / ADAPTER_FILE).is_file() else WEIGHTS_FILE
-    names = (CONFIG_FILE, weights, PREPROCESSOR_FILE, POSTPROCESSOR_FILE)
+    file = ADAPTER_FILE if (folder / ADAPTER_FILE).is_file() else WEIGHTS_FILE
+    names = [CONFIG_FILE, *([file] if weights else []), PREPROCESSOR_FILE, POSTPROCESSOR_FILE]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

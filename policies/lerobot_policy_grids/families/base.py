@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import FeatureType, PreTrainedConfig
+from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
@@ -119,6 +120,7 @@ class Family(ABC):
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
         repositories: Field or option -> the repositories of tokenizers and models that it may name.
+        reads_state: Whether it cannot do without the robot's state.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
         counted_on_meta: Whether its FLOPs can be counted without values.
     """
@@ -127,6 +129,7 @@ class Family(ABC):
     extra: ClassVar[str]
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
+    reads_state: ClassVar[bool] = True
     position_ids: ClassVar[str] = "consecutive"
     counted_on_meta: ClassVar[bool] = False
 
@@ -192,6 +195,23 @@ class Family(ABC):
                 "the policy has no camera, so it has no visual tokens to reduce; give its configuration image features"
             )
         return {key: self.image_region(policy, *image_size(shape)) for key, shape in shapes.items()}
+
+    def require_inputs(self, inputs: Mapping[str, Any] | None) -> None:
+        """Refuse input features that the policy could not read, or would read as something else.
+
+        Args:
+            inputs: LeRobot's input features.
+
+        Raises:
+            UnsupportedPolicyError: If the robot's state is missing where it is read, or a camera has no colours.
+        """
+        if self.reads_state and inputs and OBS_STATE not in inputs:
+            raise UnsupportedPolicyError(f"a '{self.policy_type}' policy reads '{OBS_STATE}', which is not there")
+        for name, feature in (inputs or {}).items():
+            if feature.type is FeatureType.VISUAL and 3 not in (feature.shape[0], feature.shape[-1]):
+                raise UnsupportedPolicyError(
+                    f"camera '{name}' has images of shape {tuple(feature.shape)}, expected 3 colours; leave it out"
+                )
 
     # Optional abilities.
 

@@ -96,6 +96,8 @@ class XVLA(Family):
     resolution_field = "resize_imgs_with_padding"
     extra = "xvla"
     position_ids = "dense"
+    # Without a state LeRobot gives it zeros.
+    reads_state = False
     # Its dense policy counts views with `.item()`; `finish` keeps that mask off the meta device.
     counted_on_meta = True
     steps: ClassVar = {

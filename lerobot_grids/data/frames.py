@@ -1,0 +1,127 @@
+"""The frames of a LeRobotDataset as a policy wants them: its features under its names, and errors in one line."""
+
+import logging
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.factory import resolve_delta_timestamps
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.import_utils import get_safe_default_video_backend
+from torch.utils.data import Dataset
+
+from lerobot_policy_grids.errors import DatasetError
+
+from ..preflight.features import DatasetFeatures, is_foreign
+from .metadata import POSITIONS
+
+# Of every LeRobotDataset.
+COUNTERS = ("index", "episode_index", "frame_index", "timestamp", "task_index")
+
+
+def open_dataset(
+    meta: LeRobotDatasetMetadata,
+    features: DatasetFeatures,
+    config: PreTrainedConfig,
+    *,
+    revision: str | None = None,
+    tolerance_s: float = 1e-4,
+    video_backend: str | None = None,
+) -> LeRobotDataset:
+    """Open a dataset with the delta timestamps of a policy; it is fetched if it is on the Hub.
+
+    Args:
+        meta: Its metadata.
+        features: Its features.
+        config: The policy's configuration.
+        revision: Hub revision.
+        tolerance_s: How far in seconds a video's frame may be from its time stamp.
+        video_backend: "torchcodec" or "pyav"; None takes the one that works here.
+
+    Raises:
+        DatasetError: If it cannot be opened.
+    """
+    # Under the policy's names, as LeRobot looks for them, and back.
+    described: Any = SimpleNamespace(features=features.described, fps=meta.fps)
+    deltas = resolve_delta_timestamps(config, described) or {}
+    try:
+        return LeRobotDataset(
+            meta.repo_id,
+            root=meta.root,
+            revision=revision,
+            delta_timestamps={features.sources.get(name, name): steps for name, steps in deltas.items()} or None,
+            tolerance_s=tolerance_s,
+            video_backend=video_backend or default_video_backend(),
+            return_uint8=True,
+        )
+    except Exception as error:  # LeRobot raises many types of errors here
+        raise DatasetError(f"dataset {meta.repo_id} cannot be opened: {first_line(error)}") from error
+
+
+def default_video_backend() -> str:
+    """LeRobot's choice, without the many lines that it logs where FFmpeg's libraries are missing."""
+    logger = logging.getLogger("lerobot.utils.import_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        backend: str = get_safe_default_video_backend()
+    finally:
+        logger.setLevel(before)
+    return backend
+
+
+def read_columns(features: DatasetFeatures, config: PreTrainedConfig) -> dict[str, str]:
+    """Dataset's name -> name in a batch, of every column that training with a policy needs.
+
+    LeRobot's pre-processor renames observations itself, as it does on the robot; it drops what is called otherwise, so
+    that is renamed here.
+
+    Raises:
+        DatasetError: If the dataset has no column for what the policy reads.
+    """
+    wanted = [name for name in (OBS_STATE, ACTION) if name in {**config.input_features, **config.output_features}]
+    missing = [name for name in wanted if name not in features.sources]
+    if missing:
+        raise DatasetError(f"the dataset has no '{missing[0]}'; it has {features.listed}; give rename_map")
+    # A configuration without features takes the dataset's.
+    cameras = [name for name in features.cameras if name in config.image_features or not config.input_features]
+    read = [*cameras, *(name for name in features.sources if name not in features.cameras)]
+    sources = {features.sources[name]: name for name in read}
+    columns = {source: name if is_foreign(source) else source for source, name in sources.items()}
+    kept = [name for name in (*COUNTERS, POSITIONS) if name in features.described]
+    return columns | dict(zip(kept, kept, strict=True))
+
+
+class Frames(Dataset[dict[str, Any]]):
+    """Items of a LeRobotDataset with some of its columns, each frame and its delta timestamps.
+
+    Args:
+        dataset: The dataset.
+        columns: Dataset's name -> name in an item.
+    """
+
+    def __init__(self, dataset: LeRobotDataset, columns: Mapping[str, str]) -> None:
+        self.dataset = dataset
+        padded = {f"{source}_is_pad": f"{name}_is_pad" for source, name in columns.items()}
+        self.names = {**columns, **padded, "task": "task"}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            item = self.dataset[index]
+        except Exception as error:  # LeRobot and its video decoders raise many types of errors here
+            raise DatasetError(
+                f"frame {index} of dataset {self.dataset.repo_id} cannot be read: {first_line(error)}; repair it, give "
+                "--data.tolerance_s where a time stamp is off, or --data.video_backend pyav"
+            ) from error
+        return {name: item[source] for source, name in self.names.items() if source in item}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

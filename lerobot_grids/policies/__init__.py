@@ -1,0 +1,21 @@
+"""Policies with their processors: loaded to act, or built to be trained."""
+
+from .loaded import LoadedPolicy, token_counts
+from .loading import load, load_processors, peek
+from .sources import checked_device, find_source, find_weights, parse_tokens, short_name, source_type
+from .starting import start
+
+__all__ = [
+    "LoadedPolicy",
+    "checked_device",
+    "find_source",
+    "find_weights",
+    "load",
+    "load_processors",
+    "parse_tokens",
+    "peek",
+    "short_name",
+    "source_type",
+    "start",
+    "token_counts",
+]

@@ -1,0 +1,145 @@
+"""Are the numbers in a dataset's files finite, in order, and what its metadata says of them?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from numpy.typing import NDArray
+
+from .features import DatasetFeatures
+from .findings import Finding, warning
+
+# Statistics further than this share of the standard deviation from the data's mean describe other data.
+DRIFT = 0.5
+
+
+def data_files(meta: LeRobotDatasetMetadata) -> list[Path]:
+    """The data files of a dataset that are on this machine."""
+    return sorted((Path(meta.root) / "data").rglob("*.parquet"))
+
+
+def check_values(
+    meta: LeRobotDatasetMetadata, data: DatasetFeatures, episodes: Sequence[int], tolerance_s: float
+) -> list[Finding]:
+    """Read the numbers of state, action and time of some episodes, and check them.
+
+    Args:
+        meta: The dataset's metadata; its data files must be on this machine.
+        data: Its features.
+        episodes: The episodes that are used.
+        tolerance_s: How far a time stamp may be from a video's frame.
+    """
+    vectors = {s: data.inputs.get(n) or data.outputs[n] for n, s in data.sources.items() if n not in data.cameras}
+    try:
+        columns = _read(data_files(meta), [*vectors, "index", "episode_index", "frame_index", "timestamp"])
+    except (OSError, pa.ArrowException, KeyError) as error:
+        return [Finding(f"the dataset's data files cannot be read: {_first_line(error)}; fetch the dataset again")]
+    if len(columns["index"]) != meta.total_frames:
+        return [
+            Finding(
+                f"the dataset's data files hold {len(columns['index'])} frames, its metadata says {meta.total_frames}; "
+                "fetch or record the dataset again"
+            )
+        ]
+    findings = _order_faults(meta, columns)
+    used = np.isin(columns["episode_index"], episodes)
+    for name, feature in vectors.items():
+        values = _vector(columns[name], feature.shape[0])
+        if values is None:
+            findings.append(
+                Finding(f"'{name}' does not have {feature.shape[0]} values in every frame; record the dataset again")
+            )
+            continue
+        findings += _value_faults(name, values, columns, used)
+        if used.all() and not findings:
+            findings += _statistics_faults(name, values, meta.stats or {})
+    if meta.video_keys:
+        findings += _time_faults(columns, used, meta.fps, tolerance_s)
+    return findings
+
+
+def _read(files: Sequence[Path], names: list[str]) -> dict[str, Any]:
+    parts = [pq.read_table(file, columns=names) for file in files]
+    table = pa.concat_tables(parts).combine_chunks()
+    order = np.argsort(table["index"].to_numpy(), kind="stable")
+    table = table.take(order) if (np.diff(order) != 1).any() else table
+    return {name: _column(table[name]) for name in names}
+
+
+def _column(column: Any) -> Any:
+    """A NumPy array for a column of numbers; the list column as it is for one of vectors."""
+    column = column.combine_chunks()
+    return column if pa.types.is_nested(column.type) else column.to_numpy(zero_copy_only=False)
+
+
+def _vector(column: Any, width: int) -> NDArray[Any] | None:
+    """Values [frames, width]; None if some frames have another number."""
+    if isinstance(column, np.ndarray):
+        return column[:, None] if width == 1 else None
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, width) if len(values) == width * len(column) else None
+
+
+def _order_faults(meta: LeRobotDatasetMetadata, columns: dict[str, Any]) -> list[Finding]:
+    lengths = np.asarray(meta.episodes["length"])
+    expected = np.repeat(np.arange(len(lengths)), lengths)
+    steps = np.concatenate([np.arange(length) for length in lengths]) if len(lengths) else np.empty(0)
+    for name, wanted in (("index", np.arange(len(expected))), ("episode_index", expected), ("frame_index", steps)):
+        if not np.array_equal(columns[name], wanted):
+            return [Finding(f"the dataset's '{name}' is not what its list of episodes says; fetch or record it again")]
+    return []
+
+
+def _value_faults(name: str, values: NDArray[Any], columns: dict[str, Any], used: NDArray[Any]) -> list[Finding]:
+    bad = used & ~np.isfinite(values.astype(np.float64)).all(1)
+    if not bad.any():
+        return []
+    frame = int(bad.argmax())
+    episode = int(columns["episode_index"][frame])
+    return [
+        Finding(
+            f"'{name}' holds NaN or infinity in {int(bad.sum())} frames, first in frame {frame} of episode {episode}; "
+            "repair it, leave the episode out with fit --data.episodes, or remove it with: lerobot-edit-dataset "
+            f"--operation.type delete_episodes --operation.episode_indices '[{episode}]'"
+        )
+    ]
+
+
+def _statistics_faults(name: str, values: NDArray[Any], statistics: dict[str, Any]) -> list[Finding]:
+    said = statistics.get(name, {})
+    if "mean" not in said or "std" not in said:
+        return []
+    mean, std = values.mean(0), values.std(0)
+    off = np.abs(np.asarray(said["mean"]).reshape(-1) - mean) > DRIFT * np.maximum(std, 1e-6)
+    if not off.any():
+        return []
+    at = int(off.argmax())
+    return [
+        warning(
+            f"the dataset's statistics of '{name}' are not those of its data (mean {np.ravel(said['mean'])[at]:.4g} of "
+            f"dimension {at}, the data's {mean[at]:.4g}); compute them again with: lerobot-edit-dataset "
+            "--operation.type recompute_stats"
+        )
+    ]
+
+
+def _time_faults(columns: dict[str, Any], used: NDArray[Any], fps: float, tolerance_s: float) -> list[Finding]:
+    off = np.where(used, np.abs(columns["timestamp"] - columns["frame_index"] / fps), 0)
+    if off.max(initial=0) <= tolerance_s + 1e-6:
+        return []
+    frame, worst = int(off.argmax()), float(off.max())
+    return [
+        Finding(
+            f"the time stamp of frame {frame} is {1000 * worst:.1f} ms off the video's, expected at most "
+            f"{1000 * tolerance_s:.1f} ms; if the videos are right, give fit --data.tolerance_s {1.5 * worst:.4f} "
+            "(validate --tolerance_s)"
+        )
+    ]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
