@@ -105,7 +105,7 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
     write_manifest(staging, base)
     text = _card(source, staging, repo_id, description)
     (staging / CARD_FILE).write_text(text, encoding="utf-8")
-    _check_loadable(source, staging)
+    _check_loadable(staging)
     check_outgoing(staging)
 
 
@@ -127,13 +127,12 @@ def _write_format(source: Path, staging: Path, format: Format) -> Base | None:
     return None
 
 
-def _check_loadable(source: Path, staging: Path) -> None:
+def _check_loadable(staging: Path) -> None:
     try:
         check_published(staging)
         check_processors(staging)
     except CheckpointError as error:
-        seen = str(error).removesuffix(REFUSED).replace(str(staging), str(source))
-        raise CheckpointError(f"{seen}others could not load it from the Hub") from error
+        raise CheckpointError(f"{str(error).removesuffix(REFUSED)}others could not load it from the Hub") from error
 
 
 def read_facts(folder: Path, **known: Any) -> PolicyFacts:

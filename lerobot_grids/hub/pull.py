@@ -14,6 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from lerobot_policy_grids.checkpoint import atomic_folder, check_processors, check_published, find_checkpoint
+from lerobot_policy_grids.checkpoint.atomic import naming
 from lerobot_policy_grids.checkpoint.digests import digest_of
 from lerobot_policy_grids.checkpoint.files import CONFIG_FILE, size_limit
 from lerobot_policy_grids.checkpoint.find import require_complete
@@ -74,7 +75,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
         cached = Path(
             snapshot_download(repo_id, revision=info.sha, allow_patterns=names or ["-"], force_download=force)
         )
-    with atomic_folder(target, replace=force) as folder:
+    with atomic_folder(target, replace=force) as folder, naming(folder, source):
         for file in files:
             (folder / file.rfilename).parent.mkdir(exist_ok=True)
             shutil.copyfile(cached / file.rfilename, folder / file.rfilename)

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from lerobot_policy_grids.checkpoint import resolve_checkpoint
-from lerobot_policy_grids.checkpoint.atomic import sweep
+from lerobot_policy_grids.checkpoint.atomic import explaining_a_full_disk, naming, sweep
 from lerobot_policy_grids.checkpoint.files import ADAPTER_FILE, CARD_FILE, size_limit
 from lerobot_policy_grids.checkpoint.hub_errors import asking_the_hub
 from lerobot_policy_grids.errors import HubError
@@ -107,15 +107,23 @@ def _staging(folder: Path) -> Iterator[Path]:
     """Yield a folder on the checkpoint's disk, so that weights can be hard-linked; remove those of killed pushes."""
     sweep(folder)
     if not os.access(folder.parent, os.W_OK):
-        with TemporaryDirectory() as elsewhere:
+        with TemporaryDirectory() as elsewhere, _copying(folder, Path(elsewhere)):
             yield Path(elsewhere)
         return
     staging = folder.with_name(f".{folder.name}.push.partial-{os.getpid()}")
-    staging.mkdir()
     try:
-        yield staging
+        with _copying(folder, staging):
+            staging.mkdir()
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _copying(folder: Path, staging: Path) -> Iterator[None]:
+    """Let errors name the checkpoint, and not the copy of it that is prepared for the push."""
+    with explaining_a_full_disk(f"a copy of {folder} for the push", staging.parent), naming(staging, folder):
+        yield
 
 
 @dataclass(frozen=True)

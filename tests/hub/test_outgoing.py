@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from comparing import BASE
+from lerobot_grids.hub import formats
 from lerobot_grids.hub.prepare import Description
 from lerobot_grids.hub.pull import pull
 from lerobot_grids.hub.push import push
 from lerobot_policy_grids import GridsPolicy
-from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.errors import DiskFullError, GridsError
 from loopback_endpoints import TOKEN
 from published import REPO
 
@@ -84,6 +86,17 @@ def test_figures_of_another_policy_alone_are_refused(hub, trained, dense_checkpo
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(GridsError, match="is not a result of eval, validate or bench"):
         push(trained, REPO, description=Description((tmp_path / "other.json",)), dry_run=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(hub, trained, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(formats, "save_file", full)
+    with pytest.raises(DiskFullError, match=r"a copy of .*pretrained_model for the push cannot be written: the disk"):
+        push(trained, REPO)
+    assert REPO not in hub.repositories
+    assert [path.name for path in trained.parent.iterdir()] == ["pretrained_model"]
 
 
 def edit(name, **changes):
