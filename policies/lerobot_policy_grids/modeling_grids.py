@@ -23,8 +23,6 @@ from .versions import warn_of_unknown_lerobot
 
 warn_of_unknown_lerobot()
 
-# Draws after which an elastic schedule has shown what it draws.
-MANY_STEPS = 1000
 # Arguments of `from_pretrained` that are meant for the Hub's client.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -143,9 +141,7 @@ class GridsPolicy(PreTrainedPolicy):
         """The budgets that training will ask of a reducer that cannot serve every K."""
         if type(self.reducer).check_budget is Reducer.check_budget:
             return set()
-        # An elastic schedule has no last step.
-        steps = self.config.schedule_steps or MANY_STEPS
-        budgets = {self.config.reducer.budget} | {self.config.token_schedule.at(step) for step in range(steps)}
+        budgets = {self.config.reducer.budget} | self.config.token_schedule.budgets()
         limits = getattr(self.reducer, "camera_limits", {}).values()
         return {min(k, limit) for k in budgets for limit in (k, *limits)}
 

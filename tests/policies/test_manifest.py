@@ -65,6 +65,7 @@ def test_a_changed_folder_is_refused(folder, change, message):
     "changes",
     [
         {"format_version": 2},
+        {"format_version": True},
         {"format": "adapter"},
         {"base": {"repo_id": "a/b"}},
         {"base": {"repo_id": "../..", "revision": "0" * 40, "sha256": "f" * 64}},
@@ -91,6 +92,8 @@ def test_a_manifest_that_says_something_else_is_refused(folder, changes):
         ("[]", "holds a JSON list, expected an object"),
         ("{", "cannot be read as JSON"),
         ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": [1e999]}', "1e999 is too large"),
+        ('{"a": {"b": 1, "b": 2}}', "'b' is there twice"),
         ("[" * 100_000, "nested deeper"),
         ('{"a":' * 40 + "1" + "}" * 40, "nested deeper"),
         ('"' + "x" * 2**20 + '"', "bytes, expected at most"),
