@@ -11,6 +11,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
+from .checkpoint.atomic import atomic_files
 from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
 from .checkpoint.find import find_checkpoint, policy_type
 from .checkpoint.load import load_checkpoint
@@ -263,10 +264,11 @@ class GridsPolicy(PreTrainedPolicy):
         }
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
+        with atomic_files(save_directory) as folder:
+            super()._save_pretrained(folder, **kwargs)
         # A manifest or an adapter left here would describe older weights.
         for name in (MANIFEST_FILE, ADAPTER_FILE):
             (save_directory / name).unlink(missing_ok=True)
-        super()._save_pretrained(save_directory, **kwargs)
 
     def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: LeRobot's push sends its training configuration, which holds paths of this machine."""

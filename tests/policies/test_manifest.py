@@ -1,15 +1,17 @@
 """A published checkpoint says what it consists of, and is refused when that is not what is there."""
 
+import errno
 import hashlib
 import json
 import shutil
 
 import pytest
+from lerobot.policies.pretrained import PreTrainedPolicy
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.files import read_json
 from lerobot_policy_grids.checkpoint.manifest import Base, read_manifest, verify_manifest, write_manifest
-from lerobot_policy_grids.errors import CheckpointError
+from lerobot_policy_grids.errors import CheckpointError, DiskFullError
 
 BASE = Base("lerobot/smolvla_base", "0" * 40, "f" * 64)
 
@@ -105,7 +107,12 @@ def test_json_from_elsewhere_is_read_with_care(tmp_path, text, message):
         read_json(tmp_path / "config.json")
 
 
-def test_a_policy_is_checked_on_load_and_saved_anew_without_it(grids_checkpoint, tmp_path):
+def full_disk(policy, folder, **options):
+    policy.config.save_pretrained(folder)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_policy_is_checked_on_load_and_saved_anew_without_it(grids_checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "policy"
     shutil.copytree(grids_checkpoint, folder)
     write_manifest(folder)
@@ -115,6 +122,12 @@ def test_a_policy_is_checked_on_load_and_saved_anew_without_it(grids_checkpoint,
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="has SHA-256"):
         GridsPolicy.from_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedPolicy, "_save_pretrained", full_disk)
+        with pytest.raises(DiskFullError, match=f"^{folder} cannot be written"):
+            policy.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     policy.save_pretrained(folder)
     assert not (folder / "grids_manifest.json").exists()
     GridsPolicy.from_pretrained(folder)

@@ -81,7 +81,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     """
     target = folder / "files"
     sweep(target)
-    with _hidden(target, "partial") as partial, naming(partial, folder):
+    with _hidden(target, "partial", folder) as partial, naming(partial, folder):
         partial.mkdir()
         yield partial
         _sync_all(partial)
@@ -151,12 +151,15 @@ def naming(path: Path, shown: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _hidden(target: Path, kind: str) -> Iterator[Path]:
-    """Yield a hidden path beside `target` that nobody else uses, and remove what is there in the end."""
+def _hidden(target: Path, kind: str, shown: Path | None = None) -> Iterator[Path]:
+    """Yield a hidden path beside `target` that nobody else uses, and remove what is there in the end.
+
+    The error of a full disk names `shown`, or `target`.
+    """
     path = target.with_name(f".{target.name}.{next(_numbers)}.{kind}-{os.getpid()}")
     _in_use.add(path)
     # Outside, so that the free space is what is free without the unfinished file.
-    with explaining_a_full_disk(str(target), target.parent):
+    with explaining_a_full_disk(str(shown or target), target.parent):
         try:
             yield path
         finally:
