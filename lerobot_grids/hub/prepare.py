@@ -22,6 +22,7 @@ from lerobot_policy_grids.checkpoint.files import (
 )
 from lerobot_policy_grids.checkpoint.find import require_complete
 from lerobot_policy_grids.checkpoint.manifest import FORMATS, Base, read_manifest, write_manifest
+from lerobot_policy_grids.checkpoint.statistics import check_statistics
 from lerobot_policy_grids.checkpoint.trust import REFUSED
 from lerobot_policy_grids.configuration_grids import GRIDS_TYPE
 from lerobot_policy_grids.errors import CheckpointError, GridsError
@@ -106,6 +107,7 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
     text = _card(source, staging, repo_id, description)
     (staging / CARD_FILE).write_text(text, encoding="utf-8")
     _check_loadable(staging)
+    check_statistics(staging)
     check_outgoing(staging)
 
 
