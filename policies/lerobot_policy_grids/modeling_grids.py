@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
@@ -16,7 +17,7 @@ from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
 from .checkpoint.find import find_checkpoint, policy_type
 from .checkpoint.load import load_checkpoint
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
-from .errors import BudgetError, CheckpointError, GridsError
+from .errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
 from .families import DensePolicy, Seam, get_family
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
@@ -46,6 +47,10 @@ def compress(
         UnsupportedPolicyError: If the policy's type is not supported, or the reducer cannot work in it.
         BudgetError: If the policy has fewer tokens than that.
     """
+    if not isinstance(getattr(policy, "config", None), PreTrainedConfig):
+        raise UnsupportedPolicyError(
+            f"{type(policy).__name__} is not a LeRobot policy with its configuration; give a policy that LeRobot loaded"
+        )
     device = next(policy.parameters()).device
     chosen = reducer_config(reducer) if isinstance(reducer, str) else reducer
     # LeRobot's configurations check that their device exists, and "meta" is not a device that exists.
@@ -77,11 +82,16 @@ class GridsPolicy(PreTrainedPolicy):
     name = GRIDS_TYPE
 
     def __init__(self, config: GridsConfig, *, base: DensePolicy | None = None, **kwargs: Any) -> None:
+        if not isinstance(config, GridsConfig):
+            raise GridsError(
+                f"GridsPolicy takes a GridsConfig, not {type(config).__name__}; wrap a policy in memory with compress()"
+            )
         super().__init__(config)
         self.config: GridsConfig
         config.share_with_base()
         base_config = config.require_base()
         self.family = get_family(base_config.type)
+        _require_cameras(base_config)
         if base is None:
             # Only the base's constructor honours load_vlm_weights.
             base = get_policy_class(base_config.type)(base_config, **kwargs)
@@ -328,6 +338,21 @@ def _finite(action: Any) -> Any:
     if isinstance(values, Tensor) and not values.is_meta and not torch.isfinite(values).all():
         raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
     return action
+
+
+def _require_cameras(config: Any) -> None:
+    cameras = config.image_features
+    if not cameras:
+        raise UnsupportedPolicyError(
+            f"the '{config.type}' policy has no camera in its input_features, and a reducer needs images; train it on "
+            "a dataset that has a camera"
+        )
+    for name, feature in cameras.items():
+        if len(feature.shape) != 3 or min(feature.shape) < 1:
+            raise UnsupportedPolicyError(
+                f"camera '{name}' has shape {tuple(feature.shape)}, expected (channels, height, width); correct "
+                "input_features"
+            )
 
 
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:
