@@ -119,7 +119,7 @@ def explaining_a_full_disk(what: str, where: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(where).free // 2**20
         raise DiskFullError(
-            f"{what} cannot be written: the disk of {where} is full ({free:,} MiB are free) and nothing was changed; "
+            f"{what} cannot be written: the disk of {where} is full ({free:,} MiB free) and nothing was changed; "
             "make room there, then run this again"
         ) from error
 
