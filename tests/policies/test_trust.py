@@ -290,6 +290,8 @@ def test_a_hostile_checkpoint_is_refused(folder, case, recwarn):
             loader(folder)
         assert isinstance(caught.value, CheckpointError)
         assert str(folder) in str(caught.value)
+        # A folder with this manifest is refused however it was downloaded.
+        assert "hf download" not in str(caught.value)
     assert not (folder.parent / "marker").exists()
 
 
