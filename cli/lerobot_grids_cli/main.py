@@ -7,6 +7,8 @@ import signal
 import sys
 from importlib import import_module
 
+from .messages import one_line
+
 # Subcommand -> (module with `main(arguments)`, description).
 COMMANDS = {
     "record": ("record", "record demonstrations of a scripted expert as a LeRobotDataset"),
@@ -40,7 +42,7 @@ def usage() -> str:
 
 def fail(message: str, code: int = 1) -> int:
     """Print an error in one line and return the exit code."""
-    print(f"lerobot-grids: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"lerobot-grids: error: {one_line(message)}", file=sys.stderr)
     return code
 
 

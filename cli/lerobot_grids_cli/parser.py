@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from .messages import one_line
+
 # Use the string under a dataclass field as the help of its option.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -18,8 +20,7 @@ class OneLineErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit."""
-        text = " ".join(message.split())
-        print(f"{self.prog}: error: {text} (see {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 

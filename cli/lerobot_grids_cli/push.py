@@ -62,8 +62,9 @@ def push(
     for name in done.deleted:
         print(f"{'deleted':>15}  {name}")
     total = sum(done.files.values())
-    where = f"would be pushed to {repo}" if done.commit is None else f"pushed to {repo}@{done.commit}"
-    print(f"{total:>15,}  bytes, {done.format} checkpoint, {where}")
+    said = "would be pushed to" if done.commit is None else "unchanged at" if done.unchanged else "pushed to"
+    where = repo if done.commit is None else f"{repo}@{done.commit}"
+    print(f"{total:>15,}  bytes, {done.format} checkpoint, {said} {where}")
     write_json(json, asdict(done))
 
 

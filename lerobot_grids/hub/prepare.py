@@ -22,6 +22,7 @@ from lerobot_policy_grids.checkpoint.files import (
 )
 from lerobot_policy_grids.checkpoint.find import require_complete
 from lerobot_policy_grids.checkpoint.manifest import FORMATS, Base, read_manifest, write_manifest
+from lerobot_policy_grids.checkpoint.statistics import check_statistics
 from lerobot_policy_grids.checkpoint.trust import REFUSED
 from lerobot_policy_grids.configuration_grids import GRIDS_TYPE
 from lerobot_policy_grids.errors import CheckpointError, GridsError
@@ -105,7 +106,8 @@ def prepare(source: Path, staging: Path, repo_id: str, format: Format, descripti
     write_manifest(staging, base)
     text = _card(source, staging, repo_id, description)
     (staging / CARD_FILE).write_text(text, encoding="utf-8")
-    _check_loadable(source, staging)
+    _check_loadable(staging)
+    check_statistics(staging)
     check_outgoing(staging)
 
 
@@ -127,13 +129,12 @@ def _write_format(source: Path, staging: Path, format: Format) -> Base | None:
     return None
 
 
-def _check_loadable(source: Path, staging: Path) -> None:
+def _check_loadable(staging: Path) -> None:
     try:
         check_published(staging)
         check_processors(staging)
     except CheckpointError as error:
-        seen = str(error).removesuffix(REFUSED).replace(str(staging), str(source))
-        raise CheckpointError(f"{seen}others could not load it from the Hub") from error
+        raise CheckpointError(f"{str(error).removesuffix(REFUSED)}others could not load it from the Hub") from error
 
 
 def read_facts(folder: Path, **known: Any) -> PolicyFacts:

@@ -11,7 +11,12 @@ from lerobot_policy_grids.checkpoint.files import CONFIG_FILE, open_tensors, rea
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
-_PATH = re.compile(rb"""(?:^|[\s"'`(=])(/(?:[\w.-]+/)+[\w.-]*|~/[\w.-]+|[A-Za-z]:\\{1,2}\w+)""", re.MULTILINE)
+# A path of this machine, and what may be before it. The two slashes of a URL begin none.
+_PATH = re.compile(
+    rb"""(?:^|[\s"'`(=:,;\[{|>])(file:/+[\w.-]+|/(?:[\w.-]+/)+[\w.-]*|~(?:[A-Za-z_][\w.-]*)?/[\w.-]+"""
+    rb"""|[A-Za-z]:(?:/|\\{1,2})\w+)""",
+    re.MULTILINE,
+)
 
 
 def scrub_config(folder: Path) -> None:

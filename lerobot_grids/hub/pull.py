@@ -14,12 +14,15 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from lerobot_policy_grids.checkpoint import atomic_folder, check_processors, check_published, find_checkpoint
+from lerobot_policy_grids.checkpoint.atomic import naming
 from lerobot_policy_grids.checkpoint.digests import digest_of
-from lerobot_policy_grids.checkpoint.files import CONFIG_FILE, size_limit
-from lerobot_policy_grids.checkpoint.find import require_complete
+from lerobot_policy_grids.checkpoint.files import CONFIG_FILE, open_tensors, size_limit
+from lerobot_policy_grids.checkpoint.find import policy_type, require_complete
 from lerobot_policy_grids.checkpoint.hub_errors import asking_the_hub
 from lerobot_policy_grids.checkpoint.load import fetch_base
 from lerobot_policy_grids.checkpoint.manifest import read_manifest, verify_manifest, write_manifest
+from lerobot_policy_grids.checkpoint.statistics import check_statistics
+from lerobot_policy_grids.configuration_grids import GRIDS_TYPE
 from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
 
 from .formats import write_full
@@ -74,7 +77,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
         cached = Path(
             snapshot_download(repo_id, revision=info.sha, allow_patterns=names or ["-"], force_download=force)
         )
-    with atomic_folder(target, replace=force) as folder:
+    with atomic_folder(target, replace=force) as folder, naming(folder, source):
         for file in files:
             (folder / file.rfilename).parent.mkdir(exist_ok=True)
             shutil.copyfile(cached / file.rfilename, folder / file.rfilename)
@@ -82,6 +85,7 @@ def pull(source: str, target: Path, *, force: bool = False) -> Pulled:
         require_complete(folder)
         check_published(folder)
         check_processors(folder)
+        _check_tensors(folder)
         manifest = verify_manifest(folder)
         if manifest is not None and manifest.base is not None:
             sweep_incomplete(manifest.base.repo_id)
@@ -100,6 +104,15 @@ def _check_download(path: Path, file: Any) -> None:
         raise CheckpointError(
             f"{path.name} has hash {seen}, expected {expected}; damaged in the download, pull it again with --force"
         )
+
+
+def _check_tensors(folder: Path) -> None:
+    """Check the headers of all tensors, and the values of the statistics; loading checks the weights' values."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with open_tensors(path, "its author must push it again") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                file.get_slice(name).get_shape()
+    check_statistics(folder, complete=policy_type(folder) == GRIDS_TYPE)
 
 
 def merge(source: str, target: Path) -> None:

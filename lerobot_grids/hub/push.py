@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,11 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from lerobot_policy_grids.checkpoint import resolve_checkpoint
-from lerobot_policy_grids.checkpoint.atomic import sweep
+from lerobot_policy_grids.checkpoint.atomic import explaining_a_full_disk, naming, sweep
 from lerobot_policy_grids.checkpoint.files import ADAPTER_FILE, CARD_FILE, size_limit
 from lerobot_policy_grids.checkpoint.hub_errors import asking_the_hub
+from lerobot_policy_grids.checkpoint.manifest import read_manifest
 from lerobot_policy_grids.errors import HubError
 
 from .names import parse_repository
@@ -36,6 +39,7 @@ class Pushed:
         deleted: Stale files of an earlier checkpoint that the commit deleted.
         card: Text of README.md.
         commit: Id of the commit; None for a dry run.
+        unchanged: Whether the repository had all of this already, so that there is no new commit.
     """
 
     repo_id: str
@@ -44,6 +48,7 @@ class Pushed:
     deleted: list[str]
     card: str
     commit: str | None = None
+    unchanged: bool = False
 
 
 def check_login(repo_id: str) -> None:
@@ -98,8 +103,30 @@ def push(
         message = f"{pushed.format} checkpoint{step}, lerobot-grids {version('lerobot_policy_grids')}"
         if dry_run:
             return pushed
+        _warn_of_a_private_base(staging, repo_id, private)
         done = commit_folder(staging, repo_id, message, private=private, tag=tag)
-        return replace(pushed, deleted=done.deleted, commit=done.commit)
+        return replace(pushed, deleted=done.deleted, commit=done.commit, unchanged=done.unchanged)
+
+
+def _warn_of_a_private_base(staging: Path, repo_id: str, private: bool) -> None:
+    manifest = read_manifest(staging)
+    if manifest is None or manifest.base is None:
+        return
+    with asking_the_hub(f"{repo_id} cannot be pushed to"):
+        if _is_private(manifest.base.repo_id, False) and not _is_private(repo_id, private):
+            print(
+                f"warning: {repo_id} is public, but its base {manifest.base.repo_id} is private, so others cannot load "
+                "the adapter; push with --private or --format full, or make the base public",
+                file=sys.stderr,
+            )
+
+
+def _is_private(repo_id: str, unknown: bool) -> bool:
+    """Whether a repository is private; `unknown` if the Hub does not say, as for one that does not exist."""
+    try:
+        return bool(HfApi().model_info(repo_id).private)
+    except HfHubHTTPError:
+        return unknown
 
 
 @contextmanager
@@ -107,23 +134,32 @@ def _staging(folder: Path) -> Iterator[Path]:
     """Yield a folder on the checkpoint's disk, so that weights can be hard-linked; remove those of killed pushes."""
     sweep(folder)
     if not os.access(folder.parent, os.W_OK):
-        with TemporaryDirectory() as elsewhere:
+        with TemporaryDirectory() as elsewhere, _copying(folder, Path(elsewhere)):
             yield Path(elsewhere)
         return
     staging = folder.with_name(f".{folder.name}.push.partial-{os.getpid()}")
-    staging.mkdir()
     try:
-        yield staging
+        with _copying(folder, staging):
+            staging.mkdir()
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def _copying(folder: Path, staging: Path) -> Iterator[None]:
+    """Let errors name the checkpoint, and not the copy of it that is prepared for the push."""
+    with explaining_a_full_disk(f"a copy of {folder} for the push", staging.parent), naming(staging, folder):
+        yield
+
+
 @dataclass(frozen=True)
 class Committed:
-    """Id of a commit, and the stale files of an earlier checkpoint that it deleted."""
+    """Id of a commit, the stale files of an earlier checkpoint that it deleted, and whether it was there before."""
 
     commit: str
     deleted: list[str]
+    unchanged: bool
 
 
 def commit_folder(
@@ -160,7 +196,7 @@ def commit_folder(
     if tag is not None:
         with asking_the_hub(f"{repo_id} was pushed as {commit.oid}, but cannot be tagged"):
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    return Committed(str(commit.oid), stale)
+    return Committed(str(commit.oid), stale, commit.oid == info.sha)
 
 
 def _files_in(folder: Path) -> list[str]:

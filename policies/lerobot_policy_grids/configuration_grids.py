@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ REFUSED_PUSH = (
     "LeRobot's own push sends its training configuration, which holds paths of this machine; drop --policy.repo_id, "
     "give --policy.push_to_hub=false, and push with: lerobot-grids push RUN/checkpoints/last/pretrained_model user/name"
 )
+# Types of fields whose wrong values would fail later, and unclearly.
+TYPES: dict[str, Any] = {
+    "base": PreTrainedConfig | None,
+    "reducer": ReducerConfig,
+    "schedule": str,
+    "schedule_steps": int,
+    "version": int,
+}
 # Fields of PreTrainedConfig that wrapper and base must agree on; LeRobot sets them on the wrapper.
 SHARED_FIELDS = ("n_obs_steps", "input_features", "output_features", "device", "use_amp")
 
@@ -87,6 +96,7 @@ class GridsConfig(PreTrainedConfig):
     version: int = 1
 
     def __post_init__(self) -> None:
+        self._check_types()
         base: Any = self.base
         if self.device is None and base is not None:
             self.device: str | None = base.device
@@ -110,6 +120,12 @@ class GridsConfig(PreTrainedConfig):
         _ = self.token_schedule  # refuses what cannot be read
         self.share_with_base()
 
+    def _check_types(self) -> None:
+        for name, kind in TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise GridsError(f"GridsConfig has {name}={value!r}, expected {_described(kind)}; give one")
+
     def set_num_tokens(self, num_tokens: int) -> None:
         """Act with K tokens per camera from now on.
 
@@ -117,6 +133,8 @@ class GridsConfig(PreTrainedConfig):
             BudgetError: If the reducer cannot.
         """
         reducer: Any = self.reducer
+        if not isinstance(num_tokens, Integral):
+            raise BudgetError(f"num_tokens={num_tokens!r} is not a whole number; give 1 or more")
         if reducer.budget == 0:
             raise BudgetError(f"num_tokens={num_tokens}, but reducer '{reducer.type}' keeps none; drop num_tokens")
         reducer.num_tokens = num_tokens
@@ -208,6 +226,10 @@ class GridsConfig(PreTrainedConfig):
         if hasattr(saved, "load_vlm_weights"):
             saved.load_vlm_weights = False
         super(GridsConfig, saved)._save_pretrained(save_directory)
+
+
+def _described(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 _OWN_FIELDS = {f.name for f in fields(GridsConfig)}

@@ -1,5 +1,7 @@
 """Errors a user can act on. Each message says what was seen, what was expected and what to do."""
 
+from collections.abc import Iterator
+
 
 class GridsError(Exception):
     """Base of every error this project raises for a user mistake or a bad file."""
@@ -35,3 +37,14 @@ class OutputExistsError(GridsError):
 
 class HubError(GridsError):
     """The Hub refused something, or cannot be reached."""
+
+
+class DiskFullError(GridsError, OSError):
+    """A file cannot be written, because its disk is full."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it was raised from or while handling, newest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
+from .checkpoint.atomic import atomic_files
 from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
 from .checkpoint.find import find_checkpoint, policy_type
 from .checkpoint.load import load_checkpoint
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
-from .errors import BudgetError, CheckpointError, GridsError
+from .errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
 from .families import DensePolicy, Seam, get_family
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
@@ -23,8 +25,6 @@ from .versions import warn_of_unknown_lerobot
 
 warn_of_unknown_lerobot()
 
-# Draws after which an elastic schedule has shown what it draws.
-MANY_STEPS = 1000
 # Arguments of `from_pretrained` that are meant for the Hub's client.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -47,6 +47,10 @@ def compress(
         UnsupportedPolicyError: If the policy's type is not supported, or the reducer cannot work in it.
         BudgetError: If the policy has fewer tokens than that.
     """
+    if not isinstance(getattr(policy, "config", None), PreTrainedConfig):
+        raise UnsupportedPolicyError(
+            f"{type(policy).__name__} is not a LeRobot policy with its configuration; give a policy that LeRobot loaded"
+        )
     device = next(policy.parameters()).device
     chosen = reducer_config(reducer) if isinstance(reducer, str) else reducer
     # LeRobot's configurations check that their device exists, and "meta" is not a device that exists.
@@ -78,6 +82,10 @@ class GridsPolicy(PreTrainedPolicy):
     name = GRIDS_TYPE
 
     def __init__(self, config: GridsConfig, *, base: DensePolicy | None = None, **kwargs: Any) -> None:
+        if not isinstance(config, GridsConfig):
+            raise GridsError(
+                f"GridsPolicy takes a GridsConfig, not {type(config).__name__}; wrap a policy in memory with compress()"
+            )
         super().__init__(config)
         self.config: GridsConfig
         config.share_with_base()
@@ -144,9 +152,7 @@ class GridsPolicy(PreTrainedPolicy):
         """The budgets that training will ask of a reducer that cannot serve every K."""
         if type(self.reducer).check_budget is Reducer.check_budget:
             return set()
-        # An elastic schedule has no last step.
-        steps = self.config.schedule_steps or MANY_STEPS
-        budgets = {self.config.reducer.budget} | {self.config.token_schedule.at(step) for step in range(steps)}
+        budgets = {self.config.reducer.budget} | self.config.token_schedule.budgets()
         limits = getattr(self.reducer, "camera_limits", {}).values()
         return {min(k, limit) for k in budgets for limit in (k, *limits)}
 
@@ -268,10 +274,11 @@ class GridsPolicy(PreTrainedPolicy):
         }
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
+        with atomic_files(save_directory) as folder:
+            super()._save_pretrained(folder, **kwargs)
         # A manifest or an adapter left here would describe older weights.
         for name in (MANIFEST_FILE, ADAPTER_FILE):
             (save_directory / name).unlink(missing_ok=True)
-        super()._save_pretrained(save_directory, **kwargs)
 
     def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: LeRobot's push sends its training configuration, which holds paths of this machine."""

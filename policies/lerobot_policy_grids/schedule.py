@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from .errors import BudgetError
 
 SCHEDULES = ("constant", "linear", "cosine", "exponential", "steps", "elastic")
+# Steps of the longest run that a schedule describes.
+LONGEST_RUN = 10**9
 GRAMMAR = (
     "constant, linear, cosine, exponential, steps:0=144,500=64,1000=16, elastic, elastic:4,8,16 (one of a set) "
     "or elastic:4-64 (a range)"
@@ -53,6 +55,8 @@ class TokenSchedule:
                 f"a token schedule with warm-up {self.warmup} and settle {self.settle}; give shares of the run, "
                 "at most 1 together"
             )
+        if not 0 <= self.steps <= LONGEST_RUN:
+            raise BudgetError(f"a token schedule over {self.steps} steps; give 0 .. {LONGEST_RUN}")
         budgets = [k for _, k in self._changes] if self.kind == "steps" else self._choices
         wrong = [k for k in budgets if not 1 <= k <= self.start]
         if wrong:
@@ -99,6 +103,27 @@ class TokenSchedule:
         if self.kind == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         return round(self.start + (self.end - self.start) * progress)
+
+    def budgets(self) -> set[int]:
+        """Every K that a run can ask for.
+
+        Raises:
+            BudgetError: If the schedule needs the length of the run and has none.
+        """
+        if self.kind == "constant":
+            return {self.end}
+        if self.kind == "steps":
+            return {k for _, k in self._changes}
+        if self.kind == "elastic":
+            return set(self._choices if self._is_set else range(self._choices[0], self._choices[1] + 1))
+        return self._between(0, max(self.steps - 1, 0))
+
+    def _between(self, first: int, last: int) -> set[int]:
+        """Every K from step `first` to step `last` of a schedule that only goes down."""
+        if self.at(first) == self.at(last):
+            return {self.at(first)}
+        middle = (first + last) // 2
+        return self._between(first, middle) | self._between(middle + 1, last)
 
     def _draw(self, source: random.Random) -> int:
         if self._is_set:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids_cli.main import COMMANDS, main
+from lerobot_grids_cli.main import COMMANDS, fail, main
 
 
 def shell(*arguments, **environment):
@@ -36,6 +36,19 @@ def refused(capsys, *arguments):
     assert len(lines) == 1, captured.err
     assert "Traceback" not in captured.err + captured.out
     return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("two\nlines\r\nof\ttext", "two lines of text"),
+        ("\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b1m \u202egnp", "red ]0;title 1m gnp"),
+        ("x" * 224_000 + "; do this", f"{'x' * 1000} … {'x' * 471}; do this"),
+    ],
+)
+def test_an_error_is_one_plain_line_of_bounded_length(capsys, message, printed):
+    assert fail(message) == 1
+    assert capsys.readouterr().err == f"lerobot-grids: error: {printed}\n"
 
 
 @pytest.mark.parametrize("arguments", [(), *((name,) for name in COMMANDS)], ids=lambda a: " ".join(a) or "top")

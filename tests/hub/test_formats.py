@@ -124,7 +124,7 @@ def test_a_corrupted_base_is_named_with_both_fingerprints(hub, adapter, tmp_path
 def test_a_deleted_base_is_named(hub, adapter, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     del hub.repositories[BASE]
-    with pytest.raises(CheckpointError, match=f"base {BASE}@.* cannot be fetched: it does not exist"):
+    with pytest.raises(CheckpointError, match=f"base {BASE}@.* cannot be fetched: it does not exist.* --format full"):
         GridsPolicy.from_pretrained(adapter)
 
 

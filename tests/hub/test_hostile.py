@@ -3,6 +3,9 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load as read
+from safetensors.torch import save
 
 from lerobot_grids.hub.pull import pull
 from lerobot_grids.hub.push import push
@@ -29,6 +32,32 @@ def test_what_is_too_large_is_not_fetched(hub, trained, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json has 1048577 bytes"):
         pull(REPO, tmp_path / "pulled")
     assert not [request for request in hub.requests if "resolve" in request]
+
+
+POST_STATE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+
+
+def spoilt(value):
+    return lambda data: save({name: torch.full_like(tensor, value) for name, tensor in read(data).items()})
+
+
+@pytest.mark.parametrize("source", ["trained", "dense_checkpoint"])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", lambda data: data[:-100], "model.safetensors cannot be read"),
+        (POST_STATE, lambda data: data[:-1], f"{POST_STATE} cannot be read"),
+        (POST_STATE, spoilt(torch.nan), "of 'action' that is not finite"),
+        (POST_STATE, spoilt(1e30), "of 'action' that is not finite"),
+    ],
+)
+def test_tensors_that_nobody_could_load_are_not_pulled(hub, request, tmp_path, source, name, change, message):
+    folder = request.getfixturevalue(source)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.add(REPO, files | {name: change(files[name])})
+    with pytest.raises(CheckpointError, match=f"^{REPO}/.*{message}"):
+        pull(REPO, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
 
 
 @pytest.mark.parametrize("load", ["pull", "from_pretrained"])

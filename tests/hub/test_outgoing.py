@@ -6,14 +6,17 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from comparing import BASE
+from lerobot_grids.hub import formats
 from lerobot_grids.hub.prepare import Description
+from lerobot_grids.hub.privacy import check_outgoing
 from lerobot_grids.hub.pull import pull
 from lerobot_grids.hub.push import push
 from lerobot_policy_grids import GridsPolicy
-from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.errors import DiskFullError, GridsError
 from loopback_endpoints import TOKEN
 from published import REPO
 
@@ -86,6 +89,17 @@ def test_figures_of_another_policy_alone_are_refused(hub, trained, dense_checkpo
         push(trained, REPO, description=Description((tmp_path / "other.json",)), dry_run=True)
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(hub, trained, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(formats, "save_file", full)
+    with pytest.raises(DiskFullError, match=r"a copy of .*pretrained_model for the push cannot be written: the disk"):
+        push(trained, REPO)
+    assert REPO not in hub.repositories
+    assert [path.name for path in trained.parent.iterdir()] == ["pretrained_model"]
+
+
 def edit(name, **changes):
     def change(folder):
         content = json.loads((folder / name).read_text())
@@ -117,10 +131,54 @@ def described(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"from": "/data/private/run"})
 
 
+def statistics(change):
+    """Change the statistics of the postprocessor."""
+
+    def apply(folder):
+        path = folder / "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return apply
+
+
+old_prefix = statistics(lambda t: {f"so100.buffer.{name}": value for name, value in t.items()})
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["file:///home/x", "dir:/mnt/data", "~me/data", "~/data", "C:\\Users\\me", "C:/Users/me", "x:~/data", "=/a/b"],
+)
+def test_a_path_of_this_machine_is_found_in_any_spelling(tmp_path, path):
+    (tmp_path / "config.json").write_text(json.dumps({"a": path}))
+    with pytest.raises(GridsError, match="a path of this machine"):
+        check_outgoing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "me/data",
+        "https://hub.co/me/data",
+        "hf://me/x/y",
+        r"base\.(?:.*\.layers\.\d+/x)",
+        "29/30/1",
+        "~29/30",
+        "/",
+        "a~/b",
+    ],
+)
+def test_what_only_looks_like_a_path_may_go(tmp_path, text):
+    (tmp_path / "config.json").write_text(json.dumps({"a": text}))
+    (tmp_path / "README.md").write_text(f"{text} [{text}] `{text}`")
+    check_outgoing(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (poison, "holds NaN or infinity"),
+        (old_prefix, "pretrained_model/policy_postprocessor.json: .* has no '.*' of 'action'"),
+        (statistics(lambda t: {name: value * 1e30 for name, value in t.items()}), "of 'action' that is not finite"),
         (linked, "holds links, policy_preprocessor.json"),
         (steps, "names /data/private/run, a path of this machine"),
         (described, "names /data/private/run, a path of this machine"),

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comparing import act, assert_same_bits, state_of
+from comparing import BASE, act, assert_same_bits, state_of
 from lerobot_grids.hub.pull import merge, pull
 from lerobot_grids.hub.push import push
 from lerobot_grids.policies import load
+from lerobot_grids_cli import push as command
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint import digests
 from lerobot_policy_grids.errors import CheckpointError, HubError
@@ -64,11 +65,25 @@ def test_a_second_push_is_one_commit_that_deletes_what_is_stale(hub, trained):
     assert on_hub(hub) == ADAPTER | {"video.mp4", "notes/a.md"}
 
 
-def test_pushing_the_same_again_changes_nothing(hub, trained):
+def test_pushing_the_same_again_changes_nothing(hub, trained, capsys):
     push(trained, REPO)
     before = len(hub.repositories[REPO].commits)
-    push(trained, REPO)
+    assert push(trained, REPO).unchanged
     assert len(hub.repositories[REPO].commits) == before
+    command.push(str(trained), REPO)
+    assert f"unchanged at {REPO}@{hub.repositories[REPO].commits[-1].oid}" in capsys.readouterr().out
+    assert not push(trained, REPO, format="full").unchanged
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden", "warned"),
+    [({}, True, True), ({}, False, False), ({"private": True}, True, False), ({"format": "full"}, True, False)],
+)
+def test_a_public_adapter_of_a_private_base_is_warned_about(hub, trained, capsys, options, hidden, warned):
+    hub.repositories[BASE].private = hidden
+    push(trained, REPO, **options)
+    warning = f"warning: {REPO} is public, but its base {BASE} is private"
+    assert (warning in capsys.readouterr().err) == warned
 
 
 def test_a_dry_run_pushes_nothing(hub, trained):

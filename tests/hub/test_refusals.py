@@ -1,10 +1,16 @@
 """What cannot be pushed or pulled is said in words, and nothing is begun."""
 
+import errno
+import re
+
+import httpx
 import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from lerobot_grids.hub.names import parse_repository
 from lerobot_grids.hub.pull import pull
 from lerobot_grids.hub.push import check_login, push
+from lerobot_policy_grids.checkpoint.hub_errors import explain
 from lerobot_policy_grids.errors import HubError, OutputExistsError
 from loopback_endpoints import READ_TOKEN, TOKEN
 from published import ADAPTER, REPO
@@ -38,8 +44,29 @@ def test_a_push_names_no_revision(hub, trained):
 
 def test_without_a_login_nothing_is_begun(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
-    with pytest.raises(HubError, match="hf auth login"):
+    with pytest.raises(HubError, match="you are not logged in; log in with `hf auth login`"):
         check_login(REPO)
+
+
+def wrapped(error):
+    """As the client raises what happens during an upload."""
+    uploading = RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
+    uploading.__cause__ = error
+    return uploading
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (wrapped(httpx.ReadError("Connection reset by peer")), r"the Hub cannot be reached.* \(Connection reset"),
+        (wrapped(ConnectionResetError(104, "reset")), "the Hub cannot be reached"),
+        (wrapped(LocalTokenNotFoundError("Token is required")), "you are not logged in"),
+        (wrapped(OSError(errno.ENOSPC, "No space left on device")), "the disk of .* is full; make room there"),
+        (wrapped(None), "client failed with RuntimeError"),
+    ],
+)
+def test_the_reason_of_an_error_is_said(error, message):
+    assert re.match(f".*{message}", explain(error))
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,25 @@
 """A folder is whole or absent, and weights fit exactly or are refused."""
 
+import errno
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from lerobot_policy_grids.checkpoint import find
-from lerobot_policy_grids.checkpoint.atomic import atomic_folder
+from lerobot_policy_grids.checkpoint.atomic import atomic_file, atomic_files, atomic_folder
 from lerobot_policy_grids.checkpoint.find import find_checkpoint, provenance, resolve_checkpoint
 from lerobot_policy_grids.checkpoint.weights import load_weights
-from lerobot_policy_grids.errors import CheckpointError, OutputExistsError
+from lerobot_policy_grids.errors import CheckpointError, DiskFullError, OutputExistsError
 
 
 def test_a_finished_folder_appears_whole(tmp_path):
@@ -91,6 +94,63 @@ def test_a_rename_that_fails_loses_nothing(tmp_path, monkeypatch):
         (folder / "new").touch()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+FULL_DISK = [
+    OSError(errno.ENOSPC, "No space left on device", "x"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+]
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("writer", [atomic_file, atomic_files, partial(atomic_folder, replace=True)])
+def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, writer, error):
+    target = tmp_path / "out"
+    if writer is atomic_file:
+        target.write_text("old")
+    else:
+        target.mkdir()
+        (target / "old").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def write():
+        with writer(target) as hidden:
+            (hidden if writer is atomic_file else hidden / "new").write_text("half")
+            raise error
+
+    with pytest.raises(DiskFullError, match=r"out.* cannot be written: the disk .* is full \([\d,]+ MiB .*make room"):
+        write()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_errors_do_not_name_hidden_paths(tmp_path):
+    def write(error):
+        with atomic_folder(tmp_path / "out") as folder:
+            raise error(folder / "config.json")
+
+    for error in (
+        lambda path: CheckpointError(f"{path} is damaged"),
+        lambda path: OSError(errno.EIO, "I/O", str(path)),
+    ):
+        with pytest.raises((CheckpointError, OSError)) as caught:
+            write(error)
+        assert f"{tmp_path}/out/config.json" in str(caught.value)
+        assert "partial" not in str(caught.value)
+
+
+def test_of_two_writers_at_once_the_second_is_refused(tmp_path):
+    def second():
+        with atomic_folder(tmp_path / "out") as slow:
+            (slow / "slow").touch()
+            with atomic_folder(tmp_path / "out") as fast:
+                (fast / "fast").touch()
+
+    with pytest.raises(OutputExistsError, match="already exists"):
+        second()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fast"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])

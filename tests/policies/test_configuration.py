@@ -144,6 +144,13 @@ def test_impossible_budgets(k):
         tiny(num_tokens=5, num_tokens_max=4)
 
 
+@pytest.mark.parametrize("wrong", [{"base": "pi0"}, {"schedule": None}, {"schedule_steps": "9"}, {"version": "1"}])
+def test_a_field_of_a_wrong_type_is_named(wrong):
+    (name,) = wrong
+    with pytest.raises(GridsError, match=f"has {name}=.*, expected "):
+        GridsConfig(**({"base": TinySmolVLAConfig(device="cpu")} | wrong))
+
+
 def test_other_mistakes():
     with pytest.raises(GridsError, match="magic"):
         tiny(reducer="magic")

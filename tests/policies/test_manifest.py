@@ -1,15 +1,17 @@
 """A published checkpoint says what it consists of, and is refused when that is not what is there."""
 
+import errno
 import hashlib
 import json
 import shutil
 
 import pytest
+from lerobot.policies.pretrained import PreTrainedPolicy
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.files import read_json
 from lerobot_policy_grids.checkpoint.manifest import Base, read_manifest, verify_manifest, write_manifest
-from lerobot_policy_grids.errors import CheckpointError
+from lerobot_policy_grids.errors import CheckpointError, DiskFullError
 
 BASE = Base("lerobot/smolvla_base", "0" * 40, "f" * 64)
 
@@ -65,6 +67,7 @@ def test_a_changed_folder_is_refused(folder, change, message):
     "changes",
     [
         {"format_version": 2},
+        {"format_version": True},
         {"format": "adapter"},
         {"base": {"repo_id": "a/b"}},
         {"base": {"repo_id": "../..", "revision": "0" * 40, "sha256": "f" * 64}},
@@ -91,6 +94,8 @@ def test_a_manifest_that_says_something_else_is_refused(folder, changes):
         ("[]", "holds a JSON list, expected an object"),
         ("{", "cannot be read as JSON"),
         ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": [1e999]}', "1e999 is too large"),
+        ('{"a": {"b": 1, "b": 2}}', "'b' is there twice"),
         ("[" * 100_000, "nested deeper"),
         ('{"a":' * 40 + "1" + "}" * 40, "nested deeper"),
         ('"' + "x" * 2**20 + '"', "bytes, expected at most"),
@@ -102,7 +107,12 @@ def test_json_from_elsewhere_is_read_with_care(tmp_path, text, message):
         read_json(tmp_path / "config.json")
 
 
-def test_a_policy_is_checked_on_load_and_saved_anew_without_it(grids_checkpoint, tmp_path):
+def full_disk(policy, folder, **options):
+    policy.config.save_pretrained(folder)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_policy_is_checked_on_load_and_saved_anew_without_it(grids_checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "policy"
     shutil.copytree(grids_checkpoint, folder)
     write_manifest(folder)
@@ -112,6 +122,12 @@ def test_a_policy_is_checked_on_load_and_saved_anew_without_it(grids_checkpoint,
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="has SHA-256"):
         GridsPolicy.from_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedPolicy, "_save_pretrained", full_disk)
+        with pytest.raises(DiskFullError, match=f"^{folder} cannot be written"):
+            policy.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     policy.save_pretrained(folder)
     assert not (folder / "grids_manifest.json").exists()
     GridsPolicy.from_pretrained(folder)

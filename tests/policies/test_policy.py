@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from lerobot_grids.data import load_metadata
-from lerobot_policy_grids import GridsConfig, GridsPolicy, TinySmolVLAConfig
+from lerobot_policy_grids import GridsConfig, GridsPolicy, ReducerConfig, TinySmolVLAConfig, compress
+from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
 
 
@@ -104,6 +106,42 @@ def test_processors_come_from_the_checkpoint_that_was_checked(grids_checkpoint, 
 def test_without_a_base_it_says_what_to_pass():
     with pytest.raises(GridsError, match=r"--policy\.base\.type"):
         GridsPolicy(GridsConfig(device="cpu"))
+
+
+def features_of(inputs):
+    return {name: PolicyFeature(FeatureType[kind], shape) for name, (kind, shape) in inputs.items()}
+
+
+STATE = {"observation.state": ("STATE", (4,))}
+ODD = {
+    "no camera": (STATE, {}, "no camera in its input_features"),
+    "no features": ({}, {}, "no camera in its input_features"),
+    "no size": (STATE | {"observation.image": ("VISUAL", (96,))}, {}, r"shape \(96,\), expected \(3, height"),
+    "depth": (STATE | {"observation.image": ("VISUAL", (1, 96, 96))}, {}, r"shape \(1, 96, 96\), expected \(3"),
+    "no state": ({"observation.image": ("VISUAL", (3, 96, 96))}, {}, "reads 'observation.state', which is not in"),
+    "text for K": (None, {"num_tokens": "16"}, "num_tokens='16' is not a whole number"),
+    "no reducer": (None, {"reducer": None}, "reducer=None, expected ReducerConfig"),
+    "a reducer's class": (None, {"reducer": ReducerConfig}, "expected ReducerConfig"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_policy_or_an_option_that_cannot_work_is_named(case):
+    inputs, options, message = ODD[case]
+    inputs = STATE | {"observation.image": ("VISUAL", (3, 96, 96))} if inputs is None else inputs
+    outputs = features_of({"action": ("ACTION", (4,))})
+    config = TinySmolVLAConfig(device="cpu", input_features=features_of(inputs), output_features=outputs)
+    base = build(config)
+    with pytest.raises(GridsError, match=message):
+        compress(base, **options)
+
+
+@pytest.mark.parametrize("wrong", [None, object(), torch.nn.Linear(2, 2)])
+def test_what_is_no_policy_is_named(wrong):
+    with pytest.raises(GridsError, match=f"{type(wrong).__name__} is not a LeRobot policy"):
+        compress(wrong)
+    with pytest.raises(GridsError, match=f"takes a GridsConfig, not {type(wrong).__name__}"):
+        GridsPolicy(wrong)
 
 
 def test_a_base_can_be_loaded_from_its_checkpoint(dense_checkpoint):

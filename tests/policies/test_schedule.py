@@ -74,6 +74,20 @@ def test_budgets_out_of_reach_are_refused(text):
         TokenSchedule(text, 144, 16)
 
 
+@pytest.mark.parametrize(
+    "text", ["constant", "linear", "cosine", "exponential", "steps:0=144,90=64", "elastic:4,9", "elastic:4-9"]
+)
+def test_all_budgets_of_a_run_are_known_without_running_it(text):
+    budget = TokenSchedule(text, 144, 16, steps=700)
+    assert budget.budgets() == {budget.at(step) for step in range(700)}
+
+
+def test_the_budgets_of_the_longest_run_are_known_at_once():
+    assert TokenSchedule("cosine", 144, 16, steps=10**9).budgets() == set(range(16, 145))
+    with pytest.raises(BudgetError, match=r"over 1000000000000 steps; give 0 \.\. 1000000000"):
+        TokenSchedule("cosine", 144, 16, steps=10**12)
+
+
 def test_a_schedule_without_the_length_of_the_run_says_so_in_training():
     with pytest.raises(BudgetError, match="schedule_steps"):
         TokenSchedule("cosine", 144, 16).at(0)

@@ -22,7 +22,7 @@ from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.find import find_checkpoint, read_config
 from lerobot_policy_grids.checkpoint.manifest import Base, read_manifest, verify_manifest, write_manifest
 from lerobot_policy_grids.checkpoint.save import save_processors
-from lerobot_policy_grids.checkpoint.trust import check_processors, check_published
+from lerobot_policy_grids.checkpoint.trust import bound_of, check_processors, check_published
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.families import families
 from lerobot_policy_grids.processor_grids import make_processors
@@ -180,7 +180,24 @@ HOSTILE = {
     "text for a number": (reducer(num_tokens="16"), "num_tokens='16', expected int"),
     "truth for a number": (base(chunk_size=True), "chunk_size=True, expected int"),
     "a float for a whole number": (reducer(hidden_width=512.0), "hidden_width=512.0, expected int"),
-    # Memory.
+    "text for an optional number": (reducer(num_tokens_max="36"), "num_tokens_max='36', expected int"),
+    "text in a table of numbers": (reducer(camera_tokens={"a": "3"}), "camera_tokens={'a': '3'}, expected dict"),
+    "text in a pair": (base(resize_imgs_with_padding=["96", 96]), "resize_imgs_with_padding=.* expected tuple"),
+    "text in a feature": (
+        partial(edit, "config.json", lambda c: c["input_features"]["observation.image"].update(shape=[3, "96", 96])),
+        "input_features=.* expected dict",
+    ),
+    "truth for an optional number": (config(num_tokens=True), "num_tokens=True, expected int"),
+    "infinity in JSON": (write("config.json", '{"type": "grids", "num_tokens": 1e999}'), "1e999 is too large"),
+    "a key twice": (write("config.json", '{"type": "grids", "type": "pi0"}'), "'type' is there twice"),
+    # Memory and time.
+    "a large image": (base(resize_imgs_with_padding=[6400, 6400]), "resize_imgs_with_padding=6400, expected at most"),
+    "an endless schedule": (
+        config(schedule="linear", schedule_steps=10**12),
+        "schedule_steps=10{12}, expected at",
+    ),
+    "a wide expert": (base(expert_width_multiplier=60000), "expert_width_multiplier=60000, expected at most"),
+    "many layers": (base(num_vlm_layers=5000), "num_vlm_layers=5000, expected at most"),
     "a huge width": (reducer(hidden_width=10**9), "hidden_width=1000000000, expected at most"),
     "a huge dimension": (base(max_state_dim=10**9), "max_state_dim"),
     "a huge image": (
@@ -273,6 +290,8 @@ def test_a_hostile_checkpoint_is_refused(folder, case, recwarn):
             loader(folder)
         assert isinstance(caught.value, CheckpointError)
         assert str(folder) in str(caught.value)
+        # A folder with this manifest is refused however it was downloaded.
+        assert "hf download" not in str(caught.value)
     assert not (folder.parent / "marker").exists()
 
 
@@ -296,6 +315,29 @@ def test_other_files_are_never_opened(folder, name):
     GridsPolicy.from_pretrained(folder)
     load(str(folder))
     assert not (folder.parent / "marker").exists()
+
+
+def test_no_bound_is_below_what_a_family_has():
+    """Twice what the families' own configurations have is allowed."""
+    for kind in families():
+        content = PreTrainedConfig.get_choice_class(kind)().__dict__
+        for name, value in content.items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)):
+                    assert 2 * number <= bound_of(name), (kind, name)
+
+
+@pytest.mark.parametrize("name", ["base_repo_id", "base_revision"])
+def test_an_adapters_configuration_names_the_base_of_its_manifest(folder, name):
+    of_manifest = {"base_repo_id": "a/b", "base_revision": "0" * 40}
+    config(**of_manifest)(folder)
+    (folder / WEIGHTS).rename(folder / "grids_adapter.safetensors")
+    write_manifest(folder, Base("a/b", "0" * 40, "f" * 64))
+    check_published(folder)
+    config(**(of_manifest | {name: {"base_repo_id": "c/d", "base_revision": "1" * 40}[name]}))(folder)
+    write_manifest(folder, Base("a/b", "0" * 40, "f" * 64))
+    with pytest.raises(CheckpointError, match=f"has {name}=.*, expected .* as in grids_manifest.json"):
+        check_published(folder)
 
 
 def test_an_adapters_base_must_be_pinned():

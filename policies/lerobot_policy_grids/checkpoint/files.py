@@ -1,6 +1,7 @@
 """The files that a checkpoint may hold, and safe readers for JSON and tensors from other people."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +100,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; do not use it")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite_number,
+            object_pairs_hook=_without_duplicates,
+        )
     except RecursionError:
         raise CheckpointError(f"{path} is nested deeper than any checkpoint file; do not use it") from None
     except (OSError, ValueError) as error:
@@ -139,6 +145,21 @@ def open_tensors(path: Path, advice: str, shown: str | Path | None = None) -> It
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is too large")
+    return float(text)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of two values, programs disagree about which one counts.
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} is there twice")
+    return content
 
 
 def _depth(value: Any) -> int:

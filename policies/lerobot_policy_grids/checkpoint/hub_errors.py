@@ -4,18 +4,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from ..errors import GridsError, HubError
+from ..errors import GridsError, HubError, causes
+from .atomic import is_full_disk
 
 # The first match is used, because the client's errors inherit from each other.
 _MEANINGS: tuple[tuple[type[BaseException], str], ...] = (
@@ -26,6 +29,7 @@ _MEANINGS: tuple[tuple[type[BaseException], str], ...] = (
     (LocalEntryNotFoundError, "it is not in the cache and the Hub cannot be reached; check the network"),
     (EntryNotFoundError, "the repository lacks that file"),
     (HFValidationError, "that is not the name of a repository; give user/name"),
+    (LocalTokenNotFoundError, "you are not logged in; log in with `hf auth login`"),
 )
 _STATUS = {
     401: "your token is not valid; log in with `hf auth login`",
@@ -49,16 +53,20 @@ def asking_the_hub(what: str) -> Iterator[None]:
 
 def explain(error: BaseException) -> str:
     """One line: what failed, what to do, and the server's own message."""
-    # The client tries its cache before it raises; the cause is the Hub's own error.
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(
-        error.__cause__, (HfHubHTTPError, OfflineModeIsEnabled)
-    ):
-        error = error.__cause__
-    words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"{_meaning(error)} ({words})"
+    # The client wraps some errors, and tries its cache before it raises others: the first that says why is the reason.
+    said = [cause for cause in causes(error) if _meaning(cause) is not None]
+    if len(said) > 1 and isinstance(said[0], LocalEntryNotFoundError):
+        said = said[1:]
+    reason = said[0] if said else error
+    words = next((line.strip() for line in str(reason).splitlines() if line.strip()), type(reason).__name__)
+    unknown = f"the Hub's client failed with {type(reason).__name__}"
+    return f"{_meaning(reason) or unknown} ({words})"
 
 
-def _meaning(error: BaseException) -> str:
+def _meaning(error: BaseException) -> str | None:
+    """What an error of the client means, and what to do; None if it does not say."""
+    if is_full_disk(error):
+        return f"the disk of {constants.HF_HUB_CACHE} is full; make room there, or set HF_HOME to a folder elsewhere"
     for kind, meaning in _MEANINGS:
         if isinstance(error, kind):
             return meaning
@@ -67,4 +75,4 @@ def _meaning(error: BaseException) -> str:
         return _STATUS.get(status, f"the Hub answered {status}; try again later")
     if isinstance(error, (httpx.HTTPError, ConnectionError, TimeoutError)):
         return "the Hub cannot be reached; check the network, then run this again"
-    return f"the Hub's client failed with {type(error).__name__}"
+    return None

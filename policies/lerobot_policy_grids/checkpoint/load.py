@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 
 from ..configuration_grids import GRIDS_TYPE
-from ..errors import CheckpointError
+from ..errors import CheckpointError, causes
 from ..families import families
 from .digests import digest_of
 from .files import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json
 from .hub_errors import explain
 from .manifest import Base, verify_manifest
 from .weights import load_weights
+
+# The Hub's answers for a base that is deleted or hidden.
+GONE = (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError)
+WITHOUT_BASE = (
+    "; an adapter does not work without its base, so whoever has the trained policy or a cached base should push it "
+    "with lerobot-grids push --format full"
+)
 
 
 def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
@@ -116,4 +124,7 @@ def _fetch(repo_id: str, revision: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id, name, revision=revision))
     except Exception as error:  # the Hub client's errors share no base class
-        raise CheckpointError(f"base {repo_id}@{revision} cannot be fetched: {explain(error)}") from error
+        gone = any(isinstance(cause, GONE) for cause in causes(error))
+        raise CheckpointError(
+            f"base {repo_id}@{revision} cannot be fetched: {explain(error)}{WITHOUT_BASE if gone else ''}"
+        ) from error

@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     content = read_json(path)
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version!r}, but this release reads {FORMAT_VERSION}; "
             "upgrade lerobot_policy_grids"

@@ -40,7 +40,7 @@ def find_fault(
             if values is None:
                 return f"has no '{used}' of '{name}', which would stay as it is"
             values = torch.as_tensor(values).float()
-            if not (values.isfinite().all() and values.abs().max() <= LARGEST):
+            if not _plausible(values):
                 return f"has a '{used}' of '{name}' that is not finite, or beyond {LARGEST:.0e}"
             # Images have one value per channel.
             if len(shape) == 1 and values.numel() not in (1, shape[0]):
@@ -48,12 +48,24 @@ def find_fault(
     return None
 
 
-def check_statistics(folder: Path) -> None:
-    """Raise `CheckpointError` unless both processors of a checkpoint can normalise what they are to normalise."""
+def _plausible(values: Tensor) -> bool:
+    return bool(values.isfinite().all() and (values.abs() <= LARGEST).all())
+
+
+def check_statistics(folder: Path, *, complete: bool = True) -> None:
+    """Raise `CheckpointError` unless both processors of a checkpoint can normalise what they are to normalise.
+
+    Args:
+        folder: The checkpoint.
+        complete: Whether no statistics may be missing. A dense policy may lack them: training it makes new ones.
+    """
     for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
         for step in read_json(folder / name).get("steps", []):
             if isinstance(step, dict) and step.get("registry_name") in STEPS:
-                fault = _fault_of(folder, step)
+                try:
+                    fault = _fault_of(folder, step, complete)
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    fault = f"has options that cannot be read ({error!r})"
                 if fault is not None:
                     raise CheckpointError(
                         f"{folder / name}: '{step['registry_name']}' {fault}; use a checkpoint that was trained on "
@@ -61,7 +73,7 @@ def check_statistics(folder: Path) -> None:
                     )
 
 
-def _fault_of(folder: Path, step: dict[str, Any]) -> str | None:
+def _fault_of(folder: Path, step: dict[str, Any], complete: bool) -> str | None:
     config = step.get("config", {})
     features = {
         name: (feature["type"], tuple(feature["shape"])) for name, feature in (config.get("features") or {}).items()
@@ -72,4 +84,14 @@ def _fault_of(folder: Path, step: dict[str, Any]) -> str | None:
             for key in file.keys():  # noqa: SIM118 (no dictionary)
                 name, _, kind = key.rpartition(".")
                 statistics.setdefault(name, {})[kind] = file.get_tensor(key)
-    return find_fault(features, config.get("norm_map") or {}, statistics)
+    return find_fault(features, config.get("norm_map") or {}, statistics) if complete else _wild_value(statistics)
+
+
+def _wild_value(statistics: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """The first fault of a value that some mode uses, of any feature."""
+    used = {kind for kinds in USED.values() for kind in kinds}
+    for name, kinds in statistics.items():
+        for kind in sorted(used & kinds.keys()):
+            if not _plausible(kinds[kind].float()):
+                return f"has a '{kind}' of '{name}' that is not finite, or beyond {LARGEST:.0e}"
+    return None

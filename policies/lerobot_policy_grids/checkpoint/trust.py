@@ -7,7 +7,6 @@ the few repositories that the family takes tokenizers from.
 """
 
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,11 @@ from ..configuration_grids import GRIDS_TYPE
 from ..errors import CheckpointError
 from ..families import Family, families
 from ..reducers import ReducerConfig
+from ..schedule import LONGEST_RUN
+from .field_types import fits, types_of
 from .files import (
     CONFIG_FILE,
+    MANIFEST_FILE,
     POSTPROCESSOR_FILE,
     PREPROCESSOR_FILE,
     STATE_FILE,
@@ -26,7 +28,7 @@ from .files import (
     read_json,
     size_limit,
 )
-from .manifest import COMMIT, REPOSITORY
+from .manifest import COMMIT, REPOSITORY, read_manifest
 
 _NORMALIZER = frozenset({"eps", "features", "norm_map", "normalize_observation_keys"})
 # Processor steps of all families and their options. A family adds its own.
@@ -48,12 +50,53 @@ REQUIRED_OPTIONS = {"action_tokenizer_processor": "action_tokenizer_name", "toke
 # The option that names a step's tokenizer, and the step whose tokenizer may be in the checkpoint.
 TOKENIZER_OPTION, TOKENIZER_STEP = "tokenizer_name", "tokenizer_processor"
 
-# No size, count or width of a supported policy is larger. Step counts of schedules may be.
-LARGEST = 2**16
-SCHEDULES = ("optimizer_", "scheduler_", "schedule_steps")
+# No size, count or width of a supported policy is larger, unless a bound below says so.
+LARGEST = 2**13
+# Fields, and keys inside them, with a bound of their own. A policy within all bounds is built in seconds, and has not
+# many times the memory of a published one.
+BOUNDS: dict[str, float] = {
+    # Pixels of a side.
+    "image_resolution": 2048,
+    "resize_imgs_with_padding": 2048,
+    "input_features": 4096,
+    # Counts.
+    "num_tokens": 4096,
+    "num_tokens_max": 4096,
+    "camera_tokens": 4096,
+    "empty_cameras": 16,
+    "num_image_views": 16,
+    "num_steps": 1000,
+    "num_inference_steps": 1000,
+    "num_denoising_steps": 1000,
+    "num_domains": 128,
+    "len_soft_prompts": 512,
+    # Layers.
+    "num_vlm_layers": 64,
+    "num_expert_layers": 64,
+    "depth": 48,
+    "depths": 32,
+    "encoder_layers": 32,
+    "decoder_layers": 32,
+    # Widths.
+    "expert_width_multiplier": 2,
+    "mlp_ratio": 8,
+    "hidden_size": 2048,
+    "max_state_dim": 512,
+    "max_action_dim": 512,
+    "dim_time": 512,
+    "d_model": 2048,
+    "embed_dim": 4096,
+    "projection_dim": 4096,
+    # Holds numbers of tokens in a vocabulary.
+    "florence_config": 2**16,
+    # Training steps.
+    "schedule_steps": LONGEST_RUN,
+}
+# Rates and step counts of training, which building a policy does not use.
+TRAINING = ("optimizer_", "scheduler_")
 LONGEST_TEXT = 1000
 
-REFUSED = "not loaded; if you trust its author, download it with `hf download` and give the folder"
+REFUSED = "not loaded; use another checkpoint, or ask its author to push it again with `lerobot-grids push`"
 
 
 def check_published(folder: Path) -> None:
@@ -71,6 +114,7 @@ def check_published(folder: Path) -> None:
     content = read_json(path)
     _check_config(path, content)
     if content["type"] == GRIDS_TYPE:
+        _check_base(folder, content)
         check_processors(folder)
 
 
@@ -133,22 +177,37 @@ def _check_config(path: Path, content: dict[str, Any]) -> None:
             raise CheckpointError(f"{path} has {name}={value!r}, expected {pattern.pattern}; {REFUSED}")
 
 
+def _check_base(folder: Path, content: dict[str, Any]) -> None:
+    """An adapter's base is in its configuration, which people read, and in its manifest, which is loaded."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.base is None:
+        return
+    expected = {"base_repo_id": manifest.base.repo_id, "base_revision": manifest.base.revision}
+    for name, value in expected.items():
+        if content.get(name) != value:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} has {name}={content.get(name)!r}, expected {value!r} as in {MANIFEST_FILE}; "
+                f"{REFUSED}"
+            )
+
+
 def _check_fields(path: Path, content: dict[str, Any], kind: type, family: Family) -> None:
     """Check exact types and bounds: draccus reads the text "32" as a number, and has no bounds."""
     if content.get("use_peft"):
         raise CheckpointError(f"{path} has use_peft=true, which makes LeRobot look for another base; {REFUSED}")
-    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    types = types_of(kind)
     unknown = sorted(content.keys() - types.keys() - {"type"})
     if unknown:
         raise CheckpointError(
             f"{path} has fields that type '{content['type']}' does not know, {', '.join(unknown)}; {REFUSED}"
         )
     for name, value in content.items():
-        expected = (int, float) if types.get(name) is float else (types.get(name),)
-        if types.get(name) in (int, float, bool, str) and type(value) not in expected:
-            raise CheckpointError(f"{path} has {name}={value!r}, expected {types[name].__name__}; {REFUSED}")
-        if name not in ("base", "reducer"):
-            _check_value(path, name, value, family)
+        if name in ("type", "base", "reducer"):
+            continue
+        if not fits(value, types[name]):
+            expected = types[name].__name__ if isinstance(types[name], type) else types[name]
+            raise CheckpointError(f"{path} has {name}={value!r}, expected {expected}; {REFUSED}")
+        _check_value(path, name, value, family)
 
 
 def _check_value(path: Path, name: str, value: Any, family: Family) -> None:
@@ -160,14 +219,19 @@ def _check_value(path: Path, name: str, value: Any, family: Family) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             _check_value(path, name, key, family)
-            _check_value(path, name, item, family)
+            _check_value(path, key if key in BOUNDS else name, item, family)
     elif isinstance(value, list):
         for item in value:
             _check_value(path, name, item, family)
     elif isinstance(value, str) and len(value) > LONGEST_TEXT:
         raise CheckpointError(f"{path} has {len(value)} characters in {name}, expected {LONGEST_TEXT}; {REFUSED}")
-    elif isinstance(value, (int, float)) and abs(value) > LARGEST and not name.startswith(SCHEDULES):
-        raise CheckpointError(f"{path} has {name}={value}, expected at most {LARGEST}; {REFUSED}")
+    elif isinstance(value, (int, float)) and abs(value) > bound_of(name):
+        raise CheckpointError(f"{path} has {name}={value}, expected at most {bound_of(name)}; {REFUSED}")
+
+
+def bound_of(name: str) -> float:
+    """Largest number in a field or an option, positive or negative."""
+    return LONGEST_RUN if name.startswith(TRAINING) else BOUNDS.get(name, LARGEST)
 
 
 def _check_processor(folder: Path, path: Path, family: Family) -> None:

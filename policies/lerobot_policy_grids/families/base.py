@@ -183,17 +183,9 @@ class Family(ABC):
         """
 
     def cameras(self, policy: DensePolicy) -> dict[str, Region]:
-        """The cameras that may send images, and where the image of each lies in what the vision tower sees.
-
-        Raises:
-            UnsupportedPolicyError: If there are none.
-        """
+        """The cameras that may send images, and where the image of each lies in what the vision tower sees."""
         # LeRobot adds `empty_cameras` to a policy that was trained with more cameras; they never send an image.
         shapes = {k: f.shape for k, f in policy.config.image_features.items() if EMPTY_CAMERA not in k}
-        if not shapes:
-            raise UnsupportedPolicyError(
-                "the policy has no camera, so it has no visual tokens to reduce; give its configuration image features"
-            )
         return {key: self.image_region(policy, *image_size(shape)) for key, shape in shapes.items()}
 
     def require_inputs(self, inputs: Mapping[str, Any] | None) -> None:
@@ -203,15 +195,26 @@ class Family(ABC):
             inputs: LeRobot's input features.
 
         Raises:
-            UnsupportedPolicyError: If the robot's state is missing where it is read, or a camera has no colours.
+            UnsupportedPolicyError: If there is no camera, one has no colours, or the state is missing where it is read.
         """
-        if self.reads_state and inputs and OBS_STATE not in inputs:
-            raise UnsupportedPolicyError(f"a '{self.policy_type}' policy reads '{OBS_STATE}', which is not there")
-        for name, feature in (inputs or {}).items():
-            if feature.type is FeatureType.VISUAL and 3 not in (feature.shape[0], feature.shape[-1]):
+        inputs = inputs or {}
+        cameras = {name: tuple(f.shape) for name, f in inputs.items() if f.type is FeatureType.VISUAL}
+        if not cameras:
+            raise UnsupportedPolicyError(
+                f"the '{self.policy_type}' policy has no camera in its input_features, and a reducer needs images; "
+                "train it on a dataset that has a camera"
+            )
+        for name, shape in cameras.items():
+            if len(shape) != 3 or min(shape) < 1 or 3 not in (shape[0], shape[-1]):
                 raise UnsupportedPolicyError(
-                    f"camera '{name}' has images of shape {tuple(feature.shape)}, expected 3 colours; leave it out"
+                    f"camera '{name}' has shape {shape}, expected (3, height, width); correct input_features, or leave "
+                    "that camera out"
                 )
+        if self.reads_state and OBS_STATE not in inputs:
+            raise UnsupportedPolicyError(
+                f"a '{self.policy_type}' policy reads '{OBS_STATE}', which is not in its input_features; train it on a "
+                "dataset that has the robot's state"
+            )
 
     # Optional abilities.
 

@@ -1,0 +1,14 @@
+"""Error messages as the terminal shows them."""
+
+import re
+
+# Characters of the longest message: its start says what was seen, its end what to do.
+START, END = 1000, 480
+_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks and control characters; the middle of a long one is left out."""
+    plain = "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", message))
+    text = " ".join(plain.split())
+    return text if len(text) <= START + END else f"{text[:START]} … {text[-END:]}"
