@@ -67,7 +67,7 @@ def start(
     refuse_errors(findings)
     config.validate_features()
     if gradient_checkpointing:
-        if not hasattr(config, "gradient_checkpointing"):
+        if not hasattr(base_config(config), "gradient_checkpointing"):
             raise GridsError(f"LeRobot's '{base_config(config).type}' has no gradient checkpointing; drop that option")
         config.gradient_checkpointing = True
     statistics = rename_stats(meta.stats, rename_map or {})

@@ -11,6 +11,7 @@ import lerobot.policies  # noqa: F401  (registers the built-in policy types)
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 
+from .base_options import add_base_options, base_options, hand_to_base, hide_from_instances, take_defaults_from
 from .errors import BudgetError, CheckpointError, GridsError
 from .reducers import ReducerConfig, reducer_config
 from .schedule import GRAMMAR, TokenSchedule
@@ -61,11 +62,12 @@ BasePolicyChoice.register(PreTrainedConfig)
 
 @PreTrainedConfig.register_subclass(GRIDS_TYPE)
 @dataclass
+@add_base_options
 class GridsConfig(PreTrainedConfig):
     """Configuration of a grids policy.
 
     Whatever a LeRobot command reads or sets here that is not a field below (dtype, rtc_config, chunk_size,
-    use_relative_actions, ...) is the base policy's.
+    use_relative_actions, ...) is the base policy's. On a command line and in the constructor, too: `base_options`.
     """
 
     base: BasePolicyChoice | None = field(
@@ -98,8 +100,14 @@ class GridsConfig(PreTrainedConfig):
     def __post_init__(self) -> None:
         self._check_types()
         base: Any = self.base
-        if self.device is None and base is not None:
-            self.device: str | None = base.device
+        given = {name: value for name in BASE_OPTIONS if (value := self.__dict__.pop(name, None)) is not None}
+        if base is not None:
+            self._take_what_the_weights_need(base)
+            hand_to_base(base, given)
+            if self.device is None:
+                self.device: str | None = base.device
+        elif given:
+            raise GridsError(f"{', '.join(given)} of policy type 'grids' without a base; give --policy.base.type=NAME")
         super().__post_init__()
         if self.version != 1:
             raise CheckpointError(
@@ -118,7 +126,20 @@ class GridsConfig(PreTrainedConfig):
                 f"reducer '{self.reducer.type}' keeps the position ids of the tokens that it keeps; drop position_ids"
             )
         _ = self.token_schedule  # refuses what cannot be read
+        self.__dict__["_is_complete"] = True
         self.share_with_base()
+
+    @staticmethod
+    def _take_what_the_weights_need(base: Any) -> None:
+        """The options with which the weights in `base.pretrained_path` were trained."""
+        path = base.pretrained_path
+        if path is None:
+            return
+        try:
+            trained = PreTrainedConfig.from_pretrained(path, revision=base.pretrained_revision)
+        except Exception:  # whoever needs the weights says why they cannot be had; a complete checkpoint does not
+            return
+        take_defaults_from(base, trained)
 
     def _check_types(self) -> None:
         for name, kind in TYPES.items():
@@ -210,7 +231,10 @@ class GridsConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
-        if base is not None and name not in _OWN_FIELDS and hasattr(base, name):
+        if name in BASE_OPTIONS and "_is_complete" not in self.__dict__:
+            # Of the constructor: `__post_init__` hands it on.
+            self.__dict__[name] = value
+        elif base is not None and name not in _OWN_FIELDS and hasattr(base, name):
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)
@@ -232,7 +256,9 @@ def _described(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
-_OWN_FIELDS = {f.name for f in fields(GridsConfig)}
+BASE_OPTIONS = frozenset(base_options()) & {f.name for f in fields(GridsConfig)}
+_OWN_FIELDS = {f.name for f in fields(GridsConfig)} - BASE_OPTIONS
+hide_from_instances(GridsConfig, BASE_OPTIONS)
 
 
 def base_config(config: Any) -> Any:

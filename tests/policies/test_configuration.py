@@ -1,7 +1,8 @@
 """GridsConfig: what LeRobot reads and sets on it reaches the base, and back."""
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 
 import draccus
 import pytest
@@ -166,3 +167,40 @@ def test_other_mistakes():
         tiny(version=2)
     with pytest.raises(GridsError, match=r"--policy\.base\.type"):
         GridsConfig().require_base()
+
+
+def test_options_of_the_base_are_options_of_the_wrapper(grids_checkpoint, tmp_path):
+    """lerobot-eval --policy.path=... --policy.n_action_steps=1"""
+    config = PreTrainedConfig.from_pretrained(grids_checkpoint, cli_overrides=["--n_action_steps=1", "--num_steps=3"])
+    assert (config.base.n_action_steps, config.base.num_steps, config.n_action_steps) == (1, 3, 1)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "n_action_steps" not in saved
+    assert saved["base"]["n_action_steps"] == 1
+    assert "n_action_steps" not in asdict(config)
+    assert replace(config, schedule="elastic").n_action_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--num_inference_steps=3", "a 'tiny_smolvla' policy has no option num_inference_steps"),
+        ("--n_action_steps=99", "cannot have .*'n_action_steps': 99"),
+    ],
+)
+def test_options_that_the_base_cannot_have(grids_checkpoint, option, message):
+    with pytest.raises(GridsError, match=message):
+        PreTrainedConfig.from_pretrained(grids_checkpoint, cli_overrides=[option])
+
+
+def test_the_options_that_weights_were_trained_with_come_with_them(dense_checkpoint, tmp_path):
+    """lerobot-train --policy.type=grids --policy.base.pretrained_path=..."""
+    folder = tmp_path / "base"
+    shutil.copytree(dense_checkpoint, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"chunk_size": 4, "n_action_steps": 4}))
+    config = GridsConfig(base=TinySmolVLAConfig(device="cpu", pretrained_path=folder, num_steps=7))
+    assert (config.base.chunk_size, config.base.n_action_steps, config.base.num_steps) == (4, 4, 7)
+    shutil.rmtree(folder)
+    # A complete checkpoint does not need them; who does says so.
+    assert GridsConfig(base=TinySmolVLAConfig(device="cpu", pretrained_path=folder)).chunk_size == 16
