@@ -82,6 +82,13 @@ class FitCLI(LightningCLI):
             raise GridsError(
                 f"--trainer.max_epochs {options.trainer.max_epochs}: a run has steps and no epochs; give --steps"
             )
+        require_at_least(1, **{"trainer.accumulate_grad_batches": options.trainer.accumulate_grad_batches})
+        precision = str(options.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise GridsError(
+                f"--trainer.precision {precision} would change the type of every weight, and policies keep some in "
+                "float32; give bf16-mixed"
+            )
         # FrameOrder distributes each batch over the processes.
         options.trainer.use_distributed_sampler = False
         if options.trainer.strategy == "ddp":
@@ -104,7 +111,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         options = self.config_init
         every = options.save_every
-        callbacks = [*(options.trainer.callbacks or []), Speed()]
+        callbacks = [*_as_list(options.trainer.callbacks), Speed()]
         if options.ema is not None:
             callbacks.append(TrainedWeightsAverage(options.ema))
         # After the averaging callback, so that it saves the average of the same step.
@@ -125,7 +132,22 @@ class FitCLI(LightningCLI):
             kwargs["precision"] = "bf16-mixed"
         # RunCheckpoint replaces Lightning's own checkpoints.
         kwargs |= {"enable_checkpointing": False, "default_root_dir": self.output}
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            for logger in _as_list(options.trainer.logger):
+                # Starts it, so that a missing login is said before anything is written.
+                _ = getattr(logger, "experiment", None)
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # of options that do not exist or exclude each other, and of loggers
+            raise GridsError(f"the options of the trainer cannot be used: {error} (from Lightning)") from error
+
+
+def _as_list(given: Any) -> list[Any]:
+    """One of something, several or none, as Lightning's options may be."""
+    if given in (None, True, False):
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def check_push(options: Any) -> None:
@@ -263,7 +285,10 @@ def _run(arguments: list[str]) -> None:
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     if "val/loss" in metrics:
         print(f"validation loss {metrics['val/loss']:.4f}")
-    print(f"saved {cli.output}/pretrained_model\nnext: lerobot-grids eval --policy {cli.output}")
+    print(
+        f"saved {cli.output}/pretrained_model, for LeRobot's commands: --policy.path={cli.output}/pretrained_model\n"
+        f"next: lerobot-grids eval --policy {cli.output}"
+    )
     if cli.config.push is not None:
         _push(cli)
 
@@ -276,7 +301,8 @@ def _push(cli: FitCLI) -> None:
         raise GridsError(
             f"{error}; the policy is saved, push it with lerobot-grids push {cli.output} {options.push}"
         ) from error
-    print(f"pushed {pushed.format} checkpoint to {options.push}@{pushed.commit}")
+    done = "is unchanged on the Hub:" if pushed.unchanged else "pushed to"
+    print(f"{pushed.format} checkpoint {done} {options.push}@{pushed.commit}")
 
 
 def _parse(arguments: list[str]) -> FitCLI:

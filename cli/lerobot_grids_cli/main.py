@@ -3,11 +3,12 @@
 Large packages are imported only when a subcommand needs them, so `--help` is fast.
 """
 
+import logging
 import signal
 import sys
 from importlib import import_module
 
-from .messages import one_line
+from .messages import fail
 
 # Subcommand -> (module with `main(arguments)`, description).
 COMMANDS = {
@@ -40,12 +41,6 @@ def usage() -> str:
     )
 
 
-def fail(message: str, code: int = 1) -> int:
-    """Print an error in one line and return the exit code."""
-    print(f"lerobot-grids: error: {one_line(message)}", file=sys.stderr)
-    return code
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand.
 
@@ -68,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return fail(f"'{name}' is not a command; choose one of {', '.join(COMMANDS)}", 2)
+    # LeRobot logs dozens of lines where torchcodec finds no FFmpeg, also for data without videos.
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
     module = import_module(f".{COMMANDS[name][0]}", __package__)
     # Raise an exception, so that unfinished files are removed as after Ctrl-C. Lightning sets its own handler.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

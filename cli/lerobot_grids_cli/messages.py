@@ -1,6 +1,7 @@
 """Error messages as the terminal shows them."""
 
 import re
+import sys
 
 # Characters of the longest message: its start says what was seen, its end what to do.
 START, END = 1000, 480
@@ -12,3 +13,9 @@ def one_line(message: str) -> str:
     plain = "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", message))
     text = " ".join(plain.split())
     return text if len(text) <= START + END else f"{text[:START]} … {text[-END:]}"
+
+
+def fail(message: str, code: int = 1) -> int:
+    """Print an error in one line and return the exit code."""
+    print(f"lerobot-grids: error: {one_line(message)}", file=sys.stderr)
+    return code

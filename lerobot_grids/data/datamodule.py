@@ -15,7 +15,7 @@ from ..preflight.features import read_features
 from ..preflight.values import check_values, data_files
 from .frame_cache import FrameCache, fits_in_memory
 from .frame_order import FrameOrder
-from .frames import Frames, open_dataset, read_columns
+from .frames import Frames, check_decoder, open_dataset, read_columns
 from .metadata import load_metadata
 
 
@@ -93,7 +93,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
         if not self._checked:
             findings = check_values(self.meta, self.features, self.episodes, self.tolerance_s)
             refuse_errors(findings)
-            self.findings += findings
+            self.findings += [*findings, *check_decoder(self.meta, self.video_backend)]
         self._checked = True
 
     @property

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch.utils.data import Dataset
 
 from lerobot_policy_grids.errors import DatasetError
 
+from ..preflight import Finding
 from ..preflight.features import DatasetFeatures, is_foreign
+from ..preflight.findings import warning
 from .metadata import POSITIONS
 
 # Of every LeRobotDataset.
@@ -71,6 +74,14 @@ def default_video_backend() -> str:
     finally:
         logger.setLevel(before)
     return backend
+
+
+def check_decoder(meta: LeRobotDatasetMetadata, video_backend: str | None) -> list[Finding]:
+    """Warn if the faster decoder of videos is installed and does not work."""
+    if not meta.video_keys or video_backend or not find_spec("torchcodec") or default_video_backend() == "torchcodec":
+        return []
+    line = "torchcodec cannot be loaded, mostly for want of FFmpeg's libraries; videos are decoded by pyav, slower"
+    return [warning(line)]
 
 
 def read_columns(features: DatasetFeatures, config: PreTrainedConfig) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What a command line calls a policy, a budget or a device."""
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,8 @@ from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, find_checkpoint, 
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import families, get_family
+
+from ..budgets import budget_fault
 
 Tokens = int | Literal["dense"]
 
@@ -21,13 +22,10 @@ def parse_tokens(tokens: str | int) -> Tokens:
         BudgetError: If it is neither.
     """
     text = str(tokens).strip()
-    if text == "dense":
-        return "dense"
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise BudgetError(
-            f"--tokens {text} is no token budget; give visual tokens per camera, such as 16, or 'dense' for all of them"
-        )
-    return int(text)
+    fault = budget_fault(text)
+    if fault is not None:
+        raise BudgetError(fault)
+    return "dense" if text == "dense" else int(text)
 
 
 def sources() -> dict[str, str | Path | None]:

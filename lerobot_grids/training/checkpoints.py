@@ -9,10 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, atomic_folder
+from lerobot_policy_grids.checkpoint.files import WEIGHTS_FILE, open_tensors
 
 from ..hub.prepare import Description
 from ..hub.push import push
 from .averaging import TrainedWeightsAverage
+from .finite import require_finite_weights
 from .lora import state_with_lora_added
 from .state import STATE_FILES, AtomicCheckpointIO
 
@@ -60,6 +62,7 @@ class RunCheckpoint(Callback):
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.global_step == self._saved_at:
             return
+        require_finite_weights(pl_module.named_parameters(), trainer.global_step)
         self._saved_at = trainer.global_step
         # All processes must call this, because a sharded strategy gathers its state here.
         trainer.save_checkpoint(self.state)
@@ -70,6 +73,14 @@ class RunCheckpoint(Callback):
                 policy = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
                 with atomic_folder(self.folder, replace=True) as folder:
                     pl_module.loaded.save(folder, state_with_lora_added(pl_module.policy, policy))
+                    _read_back(folder / WEIGHTS_FILE)
+
+
+def _read_back(path: Path) -> None:
+    """Raise `CheckpointError` unless every tensor of a weights file can be read, before it replaces the last one."""
+    with open_tensors(path, "the last checkpoint is kept; continue with --resume") as file:
+        for name in file.keys():  # noqa: SIM118 (no dictionary)
+            file.get_tensor(name)
 
 
 class PushCheckpoint(Callback):
@@ -113,4 +124,5 @@ class PushCheckpoint(Callback):
                 file=sys.stderr,
             )
         else:
-            print(f"pushed step {step} to {self.repo_id}@{pushed.commit}")
+            done = f"step {step} changed nothing:" if pushed.unchanged else f"pushed step {step} to"
+            print(f"{done} {self.repo_id}@{pushed.commit}")

@@ -38,6 +38,23 @@ def require_finite_loss(loss: Tensor, batch: Mapping[str, Any], step: int) -> No
     )
 
 
+def require_finite_weights(parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
+    """Check the trained weights before they are saved, because they would replace the last good ones.
+
+    Raises:
+        GridsError: If a weight is not finite; the parameter is named.
+    """
+    trained = {name: parameter.data for name, parameter in parameters if parameter.requires_grad}
+    finite = [torch.isfinite(value).all() for value in trained.values()]
+    if not finite or torch.stack(finite).all():
+        return
+    name = next(name for name, good in zip(trained, finite, strict=True) if not good)
+    raise GridsError(
+        f"step {step}: the weight '{name}' is not finite, so it is not saved; continue from the last checkpoint with a "
+        "lower --model.lr"
+    )
+
+
 def require_finite_gradients(parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
     """Check the gradients before an optimiser step.
 

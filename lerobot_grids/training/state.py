@@ -28,6 +28,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_file(path) as partial:
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
+            if not is_whole(partial):
+                raise CheckpointError(
+                    f"{path} cannot be read back after it was written; the last training state is kept, check the disk"
+                )
             if path.exists():
                 path.replace(path.with_name(Path(STATE_FILES[1]).name))
 

@@ -4,9 +4,13 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
+from .checkpoint.statistics import find_fault
 from .configuration_grids import GridsConfig, base_config
+from .errors import DatasetError
 
 Statistics = dict[str, dict[str, Tensor]]
 
@@ -23,9 +27,30 @@ def make_grids_pre_post_processors(
 
     Returns:
         (pre-processor, post-processor).
+
+    Raises:
+        DatasetError: If statistics are given, and state or action would not be normalised by them.
     """
     config.share_with_base()
-    return make_processors(config, dataset_stats, dataset_meta)
+    processors = make_processors(config, dataset_stats, dataset_meta)
+    faults = [] if dataset_stats is None else normalisation_faults(*processors)
+    if faults:
+        raise DatasetError(f"the dataset's statistics: normalisation {faults[0]}; rename or compute them")
+    return processors
+
+
+def normalisation_faults(*pipelines: Any) -> list[str]:
+    """What a pre- and a post-processor would leave as it is of state and action, or turn into nonsense."""
+    faults = []
+    for step in (step for pipeline in pipelines for step in pipeline.steps):
+        if isinstance(step, (NormalizerProcessorStep, UnnormalizerProcessorStep)):
+            read = {name: feature for name, feature in step.features.items() if name in (OBS_STATE, ACTION)}
+            features = {name: (feature.type.value, tuple(feature.shape)) for name, feature in read.items()}
+            modes = {kind.value: mode.value for kind, mode in step.norm_map.items()}
+            fault = find_fault(features, modes, step.stats or {})
+            if fault is not None and fault not in faults:
+                faults.append(fault)
+    return faults
 
 
 def make_processors(

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids_cli.main import COMMANDS, fail, main
+from lerobot_grids_cli.main import COMMANDS, main
+from lerobot_grids_cli.messages import fail
 
 
 def shell(*arguments, **environment):

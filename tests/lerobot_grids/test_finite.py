@@ -8,7 +8,7 @@ from torch import nn
 
 from lerobot_grids.data import datamodule
 from lerobot_grids.policies import load
-from lerobot_grids.training.finite import require_finite_gradients, require_finite_loss
+from lerobot_grids.training.finite import require_finite_gradients, require_finite_loss, require_finite_weights
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids.errors import DatasetError, GridsError
 from recordings import dataset_of
@@ -41,6 +41,16 @@ def test_the_gradient_is_named():
     layer.bias.grad[1] = torch.nan
     with pytest.raises(GridsError, match="step 7: the gradient of 'bias' is not finite"):
         require_finite_gradients(layer.named_parameters(), 7)
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    layer = nn.Linear(3, 2)
+    require_finite_weights(layer.named_parameters(), 7)
+    layer.weight.data[1, 1] = torch.inf
+    with pytest.raises(GridsError, match="step 7: the weight 'weight' is not finite, so it is not saved"):
+        require_finite_weights(layer.named_parameters(), 7)
+    layer.weight.requires_grad_(False)
+    require_finite_weights(layer.named_parameters(), 7)
 
 
 def test_a_nan_in_the_data_stops_the_run_and_keeps_the_last_good_policy(tmp_path, capsys, monkeypatch):

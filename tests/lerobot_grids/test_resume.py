@@ -263,3 +263,19 @@ def test_an_order_goes_on_where_it_is_told():
     begun, resumed = iter(FrameOrder(50, 4)), iter(FrameOrder(50, 4, first_batch=lambda: 30))
     batches = [next(begun) for _ in range(40)]
     assert [next(resumed) for _ in range(10)] == batches[30:]
+
+
+def test_a_state_that_cannot_be_read_back_does_not_replace_the_last_one(tmp_path, monkeypatch):
+    path = tmp_path / STATE_FILES[0]
+    AtomicCheckpointIO().save_checkpoint({"global_step": 1}, path)
+    whole = torch.save
+
+    def torn(content, file):
+        whole(content, file)
+        file.truncate(file.tell() // 2)
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(CheckpointError, match="cannot be read back"):
+        AtomicCheckpointIO().save_checkpoint({"global_step": 2}, path)
+    assert torch.load(path, weights_only=True)["global_step"] == 1
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
