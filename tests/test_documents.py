@@ -55,7 +55,15 @@ LEROBOT = {
 # Scripts of benchmarks whose command line is the signature of `main`.
 SIGNATURES = ("training_cost", "adapter_size")
 # Options of other programs that documents name in passing.
-FOREIGN = {"--print_config", "--help_all", "--help", "--config", "--save_checkpoint_to_hub"}
+FOREIGN = {
+    "--operation.type",
+    "--operation.episode_indices",
+    "--print_config",
+    "--help_all",
+    "--help",
+    "--config",
+    "--save_checkpoint_to_hub",
+}
 
 
 @dataclass(frozen=True)
