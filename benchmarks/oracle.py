@@ -21,7 +21,7 @@ from lerobot_grids.simulation.camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA
 from lerobot_grids.simulation.metaworld import GOAL_POSITION, OBJECT_POSITION, MetaworldEnv
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids_cli.main import main
-from lerobot_policy_grids.reducers.grid_sampler import GridSampler
+from lerobot_policy_grids.reducers.mean_sampler import MeanSampler
 
 
 def project(points: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def install(oracle: Oracle) -> None:
         oracle.task = self.task
         return observe(self, raw_obs)
 
-    def predict(self: GridSampler, feature_map: Tensor, context: Any, k: int) -> tuple[Tensor, Tensor]:
+    def predict(self: MeanSampler, feature_map: Tensor, context: Any, k: int, region: Any) -> tuple[Tensor, Tensor]:
         if oracle.environments:
             oracle.look(len(feature_map))
         assert oracle.points is not None, "the oracle knows MetaWorld's positions only"
@@ -80,7 +80,7 @@ def install(oracle: Oracle) -> None:
     GridsModule._prepare = prepare_told  # type: ignore[method-assign]
     MetaworldEnv.__init__ = make_known  # type: ignore[method-assign]
     MetaworldEnv._format_raw_obs = observe_known  # type: ignore[method-assign]
-    GridSampler._predict = predict  # type: ignore[method-assign]
+    MeanSampler._predict = predict  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 from lerobot_policy_grids.reducers.base import Sampled
-from lerobot_policy_grids.reducers.grid_sampler import GridSampler
 
 
 class CoordinateStatistics(Metric):
@@ -65,7 +65,7 @@ class CoordinateStatistics(Metric):
         self.moves[: cells.shape[1]] += torch.cat([moved, moved.square(), torch.ones_like(moved[..., :1])], -1).sum(0)
         self.images += len(coordinates)
 
-    def count(self, reducer: GridSampler, inputs: Any, sampled: Sampled) -> None:
+    def count(self, reducer: AnchoredSampler, inputs: Any, sampled: Sampled) -> None:
         """Update from what a sampler returns: a forward hook of it."""
         camera = inputs[3] if len(inputs) > 3 else 0
         self.update(sampled.coordinates.detach(), reducer.anchors(sampled.coordinates.shape[1], camera))

@@ -25,7 +25,7 @@ class FitOptions:
     """Visual tokens per camera, or 'dense' to train with all tokens. Defaults to 16, or to the checkpoint's number."""
     reducer: str | dict[str, Any] | None = None
     """How tokens are reduced: grids (the default), a baseline such as pool, uniform or tome, or blind for no visual
-    tokens. With options: --reducer.type grids --reducer.condition_on '[image]'."""
+    tokens. With options: --reducer.type grids --reducer.condition_on '[language]'."""
     resolution: int | None = None
     """Side in pixels of the square to which images are resized; smaller images give fewer tokens."""
     schedule: str = "constant"

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.files import OPTIONS_FILE
 from lerobot_policy_grids.errors import BudgetError, GridsError
-from lerobot_policy_grids.reducers.grid_sampler import GridSampler
+from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 
 from ..console import write_json
 from ..coordinates import CoordinateStatistics
@@ -43,7 +43,7 @@ class BudgetResult:
         teacher_distance: Root mean squared distance of its normalised action chunks to the teacher's, from the same
             noise; None without a teacher.
         teacher_distance_by_action: The same distance per action dimension, in the dataset's units.
-        coordinates: `CoordinateStatistics` of a `GridSampler`; empty for other reducers.
+        coordinates: `CoordinateStatistics` of a `AnchoredSampler`; empty for other reducers.
     """
 
     num_tokens: int | None
@@ -111,7 +111,7 @@ class _Measures:
         self.by_action = MeanSquaredError(squared=False, num_outputs=size).to(device)
         self.coordinates: CoordinateStatistics | None = None
         reducer = getattr(policy, "reducer", None)
-        if isinstance(reducer, GridSampler):
+        if isinstance(reducer, AnchoredSampler):
             self.coordinates = CoordinateStatistics(reducer.token_grid).to(device)
 
     def result(self, num_tokens: int | None, with_teacher: bool) -> BudgetResult:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import Progress
 
-from lerobot_policy_grids.reducers.grid_sampler import GridSampler
+from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 
 from ..console import progress_columns
 from ..coordinates import CoordinateStatistics
@@ -45,7 +45,7 @@ class CoordinateMonitor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         reducer = pl_module.policy.reducer
-        if isinstance(reducer, GridSampler):
+        if isinstance(reducer, AnchoredSampler):
             self._statistics = CoordinateStatistics(reducer.token_grid).to(pl_module.device)
             self._hook = reducer.register_forward_hook(self._statistics.count)
 

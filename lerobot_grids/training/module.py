@@ -42,7 +42,7 @@ class GridsModule(lightning.LightningModule):
         tokens: Visual tokens per camera, or "dense" to train with all tokens. Defaults to 16, or to the value of a
             grids checkpoint.
         reducer: How tokens are reduced: the reducer's name, "grids" by default, or the name with options
-            {"type": "grids", "condition_on": ["image"], "num_tokens_max": 64}.
+            {"type": "grids", "condition_on": ["language"], "num_tokens_max": 64}.
         schedule: K over the training steps: constant; linear, cosine or exponential (from the reducer's num_tokens_max
             down to `tokens`); steps:0=144,500=64,1000=16; elastic (a random K at each step, for a checkpoint that
             works at any budget), elastic:4,8,16 (one of a set) or elastic:4-64 (a range).

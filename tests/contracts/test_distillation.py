@@ -62,7 +62,7 @@ def test_student_and_teacher_draw_the_same_noise_and_time(family):
 
 def test_the_distance_teaches_reducer_and_adapters_and_nothing_else(family):
     policy = student_of(family, 4, lora=True)
-    torch.nn.init.normal_(policy.reducer.coordinate_head.out.weight, std=0.1)
+    torch.nn.init.normal_(policy.reducer.query.weight, std=0.1)
     batch = family.batch(policy.base)
     trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     task, distance = Distillation(policy, SelfTeacher(policy), feature_weight=0.1).losses(batch)
@@ -72,7 +72,7 @@ def test_the_distance_teaches_reducer_and_adapters_and_nothing_else(family):
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
     reached = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
     assert reached <= trainable
-    assert "reducer.coordinate_head.out.weight" in reached
+    assert "reducer.query.weight" in reached
     assert {name for name in trainable if "lora_A" in name} <= reached
     assert policy.base.training
     assert task.requires_grad

@@ -110,7 +110,7 @@ def test_a_copy_is_whole_and_its_own(family, duplicate):
     twin = duplicate(wrapped)
     assert torch.equal(run(twin, batch)[0], before)
     torch.nn.init.zeros_(twin.reducer.geometry.out.weight)
-    torch.nn.init.normal_(twin.reducer.coordinate_head.out.bias)
+    torch.nn.init.normal_(twin.reducer.query.weight)
     assert not torch.equal(run(twin, batch)[0], before)
     assert torch.equal(run(wrapped, batch)[0], before)
 

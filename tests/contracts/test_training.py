@@ -23,7 +23,7 @@ def test_an_untrained_sampler_gets_a_gradient_through_its_coordinates(family):
     wrapped = wrap(family.policy(), 9)
     loss, _ = wrapped.forward(family.batch(wrapped.base))
     loss.backward()
-    assert wrapped.reducer.coordinate_head.out.weight.grad.abs().sum() > 0
+    assert wrapped.reducer.query.weight.grad.abs().sum() > 0
 
 
 def test_lerobots_optimiser_preset_takes_base_and_reducer(family):
@@ -51,7 +51,7 @@ def test_gradient_checkpointing_changes_no_gradient(family):
         results.append({name: p.grad.clone() for name, p in wrapped.named_parameters() if p.grad is not None})
     plain, checkpointed = results
     assert plain.keys() == checkpointed.keys()
-    assert "reducer.coordinate_head.out.weight" in plain
+    assert "reducer.query.weight" in plain
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, atol=ROUNDING, rtol=1e-4, msg=name)
 
@@ -67,7 +67,7 @@ def test_a_bfloat16_policy_keeps_float32_coordinates(family):
         chunk = wrapped.predict_action_chunk(family.batch(policy))
     assert torch.isfinite(chunk).all()
     assert all(sampled.coordinates.dtype == torch.float32 for sampled in seen)
-    assert wrapped.reducer.coordinate_head.out.weight.grad.abs().sum() > 0
+    assert wrapped.reducer.query.weight.grad.abs().sum() > 0
 
 
 def test_low_rank_adapters_train_beside_the_reducer(family):
@@ -87,7 +87,7 @@ def test_low_rank_adapters_train_beside_the_reducer(family):
     loss.backward()
     trained = {name for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
     assert any(".lora_B." in name for name in trained)
-    assert "reducer.coordinate_head.out.weight" in trained
+    assert "reducer.query.weight" in trained
     assert all(".lora_" in name or name.startswith("reducer.") for name in trained)
     merged = state_with_lora_added(policy)
     assert list(merged) == names

@@ -10,7 +10,7 @@ from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.module import GridsModule
 from lerobot_policy_grids.errors import GridsError
 
-NAME = "policy.reducer.coordinate_head.out.weight"
+NAME = "policy.reducer.query.weight"
 
 
 def test_the_average_follows_the_formula_and_shares_frozen_weights(dataset, dense_checkpoint):

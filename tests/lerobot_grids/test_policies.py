@@ -30,7 +30,7 @@ def test_a_grids_checkpoint_can_be_trained_on(dataset, grids_checkpoint):
 def test_what_a_grids_checkpoint_was_built_with_is_kept(dataset, grids_checkpoint):
     meta = load_metadata(str(dataset))
     assert start(str(grids_checkpoint), None, meta).policy.num_tokens == 16
-    for reducer in ("blind", {"condition_on": ["image"]}, {"type": "grids", "num_tokens_max": 40}):
+    for reducer in ("blind", {"condition_on": ["language"]}, {"type": "grids", "num_tokens_max": 40}):
         with pytest.raises(GridsError, match="was built with"):
             start(str(grids_checkpoint), 16, meta, reducer=reducer)
     with pytest.raises(GridsError, match="was built with position_ids=consecutive"):

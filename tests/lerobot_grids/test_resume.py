@@ -74,7 +74,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, dataset, 
     for name, value in policies[0].items():
         assert torch.equal(value, policies[1][name]), name
     # The policy has the average, the state goes on from the weights.
-    name = "reducer.coordinate_head.out.weight"
+    name = "reducer.query.weight"
     assert torch.equal(policies[0][name], averages[0][f"policy.{name}"])
     assert not torch.equal(policies[0][name], one["state_dict"][f"policy.{name}"])
 
@@ -146,7 +146,13 @@ def test_terminated_in_a_validation_that_uses_the_average(tmp_path, dataset, den
 
 @pytest.mark.parametrize(
     "options",
-    [{"lr": 1e-3}, {"jitter": 0.3}, {"reducer": {"condition_on": ["image"]}}, {"distill": 0.5}, {"state_noise": 0.1}],
+    [
+        {"lr": 1e-3},
+        {"jitter": 0.3},
+        {"reducer": {"condition_on": ["language"]}},
+        {"distill": 0.5},
+        {"state_noise": 0.1},
+    ],
     ids=str,
 )
 def test_every_option_of_a_training_step_belongs_to_the_run(options, tmp_path, dataset, dense_checkpoint):

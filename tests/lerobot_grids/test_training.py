@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_policy(dataset, tmp_path):
 
 def test_the_coordinates_move_away_from_their_anchors(trained):
     reducer = trained[0].policy.reducer
-    assert reducer.coordinate_head.out.weight.abs().max() > 0
+    assert reducer.query.weight.abs().max() > 0
     assert reducer.geometry.out.weight.abs().max() > 0
 
 
@@ -100,7 +100,7 @@ def test_training_only_the_reducer_leaves_the_base_alone(dataset, dense_checkpoi
     module, _ = train(dataset, tmp_path, 3, policy=str(dense_checkpoint), tokens="9", train="reducer")
     after = module.policy.base.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert module.policy.reducer.coordinate_head.out.weight.abs().max() > 0
+    assert module.policy.reducer.query.weight.abs().max() > 0
 
 
 def test_lora_is_merged_into_what_is_saved(dataset, dense_checkpoint, tmp_path):

@@ -169,7 +169,7 @@ HOSTILE = {
     "no base": (config(base=None), "no base policy"),
     "no reducer": (config(reducer=None), "has reducer None"),
     "reducer unknown": (reducer(type="evil"), "has reducer"),
-    "a field of another reducer": (reducer(type="pool"), "does not know, anchored"),
+    "a field of another reducer": (reducer(type="pool"), "does not know, condition_on"),
     "config a list": (write("config.json", "[1]"), "expected an object"),
     "config empty": (write("config.json", ""), "cannot be read as JSON"),
     "config nested": (nested, "nested"),

@@ -53,7 +53,7 @@ def antialiased(feature_map: Tensor, pixels: Tensor, reach: float) -> Tensor:
         [b, k, c] in the feature map's dtype.
     """
     height, width = feature_map.shape[1:3]
-    columns, rows = _tent(pixels[..., 0], width, reach), _tent(pixels[..., 1], height, reach)
+    columns, rows = tent(pixels[..., 0], width, reach), tent(pixels[..., 1], height, reach)
     weights = (rows[..., :, None] * columns[..., None, :]).flatten(2)
     return (weights @ feature_map.flatten(1, 2).float()).to(feature_map.dtype)
 
@@ -65,8 +65,8 @@ def _neighbours(positions: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
     return low.long(), (low.long() + 1).clamp(max=cells - 1), (positions - low)[..., None]
 
 
-def _tent(positions: Tensor, cells: int, reach: float) -> Tensor:
-    """Weights [b, k, cells] of the cells along one axis; they add up to 1."""
+def tent(positions: Tensor, cells: int, reach: float) -> Tensor:
+    """Weights [..., cells] of the cells along one axis around positions [...] in cells; they add up to 1."""
     at = torch.arange(cells, device=positions.device, dtype=torch.float32)
     weights = (1 - (at - positions.clamp(0, cells - 1)[..., None]).abs() / reach).clamp_min(0)
     return weights / weights.sum(-1, keepdim=True)

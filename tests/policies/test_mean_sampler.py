@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lerobot_policy_grids.errors import BudgetError, TokenGridError
-from lerobot_policy_grids.reducers.grid_sampler import GridSampler
+from lerobot_policy_grids.reducers.mean_sampler import MeanSampler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -18,7 +18,7 @@ def ramp(height, width):
 
 def random_sampler(grid=(6, 9), width=8, k=5, **options):
     """A sampler whose offsets are not zero, as after training."""
-    sampler = GridSampler(grid, width, k, **options)
+    sampler = MeanSampler(grid, width, k, **options)
     for parameter in sampler.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return sampler
@@ -29,7 +29,7 @@ def random_sampler(grid=(6, 9), width=8, k=5, **options):
 def test_all_tokens_of_an_untrained_sampler_are_the_dense_tokens(grid, dtype):
     height, width = grid
     feature_map = torch.randn(2, height, width, 4, dtype=dtype)
-    sampler = GridSampler(grid, 4, height * width).to(dtype)
+    sampler = MeanSampler(grid, 4, height * width).to(dtype)
     tokens, coordinates = sampler(feature_map)
     assert torch.equal(tokens, feature_map.flatten(1, 2))
     torch.testing.assert_close(coordinates, ramp(height, width).flatten(1, 2).expand(2, -1, -1))
@@ -38,7 +38,7 @@ def test_all_tokens_of_an_untrained_sampler_are_the_dense_tokens(grid, dtype):
 @pytest.mark.parametrize("k", [1, 2, 4, 9, 16, 24, 144])
 def test_untrained_sampler_reads_distinct_cells_in_raster_order(k):
     cells = torch.arange(144).float().view(1, 12, 12, 1)
-    tokens = GridSampler((12, 12), 1, k)(cells).tokens.flatten().tolist()
+    tokens = MeanSampler((12, 12), 1, k)(cells).tokens.flatten().tolist()
     assert tokens == sorted(tokens)
     assert len(set(tokens)) == k
 
@@ -58,7 +58,7 @@ def test_coordinates_are_float32_whatever_the_dtype(module_dtype, autocast):
 
 
 def test_saturated_offsets_read_the_border_token_and_not_zeros():
-    sampler = GridSampler((6, 9), 8, 5)
+    sampler = MeanSampler((6, 9), 8, 5)
     sampler.coordinate_head.out.bias.data.fill_(1000.0)
     tokens, coordinates = sampler(torch.ones(1, 6, 9, 8))
     torch.testing.assert_close(coordinates, torch.ones_like(coordinates), atol=1e-6, rtol=0)
@@ -94,12 +94,12 @@ def test_padding_is_not_read(region, k):
     y, x = ((torch.arange(cells) + 0.5) / cells for cells in (height, width))
     inside = ((y >= top) & (y <= bottom))[:, None] & ((x >= left) & (x <= right))
     feature_map = torch.where(inside, 1.0, 1e6)[None, :, :, None].expand(2, -1, -1, 3)
-    tokens = GridSampler((height, width), 3, k, regions=[region])(feature_map).tokens
+    tokens = MeanSampler((height, width), 3, k, regions=[region])(feature_map).tokens
     torch.testing.assert_close(tokens, torch.ones_like(tokens))
 
 
 def test_gradients_reach_the_offsets_through_the_coordinates():
-    sampler = GridSampler((6, 9), 8, 5)
+    sampler = MeanSampler((6, 9), 8, 5)
     feature_map = torch.randn(2, 6, 9, 8)
     sampler(feature_map).tokens.square().sum().backward()
     assert sampler.coordinate_head.out.weight.grad.abs().sum() > 0
@@ -118,7 +118,7 @@ def test_gradients_reach_the_offsets_through_the_coordinates():
 
 
 def test_a_smaller_budget_uses_a_prefix_of_the_same_anchors():
-    sampler = GridSampler((12, 12), 1, 36, interpolation="bilinear")
+    sampler = MeanSampler((12, 12), 1, 36, interpolation="bilinear")
     cells = torch.arange(144).float().view(1, 12, 12, 1)
     before = set(sampler(cells).tokens.flatten().tolist())
     for k in (25, 16, 4, 1):
@@ -165,11 +165,11 @@ def test_without_context_the_coordinates_are_learned_constants():
 @pytest.mark.parametrize("k", [0, -3, 145])
 def test_impossible_budgets_are_refused(k):
     with pytest.raises(BudgetError, match=r"1 \.\. 144"):
-        GridSampler((12, 12), 4, k)
+        MeanSampler((12, 12), 4, k)
 
 
 def test_run_time_budget_above_the_maximum_is_refused():
-    sampler = GridSampler((12, 12), 4, 8, num_tokens_max=16)
+    sampler = MeanSampler((12, 12), 4, 8, num_tokens_max=16)
     sampler.num_tokens = 16
     with pytest.raises(BudgetError, match=r"1 \.\. 16"):
         sampler.num_tokens = 17
@@ -178,25 +178,25 @@ def test_run_time_budget_above_the_maximum_is_refused():
 
 @pytest.mark.parametrize("value", [8.5, "8", None, True])
 def test_what_is_no_whole_number_is_refused(value):
-    sampler = GridSampler((12, 12), 4, 8)
+    sampler = MeanSampler((12, 12), 4, 8)
     with pytest.raises(BudgetError, match="not a whole number"):
         sampler.num_tokens = value
 
 
 def test_another_token_grid_is_refused():
     with pytest.raises(TokenGridError, match=r"\(4, 4\).*\(12, 12\)"):
-        GridSampler((12, 12), 4, 8)(torch.zeros(1, 4, 4, 4))
+        MeanSampler((12, 12), 4, 8)(torch.zeros(1, 4, 4, 4))
 
 
 def test_unknown_context_is_refused():
     with pytest.raises(ValueError, match="smell"):
-        GridSampler((12, 12), 4, 8, condition_on=("smell",))
+        MeanSampler((12, 12), 4, 8, condition_on=("smell",))
 
 
 def test_unknown_interpolation_is_refused():
     with pytest.raises(ValueError, match="bicubic"):
-        GridSampler((4, 4), 8, 4, interpolation="bicubic")
+        MeanSampler((4, 4), 8, 4, interpolation="bicubic")
 
 
 def test_repr_says_what_it_does():
-    assert "12x12 grid -> 8 tokens (max 16)" in repr(GridSampler((12, 12), 4, 8, num_tokens_max=16))
+    assert "12x12 grid -> 8 tokens (max 16)" in repr(MeanSampler((12, 12), 4, 8, num_tokens_max=16))
