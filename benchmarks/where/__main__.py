@@ -5,8 +5,8 @@
 
 A decoder is trained with all 256 tokens of a frozen, local tower. Then each method goes on from it with K tokens for
 the same steps, as a policy goes on in `lerobot-grids fit`. Success is the place within 4 pixels and the heading, of
-3,200 questions: 800 pictures, four named objects each. The same questions are asked under conditions that training has
-not seen: objects that are smaller, of which a half is hidden, or that look different; and without the instruction.
+3,200 questions: 800 pictures, four named objects each. The same questions are asked under conditions that
+stress: objects that are small, of which a half is hidden, or that look different; and without the instruction.
 
 Besides the reducers there are: dense (all tokens), oracle (one point where the object is), fastv-rule (tokens kept
 inside the decoder by its attention), and attention (Perceiver's queries over the whole map, without coordinates).
@@ -35,7 +35,7 @@ from lerobot_policy_grids.reducers.interpolation import bilinear
 from lerobot_policy_grids.reducers.layout import TokenLayout, cell_coordinates
 
 LAYOUT = TokenLayout((GRID, GRID), WIDTH, ("camera",), WIDTH, 0, (WHOLE,))
-PICTURES, QUESTIONS, BATCH = 2600, 4, 24
+PICTURES, QUESTIONS, BATCH = 4000, 4, 24
 CONDITIONS = ("plain", "small", "occluded", "novel")
 UNTOLD = "without the instruction"
 # Options of a reducer, beside its own defaults, and what it is called in the table.
@@ -183,8 +183,8 @@ def prepare(output: Path, sizes: tuple[int, int, int], say: Callable[[str], None
     output.mkdir(parents=True, exist_ok=True)
     pictures, tower_steps, decoder_steps = sizes
     say(f"drawing {pictures} pictures, training the tower for {tower_steps} steps")
-    tower = train_tower(draw(min(1800, pictures), seed=3), tower_steps)
-    train = Questions(*_seen(tower, draw(pictures, seed=1)))
+    tower = train_tower(draw(pictures, seed=3, condition="training"), tower_steps)
+    train = Questions(*_seen(tower, draw(pictures, seed=1, condition="training")))
     tests = {name: Questions(*_seen(tower, draw(800, seed=2, condition=name))) for name in CONDITIONS}
     say(f"training the dense decoder for {decoder_steps} steps")
     torch.manual_seed(0)
@@ -270,7 +270,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     file = asked.results or asked.output / "where.jsonl"
-    sizes = (200, 20, 20) if asked.quick else (PICTURES, 600, 1500)
+    sizes = (200, 20, 20) if asked.quick else (PICTURES, 1200, 2000)
     made = prepare(asked.output, sizes, lambda text: print(text, flush=True))
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     done = {(line["method"], line["tokens"], line["seed"]) for line in lines}

@@ -23,7 +23,9 @@ SHAPES = np.array(
 )
 COLOURS = np.array([[0.85, 0.15, 0.15], [0.15, 0.75, 0.2], [0.2, 0.3, 0.9], [0.9, 0.8, 0.15]])
 # Pixels of one cell of a shape's 3 x 3 mask; an object is three times as large.
-SCALES = (3, 4)
+SCALES = (2, 3, 4)
+# In training a patch hides up to a third of so many objects.
+HIDDEN_IN_TRAINING = 0.3
 
 
 @dataclass
@@ -52,8 +54,9 @@ def draw(count: int, seed: int, condition: str = "plain") -> Table:
     Args:
         count: How many.
         seed: Of all random numbers.
-        condition: "plain"; "small" for objects of two thirds of the size; "novel" for objects in other hues of their
-            colours and with a notch; "occluded" for objects of which a patch hides a half.
+        condition: "training", in which some objects are partly hidden; "plain", in which none is; "small" for the
+            smallest objects alone; "novel" for objects in other hues of their colours and with a notch; "occluded" for
+            objects of which a half is hidden.
     """
     random = np.random.default_rng(seed)
     kinds = np.stack([random.permutation(16)[:OBJECTS] for _ in range(count)])
@@ -63,7 +66,7 @@ def draw(count: int, seed: int, condition: str = "plain") -> Table:
         picture = _background(random)
         placed: list[tuple[int, int, int]] = []
         for thing in range(OBJECTS):
-            scale = 2 if condition == "small" else int(random.choice(SCALES))
+            scale = SCALES[0] if condition == "small" else int(random.choice(SCALES))
             x, y, size = _free_place(random, placed, 3 * scale)
             placed.append((x, y, size))
             patch = picture[y : y + size, x : x + size]
@@ -98,15 +101,15 @@ def _put(
 ) -> None:
     """Draw an object into a patch of the picture."""
     mask = np.kron(np.rot90(SHAPES[kind % 4], heading), np.ones((scale, scale), bool))
-    colour = COLOURS[kind // 4] + random.normal(0, 0.06, 3)
+    colour = COLOURS[kind // 4] + random.normal(0, 0.08, 3)
     if condition == "novel":
         # Towards the next colour, and darker: still nearest to its own.
         colour = 0.85 * (0.75 * colour + 0.25 * np.roll(colour, 1))
         mask[: scale // 2, : scale // 2] = False
     behind = patch.copy()
     patch[mask] = colour.clip(0, 1)
-    if condition == "occluded":
-        half = patch.shape[0] // 2
-        side = random.integers(4)
-        hidden = np.rot90(np.arange(patch.shape[0])[:, None].repeat(patch.shape[0], 1), side) < half
+    if condition == "occluded" or (condition == "training" and random.random() < HIDDEN_IN_TRAINING):
+        size = patch.shape[0]
+        depth = size // 2 if condition == "occluded" else size // 3
+        hidden = np.rot90(np.arange(size)[:, None].repeat(size, 1), random.integers(4)) < depth
         patch[hidden] = behind[hidden]
