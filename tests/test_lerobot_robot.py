@@ -229,3 +229,15 @@ def test_rollout_of_what_lerobot_train_began(kind, recorded, train, rollout):
 def test_with_rtc_a_robot_may_have_its_joints_in_another_order(fitted, rollout):
     """LeRobot sends them by the policy's names. A synchronous rollout, and every state, go by position."""
     assert_sent(rollout(fitted, *RTC, positions={joint: POSITIONS[joint] for joint in OTHER_ORDER}))
+
+
+@pytest.mark.parametrize("other_policy", FAMILIES, indirect=True)
+def test_lora_and_its_resumed_training(other_policy, recorded, train, rollout, lerobot):
+    """The processors are the adapter's, and not those of the policy under it."""
+    checkpoint = train(recorded, f"--policy.path={other_policy}", "--peft.method_type=LORA", "--peft.r=4")
+    assert_sent(rollout(checkpoint, *RTC))
+    lerobot("train", config_path=str(checkpoint / "train_config.json"), resume=True, steps=2)
+    resumed = checkpoint.parents[1] / "000002" / "pretrained_model"
+    assert (resumed / "adapter_config.json").is_file()
+    for arguments in INFERENCE.values():
+        assert_sent(rollout(resumed, *arguments))

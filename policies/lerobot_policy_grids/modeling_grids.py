@@ -311,8 +311,9 @@ class GridsPolicy(PreTrainedPolicy):
             config.require_base().pretrained_path = None
         policy = super().from_pretrained(str(folder), strict=True, **kwargs)
         # LeRobot's commands load the processors from here: from what was checked, and not from what the repository's
-        # main branch has by then.
-        policy.config.pretrained_path = folder
+        # main branch has by then. Of a PEFT adapter this is only the base, and the processors are the adapter's.
+        if not policy.config.use_peft:
+            policy.config.pretrained_path = folder
         return policy
 
     @classmethod
