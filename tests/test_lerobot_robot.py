@@ -1,8 +1,10 @@
 """LeRobot's own commands with a robot: the joint that moves is the joint that was recorded."""
 
 import json
+import math
 import signal
 import sys
+from contextlib import nullcontext
 from functools import cache
 
 import datasets
@@ -12,11 +14,13 @@ import torch
 from draccus.wrappers import docstring
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.rollout.inference import rtc
 from transformers import AutoTokenizer
 
 from fake_robot import FakeRobot
 from lerobot_grids.preflight.features import read_features
 from lerobot_grids_cli.main import main
+from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.characters import write_character_tokenizer
 from lerobot_policy_grids.families.pi import SMALL_IMAGE, VOCABULARY, small_sizes
@@ -229,6 +233,16 @@ def test_rollout_of_what_lerobot_train_began(kind, recorded, train, rollout):
 def test_with_rtc_a_robot_may_have_its_joints_in_another_order(fitted, rollout):
     """LeRobot sends them by the policy's names. A synchronous rollout, and every state, go by position."""
     assert_sent(rollout(fitted, *RTC, positions={joint: POSITIONS[joint] for joint in OTHER_ORDER}))
+
+
+@pytest.mark.parametrize("how", INFERENCE)
+def test_no_action_follows_from_a_state_that_is_not_a_number(how, fitted, rollout, monkeypatch, caplog):
+    monkeypatch.setattr(rtc, "_RTC_ERROR_RETRY_DELAY_S", 0)
+    with nullcontext() if how == "rtc" else pytest.raises(GridsError) as refused:
+        rollout(fitted, *INFERENCE[how], positions=POSITIONS | {"b": math.nan})
+    assert FakeRobot.sent == []
+    said = caplog.text if how == "rtc" else str(refused.value)
+    assert "'observation.state' holds NaN or infinity; check what the robot reads" in said
 
 
 @pytest.mark.parametrize("other_policy", FAMILIES, indirect=True)
