@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .checkpoint.statistics import settle_constants
 from .configuration_grids import GridsConfig, base_config
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -46,6 +47,8 @@ def make_processors(
     base = base_config(config)
     module = import_module(type(base).__module__.replace("configuration_", "processor_"))
     make = getattr(module, f"make_{base.type}_pre_post_processors")
+    if dataset_stats is not None:
+        dataset_stats = settle_constants(dataset_stats)
     extra = {"dataset_meta": dataset_meta} if "dataset_meta" in signature(make).parameters else {}
     preprocessor, postprocessor = make(base, dataset_stats=dataset_stats, **extra)
     return preprocessor, postprocessor
