@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 import signal
 import sys
 from contextlib import nullcontext
@@ -13,6 +15,7 @@ import pytest
 import torch
 from draccus.wrappers import docstring
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.dataset_tools import recompute_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.rollout.inference import rtc
 from transformers import AutoTokenizer
@@ -233,6 +236,61 @@ def test_rollout_of_what_lerobot_train_began(kind, recorded, train, rollout):
 def test_with_rtc_a_robot_may_have_its_joints_in_another_order(fitted, rollout):
     """LeRobot sends them by the policy's names. A synchronous rollout, and every state, go by position."""
     assert_sent(rollout(fitted, *RTC, positions={joint: POSITIONS[joint] for joint in OTHER_ORDER}))
+
+
+@pytest.fixture(scope="module")
+def relative_data(tmp_path_factory):
+    """(This robot's, the other's) recording, with statistics of relative actions as LeRobot's command computes them."""
+    folder = tmp_path_factory.mktemp("relative")
+    both = []
+    for name, joints in (("own", tuple(RECORDED)), ("other", OTHER_ORDER)):
+        root = record(folder / name, joints=joints, relative=MOVING)
+        recompute_stats(
+            LeRobotDataset("local/robot", root=root),
+            relative_action=True,
+            relative_exclude_joints=["gripper"],
+            chunk_size=SHORT["chunk_size"],
+        )
+        both.append(root)
+    return both
+
+
+@pytest.mark.parametrize(("kind", "reducer"), [("pi0", "grids"), ("pi05", "uniform")])
+def test_relative_actions(kind, reducer, relative_data, rollout, tmp_path, capsys, monkeypatch):
+    own, other = relative_data
+    base = save_base(kind, other, tmp_path / "base", use_relative_actions=True)
+    checkpoint = fit(base, own, tmp_path / "run", f"--reducer={reducer}")
+    said = capsys.readouterr()
+    assert "statistics" not in said.err
+    assert float(re.search(r"validation loss ([\d.e+]+)", said.out)[1]) < 10
+    expected = {joint: value + (POSITIONS[joint] if joint in MOVING else 0) for joint, value in RECORDED.items()}
+    assert_sent(rollout(checkpoint, *RTC), expected)
+    # π0.5 writes its state into the instruction, and LeRobot adds the state to what the policy gives.
+    monkeypatch.setattr(rtc, "_RTC_ERROR_RETRY_DELAY_S", 0)
+    assert rollout(checkpoint, *RTC, positions=POSITIONS | {"b": math.nan}) == []
+
+
+def test_statistics_of_absolute_actions_are_refused_for_relative_ones(recorded, tmp_path, capsys, lerobot):
+    """The command that the line names makes a dataset that is taken."""
+    base = save_base("pi0", recorded, tmp_path / "base", use_relative_actions=True)
+    data = record(tmp_path / "data", relative=MOVING)
+    with pytest.raises(AssertionError):
+        fit(base, data, tmp_path / "run")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "statistics of 'action' are of absolute actions for a.pos, b.pos, c.pos, and" in line
+    assert "learns actions relative to the state" in line
+    command = shlex.split(line[line.index("lerobot-edit-dataset") :])
+    lerobot("edit_dataset", arguments=command[1:])
+    fit(base, tmp_path / "data_relative", tmp_path / "run")
+
+
+def test_statistics_of_relative_actions_are_refused_for_absolute_ones(relative_data, recorded, tmp_path, capsys):
+    base = save_base("pi0", recorded, tmp_path / "base")
+    with pytest.raises(AssertionError):
+        fit(base, relative_data[0], tmp_path / "run")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "statistics of 'action' are of relative actions for a.pos, b.pos, c.pos" in line
+    assert "relative_action" not in line
 
 
 @pytest.mark.parametrize("how", INFERENCE)
