@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial, partialmethod
 
 import datasets
 import numpy as np
@@ -21,8 +21,10 @@ from lerobot.rollout.inference import rtc
 from transformers import AutoTokenizer
 
 from fake_robot import FakeRobot
+from lerobot_grids.data import load_metadata
 from lerobot_grids.preflight.features import read_features
 from lerobot_grids_cli.main import main
+from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.characters import write_character_tokenizer
@@ -313,3 +315,39 @@ def test_lora_and_its_resumed_training(other_policy, recorded, train, rollout, l
     assert (resumed / "adapter_config.json").is_file()
     for arguments in INFERENCE.values():
         assert_sent(rollout(resumed, *arguments))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The batches that a policy acts on."""
+    batches = []
+
+    def spy(real, policy, batch, **kwargs):
+        batches.append(dict(batch))
+        return real(policy, batch, **kwargs)
+
+    for name in ("select_action", "predict_action_chunk"):
+        monkeypatch.setattr(GridsPolicy, name, partialmethod(partial(spy, getattr(GridsPolicy, name))))
+    return batches
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_renamed_cameras_and_state(kind, rollout, seen, tmp_path):
+    cameras = {"front": 20, "wrist": 220}
+    policys = {f"observation.images.camera{number}": value for number, value in enumerate(cameras.values())}
+    base = save_base(kind, record(tmp_path / "other", cameras=policys), tmp_path / "base")
+    own = {f"observation.images.{name}": value for name, value in cameras.items()}
+    names = dict(zip(own, policys, strict=True))
+    data = record(tmp_path / "data", cameras=own, state="observation.joints")
+    renamed = {**names, "observation.joints": "observation.state"}
+    checkpoint = fit(base, data, tmp_path / "run", f"--rename_map={json.dumps(renamed)}")
+    views = {name: [96, 96, value] for name, value in reversed(cameras.items())}
+    with pytest.raises(ValueError, match="Use --rename_map"):
+        rollout(checkpoint, views=views)
+    mean = np.array(load_metadata(str(data)).stats["observation.joints"]["mean"])
+    std = np.array(load_metadata(str(data)).stats["observation.joints"]["std"])
+    for arguments in INFERENCE.values():
+        assert_sent(rollout(checkpoint, *arguments, f"--rename_map={json.dumps(names)}", views=views))
+        assert {name: round(255 * float(seen[-1][name].mean())) for name in policys} == policys
+        expected = (list(POSITIONS.values()) - mean) / std
+        np.testing.assert_allclose(seen[-1]["observation.state"][0], expected, atol=1e-4)
