@@ -351,3 +351,12 @@ def test_renamed_cameras_and_state(kind, rollout, seen, tmp_path):
         assert {name: round(255 * float(seen[-1][name].mean())) for name in policys} == policys
         expected = (list(POSITIONS.values()) - mean) / std
         np.testing.assert_allclose(seen[-1]["observation.state"][0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("fitted", FAMILIES, indirect=True)
+def test_a_camera_of_another_aspect_ratio_is_named(fitted, rollout, caplog):
+    rollout(fitted, views={"top": [48, 48, 50]})
+    assert "aspect ratio" not in caplog.text
+    assert_sent(rollout(fitted, views={"top": [96, 128, 50]}))
+    (said,) = [record.getMessage() for record in caplog.records if "aspect ratio" in record.getMessage()]
+    assert f"camera '{TOP}' sends images of 96 x 128 pixels" in said

@@ -104,7 +104,7 @@ class GridsPolicy(PreTrainedPolicy):
         self.reducer: Any = config.reducer.build(layout)
         self._is_attached = True
         self._looks_everywhere = False
-        self.seam = Seam(partial(_current_reducer, self), layout)
+        self.seam = Seam(partial(_current_reducer, self), layout, partial(self.family.image_region, base))
         self.check_schedule()
         self.family.attach(base, self.seam)
         if self.reducer.in_trunk:
