@@ -360,3 +360,18 @@ def test_a_camera_of_another_aspect_ratio_is_named(fitted, rollout, caplog):
     assert_sent(rollout(fitted, views={"top": [96, 128, 50]}))
     (said,) = [record.getMessage() for record in caplog.records if "aspect ratio" in record.getMessage()]
     assert f"camera '{TOP}' sends images of 96 x 128 pixels" in said
+
+
+def test_lerobot_eval_with_a_renamed_camera(lerobot, seen, tmp_path):
+    camera = "observation.images.camera1"
+    data = record(tmp_path / "data", cameras={camera: 20})
+    checkpoint = fit(save_base("tiny_smolvla", data, tmp_path / "base"), data, tmp_path / "run")
+    lerobot(
+        "eval",
+        **{"policy.path": str(checkpoint), "policy.device": "cpu", "rename_map": {"observation.image": camera}},
+        **{"env.discover_packages_path": "lerobot_grids.simulation", "env.type": "grids_metaworld"},
+        **{"env.task": "push-v3", "env.max_steps": 2, "eval.n_episodes": 1, "eval.batch_size": 1},
+        output_dir=str(tmp_path / "eval"),
+    )
+    assert seen[0][camera].std() > 0
+    assert "observation.image" not in seen[0]
