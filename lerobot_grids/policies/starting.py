@@ -21,6 +21,7 @@ from ..preflight.episodes import check_episodes
 from ..preflight.features import DatasetFeatures, read_features
 from ..preflight.language import check_tasks
 from ..preflight.normalisation import check_normalisation
+from ..preflight.relative import check_relative
 from ..preflight.robot import check_training
 from .loaded import LoadedPolicy
 from .loading import build_at
@@ -64,6 +65,7 @@ def start(
     # Without its weights: what does not fit is said before gigabytes are fetched.
     folder = find_source(source, weights=False)
     config, findings = _configure(source, folder, data)
+    findings += check_relative(source, config, meta, data)
     refuse_errors(findings)
     config.validate_features()
     if gradient_checkpointing:

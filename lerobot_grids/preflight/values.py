@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.utils.constants import ACTION, OBS_STATE
 from numpy.typing import NDArray
 
 from .features import DatasetFeatures
 from .findings import Finding, warning
+from .relative import looks_relative
 
 # Statistics further than this share of the standard deviation from the data's mean describe other data.
 DRIFT = 0.5
@@ -56,7 +58,8 @@ def check_values(
             continue
         findings += _value_faults(name, values, columns, used)
         if used.all() and not findings:
-            findings += _statistics_faults(name, values, meta.stats or {})
+            state = _state_mean(data, columns) if name == data.sources.get(ACTION) else None
+            findings += _statistics_faults(name, values, meta.stats or {}, state)
     if meta.video_keys:
         findings += _time_faults(columns, used, meta.fps, tolerance_s)
     return findings
@@ -109,12 +112,28 @@ def _value_faults(name: str, values: NDArray[Any], columns: dict[str, Any], used
     ]
 
 
-def _statistics_faults(name: str, values: NDArray[Any], statistics: dict[str, Any]) -> list[Finding]:
+def _state_mean(data: DatasetFeatures, columns: dict[str, Any]) -> NDArray[Any] | None:
+    source = data.sources.get(OBS_STATE)
+    if source is None or data.state is None or data.action is None or data.state.shape[0] < data.action.shape[0]:
+        return None
+    values = _vector(columns[source], data.state.shape[0])
+    return None if values is None else values[:, : data.action.shape[0]].mean(0, dtype=np.float64)
+
+
+def _statistics_faults(
+    name: str, values: NDArray[Any], statistics: dict[str, Any], state: NDArray[Any] | None
+) -> list[Finding]:
+    """Whether statistics are those of the values, or of the values relative to a state of this mean."""
     said = statistics.get(name, {})
     if "mean" not in said or "std" not in said:
         return []
-    mean, std = values.mean(0), values.std(0)
-    off = np.abs(np.asarray(said["mean"]).reshape(-1) - mean) > DRIFT * np.maximum(std, 1e-6)
+    mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    # LeRobot sums in float32.
+    rounding = 1e-5 * np.abs(mean) + 1e-6
+    off = np.abs(np.ravel(said["mean"]) - mean) > DRIFT * std + rounding
+    if state is not None:
+        # `check_relative` knows which of the two the policy needs.
+        off &= ~looks_relative(np.ravel(said["mean"]), np.ravel(said["std"]), mean, state)
     if not off.any():
         return []
     at = int(off.argmax())

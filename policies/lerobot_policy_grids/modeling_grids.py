@@ -10,6 +10,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from .checkpoint.atomic import atomic_files
@@ -103,7 +104,7 @@ class GridsPolicy(PreTrainedPolicy):
         self.reducer: Any = config.reducer.build(layout)
         self._is_attached = True
         self._looks_everywhere = False
-        self.seam = Seam(partial(_current_reducer, self), layout)
+        self.seam = Seam(partial(_current_reducer, self), layout, partial(self.family.image_region, base))
         self.check_schedule()
         self.family.attach(base, self.seam)
         if self.reducer.in_trunk:
@@ -228,17 +229,19 @@ class GridsPolicy(PreTrainedPolicy):
         """Action chunk [b, chunk_size, action_dim] of the base policy with K tokens per camera.
 
         Raises:
-            GridsError: If it holds NaN or infinity, which no robot should be sent.
+            GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
-        return _finite(self.require_attached().predict_action_chunk(batch, **kwargs))
+        state = batch.get(OBS_STATE)
+        return _finite(self.require_attached().predict_action_chunk(batch, **kwargs), state)
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Next action [b, action_dim], from the base policy's queue.
 
         Raises:
-            GridsError: If it holds NaN or infinity, which no robot should be sent.
+            GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
-        return _finite(self.require_attached().select_action(batch, **kwargs))
+        state = batch.get(OBS_STATE)
+        return _finite(self.require_attached().select_action(batch, **kwargs), state)
 
     def reset(self) -> None:
         self.base.reset()
@@ -311,8 +314,9 @@ class GridsPolicy(PreTrainedPolicy):
             config.require_base().pretrained_path = None
         policy = super().from_pretrained(str(folder), strict=True, **kwargs)
         # LeRobot's commands load the processors from here: from what was checked, and not from what the repository's
-        # main branch has by then.
-        policy.config.pretrained_path = folder
+        # main branch has by then. Of a PEFT adapter this is only the base, and the processors are the adapter's.
+        if not policy.config.use_peft:
+            policy.config.pretrained_path = folder
         return policy
 
     @classmethod
@@ -331,13 +335,24 @@ class GridsPolicy(PreTrainedPolicy):
             return getattr(base, name)
 
 
-def _finite(action: Any) -> Any:
+def _finite(action: Any, state: Any) -> Any:
+    """The action, if it and the state hold numbers.
+
+    A policy that writes its state into the instruction gives finite actions for NaN, and LeRobot adds the state to
+    relative actions after the policy.
+    """
     # A newer LeRobot may return an object that holds the action.
     values = getattr(action, "action", action)
-    # A meta tensor, on which costs are counted, has no values to check.
-    if isinstance(values, Tensor) and not values.is_meta and not torch.isfinite(values).all():
+    if _has_bad_numbers(state):
+        raise GridsError(f"'{OBS_STATE}' holds NaN or infinity; check what the robot reads, and its normalisation")
+    if _has_bad_numbers(values):
         raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
     return action
+
+
+def _has_bad_numbers(values: Any) -> bool:
+    # A meta tensor, on which costs are counted, has no values to check.
+    return isinstance(values, Tensor) and not values.is_meta and not bool(torch.isfinite(values).all())
 
 
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:

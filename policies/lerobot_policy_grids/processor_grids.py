@@ -8,7 +8,7 @@ from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from .checkpoint.statistics import find_fault
+from .checkpoint.statistics import find_fault, settle_constants
 from .configuration_grids import GridsConfig, base_config
 from .errors import DatasetError
 
@@ -71,6 +71,8 @@ def make_processors(
     base = base_config(config)
     module = import_module(type(base).__module__.replace("configuration_", "processor_"))
     make = getattr(module, f"make_{base.type}_pre_post_processors")
+    if dataset_stats is not None:
+        dataset_stats = settle_constants(dataset_stats)
     extra = {"dataset_meta": dataset_meta} if "dataset_meta" in signature(make).parameters else {}
     preprocessor, postprocessor = make(base, dataset_stats=dataset_stats, **extra)
     return preprocessor, postprocessor
