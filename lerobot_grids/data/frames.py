@@ -106,8 +106,18 @@ def read_columns(features: DatasetFeatures, config: PreTrainedConfig) -> dict[st
     return columns | dict(zip(kept, kept, strict=True))
 
 
+class FrameError(DatasetError):
+    """A frame cannot be read."""
+
+    def __init__(self, message: str) -> None:
+        # From another process, torch raises it anew with that process's traceback in front.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
+
+
 class Frames(Dataset[dict[str, Any]]):
     """Items of a LeRobotDataset with some of its columns, each frame and its delta timestamps.
+
+    `frames[index]` raises `FrameError` if LeRobot cannot read it.
 
     Args:
         dataset: The dataset.
@@ -126,7 +136,7 @@ class Frames(Dataset[dict[str, Any]]):
         try:
             item = self.dataset[index]
         except Exception as error:  # LeRobot and its video decoders raise many types of errors here
-            raise DatasetError(
+            raise FrameError(
                 f"frame {index} of dataset {self.dataset.repo_id} cannot be read: {first_line(error)}; repair it, give "
                 "--data.tolerance_s where a time stamp is off, or --data.video_backend pyav"
             ) from error

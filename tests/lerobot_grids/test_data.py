@@ -7,6 +7,7 @@ from torch.utils.data import default_collate
 
 from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.data.frame_cache import FrameCache
+from lerobot_grids.data.frames import FrameError
 from lerobot_grids.policies import start
 from lerobot_policy_grids import TinySmolVLAConfig
 from lerobot_policy_grids.errors import DatasetError
@@ -133,3 +134,12 @@ def test_dataset_lacking_a_camera_or_an_action(lacking, tmp_path):
 def test_impossible_options(dataset, options):
     with pytest.raises(DatasetError, match="choose"):
         LeRobotDataModule(str(dataset), **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_frame_that_cannot_be_read_is_named_in_one_line(dataset, config, workers, monkeypatch):
+    module = LeRobotDataModule(str(dataset), cache="never", num_workers=workers, batch_size=4)
+    module.load(config)
+    monkeypatch.setattr(LeRobotDataset, "__getitem__", lambda self, index: 1 / 0)
+    with pytest.raises(FrameError, match=r"^frame \d+ of dataset local/.* cannot be read: division by zero; repair it"):
+        next(iter(module.train_dataloader()))
