@@ -15,6 +15,10 @@ from .findings import Finding, warning
 
 # Statistics further than this share of the standard deviation from the data's mean describe other data.
 DRIFT = 0.5
+# So does a standard deviation that is more than this many times larger or smaller.
+SPREAD = 1.5
+# A joint with less spread than this share of its mean never moves; LeRobot's statistics of it have some rounding.
+STILL = 1e-6
 
 
 def data_files(meta: LeRobotDatasetMetadata) -> list[Path]:
@@ -64,9 +68,8 @@ def check_values(
 
 def _read(files: Sequence[Path], names: list[str]) -> dict[str, Any]:
     parts = [pq.read_table(file, columns=names) for file in files]
+    # In the files' own order: LeRobot takes a frame by its row.
     table = pa.concat_tables(parts).combine_chunks()
-    order = np.argsort(table["index"].to_numpy(), kind="stable")
-    table = table.take(order) if (np.diff(order) != 1).any() else table
     return {name: _column(table[name]) for name in names}
 
 
@@ -113,18 +116,23 @@ def _statistics_faults(name: str, values: NDArray[Any], statistics: dict[str, An
     said = statistics.get(name, {})
     if "mean" not in said or "std" not in said:
         return []
-    mean, std = values.mean(0), values.std(0)
-    off = np.abs(np.asarray(said["mean"]).reshape(-1) - mean) > DRIFT * np.maximum(std, 1e-6)
-    if not off.any():
-        return []
-    at = int(off.argmax())
-    return [
-        warning(
-            f"the dataset's statistics of '{name}' are not those of its data (mean {np.ravel(said['mean'])[at]:.4g} of "
-            f"dimension {at}, the data's {mean[at]:.4g}); compute them again with: lerobot-edit-dataset "
-            "--operation.type recompute_stats"
-        )
-    ]
+    mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    told = {kind: np.asarray(said[kind], np.float64).reshape(-1) for kind in ("mean", "std")}
+    least = STILL * np.maximum(np.abs(mean), 1)
+    moves, ratio = std > least, told["std"] / np.maximum(std, least)
+    far = np.abs(told["mean"] - mean) > np.maximum(DRIFT * std, least)
+    wide = moves & ((ratio > SPREAD) | (ratio < 1 / SPREAD))
+    for kind, off, true in (("mean", far, mean), ("std", wide, std)):
+        if off.any():
+            at = int(off.argmax())
+            return [
+                warning(
+                    f"the dataset's statistics of '{name}' are not those of its data ({kind} {told[kind][at]:.4g} of "
+                    f"dimension {at}, the data's {true[at]:.4g}); compute them again with: lerobot-edit-dataset "
+                    "--operation.type recompute_stats"
+                )
+            ]
+    return []
 
 
 def _time_faults(columns: dict[str, Any], used: NDArray[Any], fps: float, tolerance_s: float) -> list[Finding]:
