@@ -11,6 +11,8 @@ from .findings import Finding, warning
 
 # Instructions that a line names.
 NAMED = 3
+# Characters of an instruction's start and of its end that a line shows.
+SHOWN = 40
 
 
 def check_tasks(preprocessor: Any, tasks: list[str], statistics: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
@@ -66,5 +68,9 @@ def _written(steps: list[Any], key: str, tasks: list[str], statistics: Mapping[s
 
 
 def _listed(tasks: list[str]) -> str:
-    shown = ", ".join(f"'{task}'" for task in tasks[:NAMED])
+    shown = ", ".join(f"'{_shortened(task)}'" for task in tasks[:NAMED])
     return shown if len(tasks) <= NAMED else f"{shown} and {len(tasks) - NAMED} more"
+
+
+def _shortened(task: str) -> str:
+    return task if len(task) <= 2 * SHOWN else f"{task[:SHOWN]} ... {task[-SHOWN:]}"
