@@ -9,7 +9,7 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
 from lerobot_policy_grids.errors import DatasetError
-from lerobot_policy_grids.families.base import CHANNELS, image_size
+from lerobot_policy_grids.families.base import CHANNELS, dimension_names, image_size
 
 from .findings import Finding, warning
 
@@ -102,14 +102,6 @@ def read_features(meta: LeRobotDatasetMetadata, rename_map: dict[str, str] | Non
             findings.append(warning(f"{', '.join(left_out)}: {why}; left out"))
     described = {name: feature for name, (_, feature) in renamed.items()}
     return DatasetFeatures(cameras, state, action, names, sources, described, tuple(findings))
-
-
-def dimension_names(feature: dict[str, Any]) -> list[str] | None:
-    """Names of a vector's dimensions; None where the dataset has none. Older datasets group them: {"motors": [...]}."""
-    names = feature.get("names")
-    if isinstance(names, dict):
-        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-    return [str(name) for name in names] if names else None
 
 
 def is_foreign(name: str) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 
-from lerobot_policy_grids.checkpoint.statistics import find_fault
+from lerobot_policy_grids.checkpoint.statistics import advise, find_fault
 
 from .findings import Finding
 
@@ -18,12 +18,5 @@ def check_normalisation(*pipelines: Any) -> list[Finding]:
             modes = {kind.value: mode.value for kind, mode in step.norm_map.items()}
             fault = find_fault(features, modes, step.stats or {})
             if fault is not None:
-                findings.append(Finding(f"the dataset's statistics: normalisation {fault}; {_advice(fault)}"))
+                findings.append(Finding(f"the dataset's statistics: normalisation {fault}; {advise(fault)}"))
     return list(dict.fromkeys(findings))
-
-
-def _advice(fault: str) -> str:
-    # LeRobot's own commands add quantiles to a dataset that was recorded without, and compute statistics again.
-    if "'q" in fault:
-        return "add them with: python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=USER/DATASET"
-    return "compute them again with: lerobot-edit-dataset --repo_id USER/DATASET --operation.type recompute_stats"

@@ -10,15 +10,19 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from .checkpoint.atomic import atomic_files
 from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
 from .checkpoint.find import find_checkpoint, policy_type
 from .checkpoint.load import load_checkpoint
+from .checkpoint.statistics import advise, find_fault
+from .checkpoint.weights import require_finite
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
-from .errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
+from .errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from .families import DensePolicy, Seam, get_family
+from .families.base import dimension_names
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
 from .versions import warn_of_unknown_lerobot
@@ -27,6 +31,11 @@ warn_of_unknown_lerobot()
 
 # Arguments of `from_pretrained` that are meant for the Hub's client.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+RENAMED = (
+    "LeRobot renames features and not their statistics: give the dataset's features the policy's names, or train with "
+    "lerobot-grids fit --rename_map"
+)
 
 
 def compress(
@@ -99,6 +108,7 @@ class GridsPolicy(PreTrainedPolicy):
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base
         declare_as(type(self), type(base))
+        _take_from_dataset(base_config, **kwargs)
         layout = self.family.layout(base)
         self.reducer: Any = config.reducer.build(layout)
         self._is_attached = True
@@ -274,6 +284,7 @@ class GridsPolicy(PreTrainedPolicy):
         }
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
+        require_finite(self.state_dict())
         with atomic_files(save_directory) as folder:
             super()._save_pretrained(folder, **kwargs)
         # A manifest or an adapter left here would describe older weights.
@@ -338,6 +349,27 @@ def _finite(action: Any) -> Any:
     if isinstance(values, Tensor) and not values.is_meta and not torch.isfinite(values).all():
         raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
     return action
+
+
+def _take_from_dataset(config: Any, dataset_meta: Any = None, dataset_stats: Any = None, **kwargs: Any) -> None:
+    """What LeRobot's commands leave undone when they train a dense policy of this configuration on a dataset.
+
+    Raises:
+        DatasetError: If the dataset has no statistics under the names of what is normalised.
+    """
+    if dataset_meta is not None and hasattr(config, "action_feature_names"):
+        # LeRobot takes the names of older datasets, {"motors": [...]}, for one joint called "motors".
+        config.action_feature_names = dimension_names(dataset_meta.features.get(ACTION, {}))
+    if dataset_stats:
+        # The dataset's own state may have another width than that of an earlier one.
+        features = {**config.input_features, **config.output_features}
+        kinds: dict[str, Any] = {name: (feature.type.value, ()) for name, feature in features.items()}
+        modes = {kind: getattr(mode, "value", mode) for kind, mode in config.normalization_mapping.items()}
+        fault = find_fault(kinds, modes, dataset_stats)
+        if fault is not None:
+            renamed = any(f"'{name}'" in fault and name not in dataset_stats for name in features)
+            advice = RENAMED if renamed else advise(fault)
+            raise DatasetError(f"the dataset's statistics: normalisation {fault}; {advice}")
 
 
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:

@@ -121,6 +121,7 @@ class Family(ABC):
             the Hub.
         repositories: Field or option -> the repositories of tokenizers and models that it may name.
         reads_state: Whether it cannot do without the robot's state.
+        camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
         counted_on_meta: Whether its FLOPs can be counted without values.
     """
@@ -130,6 +131,7 @@ class Family(ABC):
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
     reads_state: ClassVar[bool] = True
+    camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
     counted_on_meta: ClassVar[bool] = False
 
@@ -308,6 +310,14 @@ def image_size(shape: Sequence[int]) -> tuple[int, int]:
     channels_last = shape[0] not in CHANNELS and shape[-1] in CHANNELS
     height, width = shape[:2] if channels_last else shape[-2:]
     return height, width
+
+
+def dimension_names(feature: dict[str, Any]) -> list[str] | None:
+    """Names of a vector's dimensions; None where the dataset has none. Older datasets group them: {"motors": [...]}."""
+    names = feature.get("names")
+    if isinstance(names, dict):
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    return [str(name) for name in names] if names else None
 
 
 def centred_region(height: int, width: int, target_height: int, target_width: int) -> Region:
