@@ -28,6 +28,7 @@ def check_training(source: str, config: Any, data: DatasetFeatures) -> list[Find
         line = f"the dataset has no '{ACTION}' to learn; it has {data.listed}; rename one with --rename_map"
         findings.append(Finding(line))
     base = base_config(config)
+    findings += _name_faults(source, config, data)
     findings += _state_faults(source, config, data)
     for name, field in LIMITS:
         feature, limit = (data.inputs | data.outputs).get(name), getattr(base, field, None)
@@ -88,6 +89,16 @@ def check_cameras(source: str, config: Any, data: DatasetFeatures) -> list[Findi
             )
         ]
     return [warning(f"the dataset lacks {', '.join(missing)}, through which {source} looks too; it goes without")]
+
+
+def _name_faults(source: str, config: Any, data: DatasetFeatures) -> list[Finding]:
+    """Warn of cameras whose pixels LeRobot's processors do not normalise, because of their names."""
+    prefix = get_family(base_config(config).type).camera_prefix
+    odd = [name for name in data.cameras if not name.startswith(prefix)]
+    if not odd:
+        return []
+    line = f"{source} normalises only cameras called '{prefix}...'; it gets the pixels of {', '.join(odd)} as they are"
+    return [warning(line)]
 
 
 def _state_faults(source: str, config: Any, data: DatasetFeatures) -> list[Finding]:
