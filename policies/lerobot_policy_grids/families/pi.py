@@ -390,6 +390,12 @@ class UniversalActionProcessor(ProcessorMixin):
     def __init__(self, bpe_tokenizer=None, scale=10.0, vocab_size=64, min_token=0, **kwargs):
         self.scale, self.vocab_size, self.min_token = scale, vocab_size, min_token
         super().__init__(bpe_tokenizer)
+
+    def __call__(self, chunks):
+        coefficients = np.around(dct(np.asarray(chunks, np.float32), axis=1, norm="ortho") * self.scale).astype(int)
+        # The characters that the small vocabulary has.
+        texts = ["".join(map(chr, np.clip(c.flatten() - self.min_token, 32, 126))) for c in coefficients]
+        return [self.bpe_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 """
 
 
