@@ -149,8 +149,13 @@ class GridsPolicy(PreTrainedPolicy):
             BudgetError: If the reducer cannot serve one of its budgets, or there is nothing to come down from.
         """
         config, schedule = self.config, self.config.token_schedule
-        for k in self._coming_budgets():
-            self.reducer.check_budget(k)
+        for k in sorted(self._coming_budgets()):
+            try:
+                self.reducer.check_budget(k)
+            except BudgetError as error:
+                if schedule.kind == "constant":
+                    raise
+                raise BudgetError(f"{error}; token schedule '{schedule.text}' asks for that K") from error
         largest = config.reducer.largest
         if schedule.goes_down and largest == config.reducer.budget < self.seam.layout.num_dense_tokens:
             raise BudgetError(

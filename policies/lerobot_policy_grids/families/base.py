@@ -241,6 +241,13 @@ class Family(ABC):
             "that works before the trunk, such as grids, uniform, pool, random or tome"
         )
 
+    def require_trunk_training(self) -> None:  # noqa: B027 (most families need nothing)
+        """Refuse to train with tokens dropped inside the trunk, where a policy can only act so.
+
+        Raises:
+            UnsupportedPolicyError: If LeRobot trains the trunk in a way that `attach_to_trunk` does not reach.
+        """
+
     def to_bfloat16(self, policy: DensePolicy) -> bool:
         """Bring the policy to its family's own bfloat16 form, where it has one, and say whether it did."""
         return False
