@@ -28,24 +28,6 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 COMMANDS = ("fit", "lerobot-train")
 
 
-def cameras_of(case: Any) -> list[str]:
-    """The policy's names of a dataset's colour cameras; one where there are none."""
-    import reading
-    import zoo
-
-    names = reading.names_of(case.options)
-    cameras = [names.get(name, name) for name in case.recording.cameras]
-    return [name for name in cameras if name.startswith("observation.")] or [zoo.TOP]
-
-
-def has_state(case: Any) -> bool:
-    """Whether the policy gets a state."""
-    import reading
-
-    name, names = case.recording.state_name, reading.names_of(case.options)
-    return bool(case.recording.state) and names.get(name, name) == reading.STATE
-
-
 def trials_of(families: list[str], names: list[str], commands: list[str], work: Path) -> Iterator[dict[str, Any]]:
     """The result of each trial."""
     import trials
@@ -57,7 +39,7 @@ def trials_of(families: list[str], names: list[str], commands: list[str], work: 
         dataset = case.make(work / "data" / name.replace(" ", "-").replace(",", ""))
         for family in families:
             tiny = family == "tiny_smolvla"
-            checkpoint = None if tiny else checkpoints.get(family, cameras_of(case), has_state(case))
+            checkpoint = None if tiny else checkpoints.get(family, case.cameras, case.has_state)
             for command in commands:
                 output = work / "run"
                 if command == "fit":
@@ -67,7 +49,7 @@ def trials_of(families: list[str], names: list[str], commands: list[str], work: 
                     base = list(trials.TINY) if checkpoint is None else trials.flags_of(checkpoint)
                     if any(option.startswith("--rename_map") for option in case.train):
                         # LeRobot renames only for a trained policy.
-                        base = [f"--policy.path={checkpoints.wrapped(family, cameras_of(case))}"]
+                        base = [f"--policy.path={checkpoints.wrapped(family, case.cameras)}"]
                     outcome = trials.lerobot_train(dataset, output, base, family, *case.train)
                     expected = f"LeRobot {case.upstream}" if case.upstream else "not wrong"
                     ok = outcome.status != "wrong" or bool(case.upstream)

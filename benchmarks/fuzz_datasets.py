@@ -183,8 +183,6 @@ def draw_names(draw: Draw, recording: Any) -> dict[str, str]:
 
 def run_case(seed: int, number: int, work: Path, checkpoints: Any) -> tuple[dict[str, Any], str]:
     """The result of a case, and what it printed."""
-    import dataset_matrix
-
     import trials
     import zoo
 
@@ -196,7 +194,7 @@ def run_case(seed: int, number: int, work: Path, checkpoints: Any) -> tuple[dict
     dataset = case.make(work / f"data-{number}")
     policy: Any = "tiny"
     if family != "tiny_smolvla":
-        policy = checkpoints.get(family, sorted(dataset_matrix.cameras_of(case)), dataset_matrix.has_state(case))
+        policy = checkpoints.get(family, sorted(case.cameras), case.has_state)
     outcome = trials.fit(dataset, work / "run", policy, family, *case.options, "--trainer.logger", "false")
     changed = getattr(change, "func", change)
     drawn = {"options": " ".join(case.options), "change": getattr(changed, "__name__", ""), "data": str(recording)}

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from reading import STATE, names_of
+
 TRAINS = "trains"
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 SIZE = (48, 64)
@@ -273,6 +275,19 @@ class Case:
         if self.change is not None:
             self.change(root)
         return root
+
+    @property
+    def cameras(self) -> list[str]:
+        """The policy's names of the colour cameras; one where there are none."""
+        names = names_of(self.options)
+        cameras = [names.get(name, name) for name in self.recording.cameras]
+        return [name for name in cameras if name.startswith("observation.")] or [TOP]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the policy gets a state."""
+        name = self.recording.state_name
+        return bool(self.recording.state) and names_of(self.options).get(name, name) == STATE
 
     def expected(self, family: str) -> str:
         """What `fit` does with a family."""
