@@ -45,6 +45,20 @@ def test_fit_of_every_family(family, name, checkpoints, tmp_path):
     require(outcome, case.expected(family), case.said)
 
 
+def test_a_camera_that_is_not_normalised_is_named(checkpoints, tmp_path):
+    case = zoo.DATASETS["camera called observation.image"]
+    data = case.make(tmp_path / "data")
+    outcome = trials.fit(data, tmp_path / "run", checkpoints.get("xvla", case.cameras), "xvla")
+    require(outcome, zoo.TRAINS, "gets the pixels of observation.image as they are")
+
+
+def test_a_trunk_that_cannot_be_trained_is_refused_at_the_start(checkpoints, tmp_path):
+    case = zoo.DATASETS["png at 10 fps"]
+    data = case.make(tmp_path / "data")
+    outcome = trials.fit(data, tmp_path / "run", checkpoints.get("pi0", case.cameras), "pi0", "--reducer", "fastv")
+    require(outcome, "only when it acts")
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
