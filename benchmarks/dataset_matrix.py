@@ -53,7 +53,13 @@ def trials_of(families: list[str], names: list[str], commands: list[str], work: 
                     outcome = trials.lerobot_train(dataset, output, base, family, *case.train)
                     expected = f"LeRobot {case.upstream}" if case.upstream else "not wrong"
                     ok = outcome.status != "wrong" or bool(case.upstream)
-                line = {"family": family, "dataset": name, "command": command, "status": outcome.status}
+                line = {
+                    "kind": "trial",
+                    "family": family,
+                    "dataset": name,
+                    "command": command,
+                    "status": outcome.status,
+                }
                 line |= {"line": outcome.line.replace(str(work), "…"), "expected": expected, "ok": ok}
                 yield line | {"seconds": round(outcome.seconds, 2)}
 

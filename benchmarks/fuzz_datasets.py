@@ -198,7 +198,7 @@ def run_case(seed: int, number: int, work: Path, checkpoints: Any) -> tuple[dict
     outcome = trials.fit(dataset, work / "run", policy, family, *case.options, "--trainer.logger", "false")
     changed = getattr(change, "func", change)
     drawn = {"options": " ".join(case.options), "change": getattr(changed, "__name__", ""), "data": str(recording)}
-    line = {"number": number, "family": family, "status": outcome.status}
+    line = {"kind": "fuzz", "seed": seed, "number": number, "family": family, "status": outcome.status}
     line["line"] = outcome.line.replace(str(work), "…")
     return line | {name: value.replace(str(work), "…") for name, value in drawn.items()} | {
         "seconds": round(outcome.seconds, 2)

@@ -1,5 +1,6 @@
 """A grids policy sees and acts through its base policy's own processors."""
 
+import logging
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from .configuration_grids import GridsConfig, base_config
+from .errors import DatasetError
+from .instructions import find_cut
 
 Statistics = dict[str, dict[str, Tensor]]
 
@@ -23,9 +26,20 @@ def make_grids_pre_post_processors(
 
     Returns:
         (pre-processor, post-processor).
+
+    Raises:
+        DatasetError: If the tokenizer cuts two instructions of the dataset to the same.
     """
     config.share_with_base()
-    return make_processors(config, dataset_stats, dataset_meta)
+    preprocessor, postprocessor = make_processors(config, dataset_stats, dataset_meta)
+    # Left here by lerobot-train, which cuts instructions without a word.
+    meta = vars(config).get("_runtime_dataset_meta")
+    cut = None if meta is None else find_cut(preprocessor, list(meta.tasks.index), dataset_stats or {})
+    if cut is not None:
+        if cut.is_ambiguous:
+            raise DatasetError(cut.line)
+        logging.warning(cut.line)
+    return preprocessor, postprocessor
 
 
 def make_processors(

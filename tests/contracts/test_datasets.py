@@ -64,6 +64,8 @@ def test_a_trunk_that_cannot_be_trained_is_refused_at_the_start(checkpoints, tmp
     [
         ("png at 10 fps", ""),
         ("joint names grouped", ""),
+        ("very long task", ""),
+        ("long tasks alike at the start", "cannot tell apart"),
         ("no quantiles", "has no 'q01' of 'observation.state'.*augment_dataset_quantile_stats"),
         ("foreign state name, renamed", "LeRobot renames features and not their statistics"),
         ("NaN in an action", "holds NaN or infinity, so the policy is not saved"),
