@@ -10,7 +10,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from .checkpoint.atomic import atomic_files
@@ -36,6 +36,8 @@ RENAMED = (
     "LeRobot renames features and not their statistics: give the dataset's features the policy's names, or train with "
     "lerobot-grids fit --rename_map"
 )
+# Where a frame of a batch comes from.
+PLACES = {"index": "frame", "episode_index": "episode"}
 
 
 def compress(
@@ -235,7 +237,12 @@ class GridsPolicy(PreTrainedPolicy):
 
         Returns:
             (loss, dictionary of plain numbers to log).
+
+        Raises:
+            DatasetError: If a state or an action that it is trained on holds NaN or infinity.
         """
+        if self.training:
+            _require_finite_batch(batch)
         loss, log = self.require_attached().forward(batch, **kwargs)
         return loss, log
 
@@ -375,6 +382,20 @@ def _take_from_dataset(config: Any, dataset_meta: Any = None, dataset_stats: Any
             renamed = any(f"'{name}'" in fault and name not in dataset_stats for name in features)
             advice = RENAMED if renamed else advise(fault)
             raise DatasetError(f"the dataset's statistics: normalisation {fault}; {advice}")
+
+
+def _require_finite_batch(batch: dict[str, Any]) -> None:
+    # Families that write numbers as tokens would make words of NaN, and their loss would be finite.
+    values = {name: batch[name] for name in (OBS_STATE, ACTION) if isinstance(batch.get(name), Tensor)}
+    finite = {name: torch.isfinite(value).flatten(1).all(1) for name, value in values.items() if not value.is_meta}
+    # One number for the device to wait for.
+    if not finite or torch.stack(list(finite.values())).all():
+        return
+    name, good = next((name, good) for name, good in finite.items() if not good.all())
+    row = int((~good).int().argmax())
+    places = [f"{what} {int(batch[key][row])}" for key, what in PLACES.items() if key in batch]
+    place = f" at {' of '.join(places)}" if places else ""
+    raise DatasetError(f"'{name}' holds NaN or infinity{place}; repair or remove that episode, and continue")
 
 
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:

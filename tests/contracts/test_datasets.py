@@ -68,7 +68,7 @@ def test_a_trunk_that_cannot_be_trained_is_refused_at_the_start(checkpoints, tmp
         ("long tasks alike at the start", "cannot tell apart"),
         ("no quantiles", "has no 'q01' of 'observation.state'.*augment_dataset_quantile_stats"),
         ("foreign state name, renamed", "LeRobot renames features and not their statistics"),
-        ("NaN in an action", "holds NaN or infinity, so the policy is not saved"),
+        ("NaN in an action", "DatasetError: 'action' holds NaN or infinity at frame"),
     ],
 )
 def test_lerobot_train_saves_nothing_wrong(name, line, checkpoints, tmp_path):
