@@ -22,7 +22,7 @@ from .checkpoint.weights import require_finite
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
 from .errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from .families import DensePolicy, Seam, get_family
-from .families.base import dimension_names
+from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
 from .versions import warn_of_unknown_lerobot
@@ -367,11 +367,15 @@ def _take_from_dataset(config: Any, dataset_meta: Any = None, dataset_stats: Any
     """What LeRobot's commands leave undone when they train a dense policy of this configuration on a dataset.
 
     Raises:
-        DatasetError: If the dataset has no statistics under the names of what is normalised.
+        DatasetError: If the dataset has no statistics under the names of what is normalised, or is too wide.
     """
-    if dataset_meta is not None and hasattr(config, "action_feature_names"):
-        # LeRobot takes the names of older datasets, {"motors": [...]}, for one joint called "motors".
-        config.action_feature_names = dimension_names(dataset_meta.features.get(ACTION, {}))
+    if dataset_meta is not None:
+        if hasattr(config, "action_feature_names"):
+            # LeRobot takes the names of older datasets, {"motors": [...]}, for one joint called "motors".
+            config.action_feature_names = dimension_names(dataset_meta.features.get(ACTION, {}))
+        widths = {name: feature["shape"][0] for name, feature in dataset_meta.features.items()}
+        for line in width_faults(config.type, config, widths):
+            raise DatasetError(line)
     if dataset_stats:
         # The dataset's own state may have another width than that of an earlier one.
         features = {**config.input_features, **config.output_features}

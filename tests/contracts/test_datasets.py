@@ -64,6 +64,7 @@ def test_a_trunk_that_cannot_be_trained_is_refused_at_the_start(checkpoints, tmp
     [
         ("png at 10 fps", ""),
         ("joint names grouped", ""),
+        ("40 joints", "has 40 dimensions, and pi05 takes at most 32"),
         ("very long task", ""),
         ("long tasks alike at the start", "cannot tell apart"),
         ("no quantiles", "has no 'q01' of 'observation.state'.*augment_dataset_quantile_stats"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
@@ -23,6 +23,8 @@ from .seam import Seam
 EMPTY_CAMERA = "empty_camera"
 # Channels that an image may have: depth, colour, colour with opacity.
 CHANNELS = (1, 3, 4)
+# What a policy has a largest width of, and the field of its configuration.
+LIMITS = ((OBS_STATE, "state", "max_state_dim"), (ACTION, "action", "max_action_dim"))
 
 
 class DensePolicy(Protocol):
@@ -325,6 +327,22 @@ def dimension_names(feature: dict[str, Any]) -> list[str] | None:
     if isinstance(names, dict):
         names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
     return [str(name) for name in names] if names else None
+
+
+def width_faults(source: str, config: Any, widths: Mapping[str, int]) -> list[str]:
+    """Lines for states and actions that are wider than a policy takes; some of LeRobot's classes would cut them.
+
+    Args:
+        source: What the user calls the policy.
+        config: Its configuration.
+        widths: Name -> dimensions in the dataset.
+    """
+    return [
+        f"the dataset's {kind} has {widths[name]} dimensions, and {source} takes at most {limit} ({field}); choose "
+        "another policy, or a dataset with fewer"
+        for name, kind, field in LIMITS
+        if (limit := getattr(config, field, None)) is not None and widths.get(name, 0) > limit
+    ]
 
 
 def centred_region(height: int, width: int, target_height: int, target_width: int) -> Region:
