@@ -65,7 +65,7 @@ def read_features(meta: LeRobotDatasetMetadata, rename_map: dict[str, str] | Non
         rename_map: Dataset feature names to the policy's.
 
     Raises:
-        DatasetError: If the map names a feature that does not exist, or gives two features one name.
+        DatasetError: If the map names a feature that does not exist, gives two features one name, or renames twice.
     """
     renamed = _renamed(meta.features, rename_map or {})
     findings: list[Finding] = []
@@ -120,6 +120,12 @@ def _renamed(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, 
         raise DatasetError(
             f"rename_map gives {', '.join(twice)} to two features of the dataset; give each its own name"
         )
+    for old, new in rename_map.items():
+        # The loader renames these, and LeRobot's pre-processor all others, after it.
+        if is_foreign(old) and new in rename_map:
+            raise DatasetError(
+                f"rename_map gives '{old}' the name '{new}', and that name to another feature; rename it in the dataset"
+            )
     return dict(zip(renamed, features.items(), strict=True))
 
 

@@ -372,6 +372,19 @@ DATASETS: dict[str, Case] = {
     "codebase v2.1": Case(Recording(), old_version, fit="convert_dataset_v21_to_v30"),
     "foreign camera names": Case(Recording(cameras=_cameras("image", "wrist_image")), fit="give --rename_map"),
     "foreign camera names, renamed": Case(Recording(cameras=_cameras("image", "wrist_image")), **_renamed(BOTH_NAMES)),
+    "a name given on": Case(
+        Recording(cameras=_cameras(TOP, "image")),
+        fit="gives 'image' the name 'observation.images.top', and that name to another",
+        upstream="drops a camera whose name does not begin with observation., and goes without",
+        **_renamed('{"image": "observation.images.top", "observation.images.top": "observation.images.side"}'),
+    ),
+    "two names exchanged": Case(
+        Recording(cameras=_cameras(TOP, wrist=(80, 48))),
+        **_renamed(
+            '{"observation.images.top": "observation.images.wrist", "observation.images.wrist": '
+            '"observation.images.top"}'
+        ),
+    ),
     "foreign state name": Case(
         Recording(state_name="observation.qpos"), fit=NO_STATE, families={"xvla": TRAINS}, said="observation.qpos"
     ),
