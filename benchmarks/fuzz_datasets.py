@@ -1,6 +1,6 @@
 """Train on random small datasets with random options of `fit`, and check what the policy got and what was saved.
 
-    python benchmarks/fuzz_datasets.py                              # 200 cases, about 4 minutes on two cores
+    python benchmarks/fuzz_datasets.py                              # 200 cases, about 4 minutes on one core
     python benchmarks/fuzz_datasets.py --seed 1 --count 500 --results benchmarks/results/fuzz-datasets.jsonl
     python benchmarks/fuzz_datasets.py --only 17                    # one of them again, with all that it printed
 
