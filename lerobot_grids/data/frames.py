@@ -10,7 +10,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch.utils.data import Dataset
 
@@ -106,6 +106,11 @@ def read_columns(features: DatasetFeatures, config: PreTrainedConfig) -> dict[st
     return columns | dict(zip(kept, kept, strict=True))
 
 
+def is_scalar(meta: LeRobotDatasetMetadata, source: str) -> bool:
+    """Whether LeRobot stores a vector of one dimension without its axis, which policies expect."""
+    return source not in DEFAULT_FEATURES and tuple(meta.features[source]["shape"]) == (1,)
+
+
 class FrameError(DatasetError):
     """A frame cannot be read."""
 
@@ -128,6 +133,7 @@ class Frames(Dataset[dict[str, Any]]):
         self.dataset = dataset
         padded = {f"{source}_is_pad": f"{name}_is_pad" for source, name in columns.items()}
         self.names = {**columns, **padded, "task": "task"}
+        self.scalars = {source for source in columns if is_scalar(dataset.meta, source)}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -140,6 +146,8 @@ class Frames(Dataset[dict[str, Any]]):
                 f"frame {index} of dataset {self.dataset.repo_id} cannot be read: {first_line(error)}; repair it, give "
                 "--data.tolerance_s where a time stamp is off, or --data.video_backend pyav"
             ) from error
+        for source in self.scalars:
+            item[source] = item[source].unsqueeze(-1)
         return {name: item[source] for source, name in self.names.items() if source in item}
 
 

@@ -150,10 +150,12 @@ def _wrap(
         options.setdefault("num_tokens", tokens)
         if options["num_tokens"] != tokens:
             raise GridsError(f"--tokens {tokens} with a reducer of {options['num_tokens']}; give K once")
-    if schedule != "constant":
+    if schedule != "constant" and options["type"] != "blind":
         dense_tokens = get_family(policy.config.type).layout(policy).num_dense_tokens
         options.setdefault("num_tokens_max", dense_tokens)
     reducer = reducer_config(options.pop("type"), **options)
+    if reducer.in_trunk:
+        get_family(policy.config.type).require_trunk_training()
     origin = provenance(folder) if folder is not None else None
     repo_id, revision = origin or (None, None)
     config = GridsConfig(

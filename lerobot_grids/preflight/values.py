@@ -17,6 +17,10 @@ from .relative import looks_relative
 
 # Statistics further than this share of the standard deviation from the data's mean describe other data.
 DRIFT = 0.5
+# So does a standard deviation that is more than this many times larger or smaller.
+SPREAD = 1.5
+# A joint with less spread than this share of its mean never moves; LeRobot's statistics of it have some rounding.
+STILL = 1e-6
 
 
 def data_files(meta: LeRobotDatasetMetadata) -> list[Path]:
@@ -67,9 +71,8 @@ def check_values(
 
 def _read(files: Sequence[Path], names: list[str]) -> dict[str, Any]:
     parts = [pq.read_table(file, columns=names) for file in files]
+    # In the files' own order: LeRobot takes a frame by its row.
     table = pa.concat_tables(parts).combine_chunks()
-    order = np.argsort(table["index"].to_numpy(), kind="stable")
-    table = table.take(order) if (np.diff(order) != 1).any() else table
     return {name: _column(table[name]) for name in names}
 
 
@@ -128,22 +131,26 @@ def _statistics_faults(
     if "mean" not in said or "std" not in said:
         return []
     mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
-    # LeRobot sums in float32.
-    rounding = 1e-5 * np.abs(mean) + 1e-6
-    off = np.abs(np.ravel(said["mean"]) - mean) > DRIFT * std + rounding
+    told = {kind: np.asarray(said[kind], np.float64).reshape(-1) for kind in ("mean", "std")}
+    least = STILL * np.maximum(np.abs(mean), 1)
+    moves, ratio = std > least, told["std"] / np.maximum(std, least)
+    far = np.abs(told["mean"] - mean) > np.maximum(DRIFT * std, least)
+    wide = moves & ((ratio > SPREAD) | (ratio < 1 / SPREAD))
     if state is not None:
         # `check_relative` knows which of the two the policy needs.
-        off &= ~looks_relative(np.ravel(said["mean"]), np.ravel(said["std"]), mean, state)
-    if not off.any():
-        return []
-    at = int(off.argmax())
-    return [
-        warning(
-            f"the dataset's statistics of '{name}' are not those of its data (mean {np.ravel(said['mean'])[at]:.4g} of "
-            f"dimension {at}, the data's {mean[at]:.4g}); compute them again with: lerobot-edit-dataset "
-            "--operation.type recompute_stats"
-        )
-    ]
+        relative = looks_relative(told["mean"], told["std"], mean, state)
+        far, wide = far & ~relative, wide & ~relative
+    for kind, off, true in (("mean", far, mean), ("std", wide, std)):
+        if off.any():
+            at = int(off.argmax())
+            return [
+                warning(
+                    f"the dataset's statistics of '{name}' are not those of its data ({kind} {told[kind][at]:.4g} of "
+                    f"dimension {at}, the data's {true[at]:.4g}); compute them again with: lerobot-edit-dataset "
+                    "--operation.type recompute_stats"
+                )
+            ]
+    return []
 
 
 def _time_faults(columns: dict[str, Any], used: NDArray[Any], fps: float, tolerance_s: float) -> list[Finding]:

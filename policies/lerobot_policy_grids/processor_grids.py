@@ -1,5 +1,6 @@
 """A grids policy sees and acts through its base policy's own processors."""
 
+import logging
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from .checkpoint.statistics import find_fault, settle_constants
 from .configuration_grids import GridsConfig, base_config
 from .errors import DatasetError
+from .instructions import find_cut
 
 Statistics = dict[str, dict[str, Tensor]]
 
@@ -29,14 +31,18 @@ def make_grids_pre_post_processors(
         (pre-processor, post-processor).
 
     Raises:
-        DatasetError: If statistics are given, and state or action would not be normalised by them.
+        DatasetError: If the tokenizer cuts two instructions of the dataset to the same.
     """
     config.share_with_base()
-    processors = make_processors(config, dataset_stats, dataset_meta)
-    faults = [] if dataset_stats is None else normalisation_faults(*processors)
-    if faults:
-        raise DatasetError(f"the dataset's statistics: normalisation {faults[0]}; rename or compute them")
-    return processors
+    preprocessor, postprocessor = make_processors(config, dataset_stats, dataset_meta)
+    # Left here by lerobot-train, which cuts instructions without a word.
+    meta = vars(config).get("_runtime_dataset_meta")
+    cut = None if meta is None else find_cut(preprocessor, list(meta.tasks.index), dataset_stats or {})
+    if cut is not None:
+        if cut.is_ambiguous:
+            raise DatasetError(cut.line)
+        logging.warning(cut.line)
+    return preprocessor, postprocessor
 
 
 def normalisation_faults(*pipelines: Any) -> list[str]:

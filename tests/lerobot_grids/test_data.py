@@ -63,6 +63,12 @@ def test_split_holds_out_whole_episodes_evenly(dataset):
     assert val == [1, 4]
 
 
+def test_every_split_leaves_an_episode_for_training(dataset):
+    train, val = LeRobotDataModule(str(dataset), val_fraction=0.99).split()
+    assert (len(train), len(val)) == (1, 5)
+    assert LeRobotDataModule(str(dataset), val_fraction=0.99, episodes=[2]).split() == ([2], [])
+
+
 def test_no_frame_is_in_both_splits(dataset, config):
     module = LeRobotDataModule(str(dataset), val_fraction=0.3)
     module.load(config)

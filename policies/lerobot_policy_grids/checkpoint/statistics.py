@@ -73,6 +73,14 @@ def find_fault(
     return None
 
 
+def advise(fault: str) -> str:
+    """What to do about a fault in a dataset's statistics."""
+    # LeRobot's own commands add quantiles to a dataset that was recorded without, and compute statistics again.
+    if "'q" in fault:
+        return "add them with: python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=USER/DATASET"
+    return "compute them again with: lerobot-edit-dataset --repo_id USER/DATASET --operation.type recompute_stats"
+
+
 def _plausible(values: Tensor) -> bool:
     return bool(values.isfinite().all() and (values.abs() <= LARGEST).all())
 
