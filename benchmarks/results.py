@@ -17,7 +17,13 @@ from lerobot_grids.evaluation.statistics import paired_comparison, wilson_interv
 Line = dict[str, Any]
 # Two lines with equal values of these fields are the same measurement; the newer one replaces the older.
 KEY = ("kind", "method", "seed", "tokens", "perturb", "tamper", "policy", "task", "command", "run", "cameras", "device")
-KEYED = {"evaluation": KEY[:6], "validation": KEY[:6], "comparison": ("kind", "perturb", "tamper")}
+KEYED = {
+    "evaluation": KEY[:6],
+    "validation": KEY[:6],
+    "comparison": ("kind", "perturb", "tamper"),
+    "trial": ("kind", "family", "dataset", "command"),
+    "fuzz": ("kind", "seed", "number"),
+}
 # Fields of `lerobot-grids eval` and `validate` -> names in the lines.
 NAMES = {"num_tokens": "tokens", "num_dense_tokens": "dense_tokens"}
 SHARED = ("policy", "policy_type", "num_tokens", "num_dense_tokens")

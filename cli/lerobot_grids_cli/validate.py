@@ -41,7 +41,13 @@ def validate(
 
     from lerobot_grids.console import counting_bar, report, require_writable
     from lerobot_grids.data import LeRobotDataModule, load_metadata
-    from lerobot_grids.evaluation.open_loop import Validation, budgets_of, draw_validation, held_out_share
+    from lerobot_grids.evaluation.open_loop import (
+        Validation,
+        budgets_of,
+        draw_validation,
+        held_out_share,
+        require_held_out,
+    )
     from lerobot_grids.evaluation.open_loop import validate as run_validation
     from lerobot_grids.evaluation.tables import print_validation
     from lerobot_grids.policies import load, parse_tokens, peek, token_counts
@@ -84,6 +90,7 @@ def validate(
         require_alike(teacher, dense.policy.config, dense.preprocessor, loaded.policy.config, loaded.preprocessor)
     data.load(loaded.policy.config)
     used = len(data.val_dataset or [])  # type: ignore[arg-type]
+    require_held_out(used)
     with counting_bar("validating", -(-used // batch_size) * len(budgets), "batches") as bar:
         rows = run_validation(loaded, data, budgets, dense, bar.advance)
     result = Validation(policy, loaded.policy.config.type, dataset, teacher, used, token_counts(loaded.policy)[1], rows)

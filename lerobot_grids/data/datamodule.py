@@ -112,8 +112,9 @@ class LeRobotDataModule(lightning.LightningDataModule):
         """Episode indices for (training, validation). With fewer than two episodes nothing is held out."""
         episodes = self.episodes
         held_out = round(self.val_fraction * len(episodes))
-        if self.val_fraction > 0 and len(episodes) > 1:
-            held_out = max(held_out, 1)
+        if self.val_fraction > 0:
+            # At least one for each.
+            held_out = min(max(held_out, 1), len(episodes) - 1)
         # Spread evenly, so that every task and every session is represented.
         val = {(2 * i + 1) * len(episodes) // (2 * held_out) for i in range(held_out)} if held_out else set()
         return (

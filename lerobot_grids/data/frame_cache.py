@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 
 from lerobot_policy_grids.errors import DatasetError
 
+from .frames import is_scalar
+
 # Share of the machine's memory that decoded frames may take.
 MEMORY_SHARE = 0.25
 
@@ -33,7 +35,7 @@ def fits_in_memory(meta: LeRobotDatasetMetadata, columns: Mapping[str, str]) -> 
 
 
 class FrameCache(Dataset[dict[str, Any]]):
-    """The items of a LeRobotDataset in batches: `cache.__getitems__(indices)` equals the collated items.
+    """The items of a LeRobotDataset in batches: `cache.__getitems__(indices)` equals the collated `Frames`.
 
     Args:
         dataset: A dataset with all episodes, images instead of videos, and `return_uint8=True`.
@@ -52,7 +54,8 @@ class FrameCache(Dataset[dict[str, Any]]):
             if source in meta.camera_keys:
                 self.columns[name] = torch.stack([_decode(cell.as_py(), row) for row, cell in enumerate(column)])
             else:
-                self.columns[name] = _numbers(column.to_pylist())
+                numbers = _numbers(column.to_pylist())
+                self.columns[name] = numbers[:, None] if is_scalar(meta, source) else numbers
         self.tasks = list(meta.tasks.index)
         episodes = meta.episodes
         starts, ends = (torch.tensor(episodes[f"dataset_{side}_index"]) for side in ("from", "to"))

@@ -10,7 +10,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch.utils.data import Dataset
 
@@ -106,8 +106,23 @@ def read_columns(features: DatasetFeatures, config: PreTrainedConfig) -> dict[st
     return columns | dict(zip(kept, kept, strict=True))
 
 
+def is_scalar(meta: LeRobotDatasetMetadata, source: str) -> bool:
+    """Whether LeRobot stores a vector of one dimension without its axis, which policies expect."""
+    return source not in DEFAULT_FEATURES and tuple(meta.features[source]["shape"]) == (1,)
+
+
+class FrameError(DatasetError):
+    """A frame cannot be read."""
+
+    def __init__(self, message: str) -> None:
+        # From another process, torch raises it anew with that process's traceback in front.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
+
+
 class Frames(Dataset[dict[str, Any]]):
     """Items of a LeRobotDataset with some of its columns, each frame and its delta timestamps.
+
+    `frames[index]` raises `FrameError` if LeRobot cannot read it.
 
     Args:
         dataset: The dataset.
@@ -118,6 +133,7 @@ class Frames(Dataset[dict[str, Any]]):
         self.dataset = dataset
         padded = {f"{source}_is_pad": f"{name}_is_pad" for source, name in columns.items()}
         self.names = {**columns, **padded, "task": "task"}
+        self.scalars = {source for source in columns if is_scalar(dataset.meta, source)}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -126,10 +142,12 @@ class Frames(Dataset[dict[str, Any]]):
         try:
             item = self.dataset[index]
         except Exception as error:  # LeRobot and its video decoders raise many types of errors here
-            raise DatasetError(
+            raise FrameError(
                 f"frame {index} of dataset {self.dataset.repo_id} cannot be read: {first_line(error)}; repair it, give "
                 "--data.tolerance_s where a time stamp is off, or --data.video_backend pyav"
             ) from error
+        for source in self.scalars:
+            item[source] = item[source].unsqueeze(-1)
         return {name: item[source] for source, name in self.names.items() if source in item}
 
 

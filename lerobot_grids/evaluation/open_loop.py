@@ -101,6 +101,12 @@ def held_out_share(policy: str) -> float:
     return 0.1
 
 
+def require_held_out(count: int) -> None:
+    """Raise `GridsError` if nothing is held out."""
+    if count == 0:
+        raise GridsError("no episodes are held out for validation; the dataset needs at least two episodes")
+
+
 class _Measures:
     """Metrics at one budget."""
 
@@ -149,8 +155,7 @@ def validate(
     if data.val_dataset is None:
         data.load(policy.config)
     batches = data.val_dataloader()
-    if not batches:
-        raise GridsError("no episodes are held out for validation; the dataset needs at least two episodes")
+    require_held_out(len(batches))
     device = next(policy.parameters()).device
     size = policy.config.output_features[ACTION].shape[0]
     measures = {k: _Measures(policy, size, device) for k in budgets}

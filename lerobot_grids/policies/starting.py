@@ -21,6 +21,7 @@ from ..preflight.episodes import check_episodes
 from ..preflight.features import DatasetFeatures, read_features
 from ..preflight.language import check_tasks
 from ..preflight.normalisation import check_normalisation
+from ..preflight.relative import check_relative
 from ..preflight.robot import check_training
 from .loaded import LoadedPolicy
 from .loading import build_at
@@ -64,6 +65,7 @@ def start(
     # Without its weights: what does not fit is said before gigabytes are fetched.
     folder = find_source(source, weights=False)
     config, findings = _configure(source, folder, data)
+    findings += check_relative(source, config, meta, data)
     refuse_errors(findings)
     config.validate_features()
     if gradient_checkpointing:
@@ -148,10 +150,12 @@ def _wrap(
         options.setdefault("num_tokens", tokens)
         if options["num_tokens"] != tokens:
             raise GridsError(f"--tokens {tokens} with a reducer of {options['num_tokens']}; give K once")
-    if schedule != "constant":
+    if schedule != "constant" and options["type"] != "blind":
         dense_tokens = get_family(policy.config.type).layout(policy).num_dense_tokens
         options.setdefault("num_tokens_max", dense_tokens)
     reducer = reducer_config(options.pop("type"), **options)
+    if reducer.in_trunk:
+        get_family(policy.config.type).require_trunk_training()
     origin = provenance(folder) if folder is not None else None
     repo_id, revision = origin or (None, None)
     config = GridsConfig(

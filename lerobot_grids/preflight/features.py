@@ -9,7 +9,7 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
 from lerobot_policy_grids.errors import DatasetError
-from lerobot_policy_grids.families.base import CHANNELS, image_size
+from lerobot_policy_grids.families.base import CHANNELS, dimension_names, image_size
 
 from .findings import Finding, warning
 
@@ -65,7 +65,7 @@ def read_features(meta: LeRobotDatasetMetadata, rename_map: dict[str, str] | Non
         rename_map: Dataset feature names to the policy's.
 
     Raises:
-        DatasetError: If the map names a feature that does not exist, or gives two features one name.
+        DatasetError: If the map names a feature that does not exist, gives two features one name, or renames twice.
     """
     renamed = _renamed(meta.features, rename_map or {})
     findings: list[Finding] = []
@@ -104,14 +104,6 @@ def read_features(meta: LeRobotDatasetMetadata, rename_map: dict[str, str] | Non
     return DatasetFeatures(cameras, state, action, names, sources, described, tuple(findings))
 
 
-def dimension_names(feature: dict[str, Any]) -> list[str] | None:
-    """Names of a vector's dimensions; None where the dataset has none. Older datasets group them: {"motors": [...]}."""
-    names = feature.get("names")
-    if isinstance(names, dict):
-        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-    return [str(name) for name in names] if names else None
-
-
 def is_foreign(name: str) -> bool:
     """Whether LeRobot's processors would not hand a feature of this name to a policy."""
     return not name.startswith((OBSERVATION, ACTION)) or name in USUAL
@@ -128,6 +120,12 @@ def _renamed(features: dict[str, Any], rename_map: dict[str, str]) -> dict[str, 
         raise DatasetError(
             f"rename_map gives {', '.join(twice)} to two features of the dataset; give each its own name"
         )
+    for old, new in rename_map.items():
+        # The loader renames these, and LeRobot's pre-processor all others, after it.
+        if is_foreign(old) and new in rename_map:
+            raise DatasetError(
+                f"rename_map gives '{old}' the name '{new}', and that name to another feature; rename it in the dataset"
+            )
     return dict(zip(renamed, features.items(), strict=True))
 
 

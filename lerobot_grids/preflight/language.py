@@ -3,68 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from lerobot.processor import TokenizerProcessorStep, create_transition
-from lerobot.utils.constants import OBS_STATE
+from lerobot_policy_grids.instructions import find_cut
 
-from .findings import Finding, warning
-
-# Instructions that a line names.
-NAMED = 3
+from .findings import Finding
 
 
 def check_tasks(preprocessor: Any, tasks: list[str], statistics: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-    """Find instructions that the tokenizer cuts, and those that are then the same.
+    """Find instructions that the tokenizer cuts; an error if two are then the same.
 
     Args:
         preprocessor: The policy's pre-processor.
         tasks: The dataset's instructions.
-        statistics: The dataset's statistics in the policy's names; some policies write the state into the instruction.
+        statistics: The dataset's statistics in the policy's names.
     """
-    steps = list(preprocessor.steps)
-    number = next((i for i, step in enumerate(steps) if isinstance(step, TokenizerProcessorStep)), None)
-    if number is None or not tasks:
-        return []
-    step: Any = steps[number]
-    texts = _written(steps[:number], step.task_key, tasks, statistics)
-    ids = [step.input_tokenizer(text, truncation=False)["input_ids"] for text in texts]
-    cut = [task for task, tokens in zip(tasks, ids, strict=True) if len(tokens) > step.max_length]
-    if not cut:
-        return []
-    kept: dict[tuple[int, ...], list[str]] = {}
-    for task, tokens in zip(tasks, ids, strict=True):
-        kept.setdefault(tuple(tokens[: step.max_length]), []).append(task)
-    same = [group for group in kept.values() if len(group) > 1]
-    if same:
-        return [
-            Finding(
-                f"the tokenizer keeps {step.max_length} tokens, so the policy cannot tell apart {_listed(same[0])}; "
-                "shorten them with: lerobot-edit-dataset --operation.type modify_tasks --operation.task_replacements "
-                '\'{"old": "new"}\''
-            )
-        ]
-    return [
-        warning(
-            f"{len(cut)} of {len(tasks)} instructions are longer than the {step.max_length} tokens that the policy "
-            f"reads; the end is cut of {_listed(cut)}"
-        )
-    ]
-
-
-def _written(steps: list[Any], key: str, tasks: list[str], statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The instructions as the steps before the tokenizer write them."""
-    observation = {}
-    if "max" in statistics.get(OBS_STATE, {}):
-        # The largest state is written with the most digits.
-        largest = torch.as_tensor(statistics[OBS_STATE]["max"]).float().reshape(1, -1)
-        observation[OBS_STATE] = largest.expand(len(tasks), -1)
-    transition: Any = create_transition(observation=observation, complementary_data={key: list(tasks)})
-    for step in steps:
-        transition = step(transition)
-    texts: list[str] = transition["complementary_data"][key]
-    return texts
-
-
-def _listed(tasks: list[str]) -> str:
-    shown = ", ".join(f"'{task}'" for task in tasks[:NAMED])
-    return shown if len(tasks) <= NAMED else f"{shown} and {len(tasks) - NAMED} more"
+    cut = find_cut(preprocessor, tasks, statistics)
+    return [] if cut is None else [Finding(cut.line, is_error=cut.is_ambiguous)]

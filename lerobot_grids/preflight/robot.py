@@ -7,12 +7,10 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.families import get_family
-from lerobot_policy_grids.families.base import EMPTY_CAMERA
+from lerobot_policy_grids.families.base import EMPTY_CAMERA, width_faults
 
 from .features import DatasetFeatures
 from .findings import Finding, warning
-
-LIMITS = ((OBS_STATE, "max_state_dim"), (ACTION, "max_action_dim"))
 
 
 def check_training(source: str, config: Any, data: DatasetFeatures) -> list[Finding]:
@@ -28,17 +26,10 @@ def check_training(source: str, config: Any, data: DatasetFeatures) -> list[Find
         line = f"the dataset has no '{ACTION}' to learn; it has {data.listed}; rename one with --rename_map"
         findings.append(Finding(line))
     base = base_config(config)
+    findings += _name_faults(source, config, data)
     findings += _state_faults(source, config, data)
-    for name, field in LIMITS:
-        feature, limit = (data.inputs | data.outputs).get(name), getattr(base, field, None)
-        if feature is not None and limit is not None and feature.shape[0] > limit:
-            kind, size = feature.type.value.lower(), feature.shape[0]
-            findings.append(
-                Finding(
-                    f"the dataset's {kind} has {size} dimensions, and {source} takes at most {limit} ({field}); choose "
-                    "another policy, or a dataset with fewer"
-                )
-            )
+    widths = {name: feature.shape[0] for name, feature in (data.inputs | data.outputs).items()}
+    findings += [Finding(line) for line in width_faults(source, base, widths)]
     if getattr(base, "use_relative_actions", False):
         findings += _relative_faults(data)
     return findings
@@ -88,6 +79,16 @@ def check_cameras(source: str, config: Any, data: DatasetFeatures) -> list[Findi
             )
         ]
     return [warning(f"the dataset lacks {', '.join(missing)}, through which {source} looks too; it goes without")]
+
+
+def _name_faults(source: str, config: Any, data: DatasetFeatures) -> list[Finding]:
+    """Warn of cameras whose pixels LeRobot's processors do not normalise, because of their names."""
+    prefix = get_family(base_config(config).type).camera_prefix
+    odd = [name for name in data.cameras if not name.startswith(prefix)]
+    if not odd:
+        return []
+    line = f"{source} normalises only cameras called '{prefix}...'; it gets the pixels of {', '.join(odd)} as they are"
+    return [warning(line)]
 
 
 def _state_faults(source: str, config: Any, data: DatasetFeatures) -> list[Finding]:

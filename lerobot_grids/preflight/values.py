@@ -8,13 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.utils.constants import ACTION, OBS_STATE
 from numpy.typing import NDArray
 
 from .features import DatasetFeatures
 from .findings import Finding, warning
+from .relative import looks_relative
 
 # Statistics further than this share of the standard deviation from the data's mean describe other data.
 DRIFT = 0.5
+# So does a standard deviation that is more than this many times larger or smaller.
+SPREAD = 1.5
+# A joint with less spread than this share of its mean never moves; LeRobot's statistics of it have some rounding.
+STILL = 1e-6
 
 
 def data_files(meta: LeRobotDatasetMetadata) -> list[Path]:
@@ -56,7 +62,8 @@ def check_values(
             continue
         findings += _value_faults(name, values, columns, used)
         if used.all() and not findings:
-            findings += _statistics_faults(name, values, meta.stats or {})
+            state = _state_mean(data, columns) if name == data.sources.get(ACTION) else None
+            findings += _statistics_faults(name, values, meta.stats or {}, state)
     if meta.video_keys:
         findings += _time_faults(columns, used, meta.fps, tolerance_s)
     return findings
@@ -64,9 +71,8 @@ def check_values(
 
 def _read(files: Sequence[Path], names: list[str]) -> dict[str, Any]:
     parts = [pq.read_table(file, columns=names) for file in files]
+    # In the files' own order: LeRobot takes a frame by its row.
     table = pa.concat_tables(parts).combine_chunks()
-    order = np.argsort(table["index"].to_numpy(), kind="stable")
-    table = table.take(order) if (np.diff(order) != 1).any() else table
     return {name: _column(table[name]) for name in names}
 
 
@@ -109,22 +115,42 @@ def _value_faults(name: str, values: NDArray[Any], columns: dict[str, Any], used
     ]
 
 
-def _statistics_faults(name: str, values: NDArray[Any], statistics: dict[str, Any]) -> list[Finding]:
+def _state_mean(data: DatasetFeatures, columns: dict[str, Any]) -> NDArray[Any] | None:
+    source = data.sources.get(OBS_STATE)
+    if source is None or data.state is None or data.action is None or data.state.shape[0] < data.action.shape[0]:
+        return None
+    values = _vector(columns[source], data.state.shape[0])
+    return None if values is None else values[:, : data.action.shape[0]].mean(0, dtype=np.float64)
+
+
+def _statistics_faults(
+    name: str, values: NDArray[Any], statistics: dict[str, Any], state: NDArray[Any] | None
+) -> list[Finding]:
+    """Whether statistics are those of the values, or of the values relative to a state of this mean."""
     said = statistics.get(name, {})
     if "mean" not in said or "std" not in said:
         return []
-    mean, std = values.mean(0), values.std(0)
-    off = np.abs(np.asarray(said["mean"]).reshape(-1) - mean) > DRIFT * np.maximum(std, 1e-6)
-    if not off.any():
-        return []
-    at = int(off.argmax())
-    return [
-        warning(
-            f"the dataset's statistics of '{name}' are not those of its data (mean {np.ravel(said['mean'])[at]:.4g} of "
-            f"dimension {at}, the data's {mean[at]:.4g}); compute them again with: lerobot-edit-dataset "
-            "--operation.type recompute_stats"
-        )
-    ]
+    mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    told = {kind: np.asarray(said[kind], np.float64).reshape(-1) for kind in ("mean", "std")}
+    least = STILL * np.maximum(np.abs(mean), 1)
+    moves, ratio = std > least, told["std"] / np.maximum(std, least)
+    far = np.abs(told["mean"] - mean) > np.maximum(DRIFT * std, least)
+    wide = moves & ((ratio > SPREAD) | (ratio < 1 / SPREAD))
+    if state is not None:
+        # `check_relative` knows which of the two the policy needs.
+        relative = looks_relative(told["mean"], told["std"], mean, state)
+        far, wide = far & ~relative, wide & ~relative
+    for kind, off, true in (("mean", far, mean), ("std", wide, std)):
+        if off.any():
+            at = int(off.argmax())
+            return [
+                warning(
+                    f"the dataset's statistics of '{name}' are not those of its data ({kind} {told[kind][at]:.4g} of "
+                    f"dimension {at}, the data's {true[at]:.4g}); compute them again with: lerobot-edit-dataset "
+                    "--operation.type recompute_stats"
+                )
+            ]
+    return []
 
 
 def _time_faults(columns: dict[str, Any], used: NDArray[Any], fps: float, tolerance_s: float) -> list[Finding]:

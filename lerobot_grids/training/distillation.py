@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lerobot_policy_grids import GridsConfig, GridsPolicy
 from lerobot_policy_grids.checkpoint import read_config
-from lerobot_policy_grids.checkpoint.statistics import USED
+from lerobot_policy_grids.checkpoint.statistics import USED, settle_constants
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import Target, get_family
@@ -306,13 +306,15 @@ def _statistics(preprocessor: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Statistics of the features that a pre-processor normalises: {feature: {"mean": ..., "std": ...}}."""
     for step in preprocessor.steps:
         if isinstance(step, NormalizerProcessorStep):
+            # Of a teacher from lerobot-train, joints that never moved have LeRobot's rounding.
+            settled = settle_constants(step.stats)
             return {
                 feature: {
                     kind: torch.as_tensor(value).float().cpu()
-                    for kind, value in step.stats[feature].items()
+                    for kind, value in settled[feature].items()
                     if kind in USED.get(step.norm_map[described.type].value, ())
                 }
                 for feature, described in step.features.items()
-                if feature in step.stats
+                if feature in settled
             }
     return {}

@@ -10,15 +10,19 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from .checkpoint.atomic import atomic_files
 from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
 from .checkpoint.find import find_checkpoint, policy_type
 from .checkpoint.load import load_checkpoint
+from .checkpoint.statistics import advise, find_fault
+from .checkpoint.weights import require_finite
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
-from .errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
+from .errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from .families import DensePolicy, Seam, get_family
+from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
 from .versions import warn_of_unknown_lerobot
@@ -27,6 +31,13 @@ warn_of_unknown_lerobot()
 
 # Arguments of `from_pretrained` that are meant for the Hub's client.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+RENAMED = (
+    "LeRobot renames features and not their statistics: give the dataset's features the policy's names, or train with "
+    "lerobot-grids fit --rename_map"
+)
+# Where a frame of a batch comes from.
+PLACES = {"index": "frame", "episode_index": "episode"}
 
 
 def compress(
@@ -99,11 +110,12 @@ class GridsPolicy(PreTrainedPolicy):
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base
         declare_as(type(self), type(base))
+        _take_from_dataset(base_config, **kwargs)
         layout = self.family.layout(base)
         self.reducer: Any = config.reducer.build(layout)
         self._is_attached = True
         self._looks_everywhere = False
-        self.seam = Seam(partial(_current_reducer, self), layout)
+        self.seam = Seam(partial(_current_reducer, self), layout, partial(self.family.image_region, base))
         self.check_schedule()
         self.family.attach(base, self.seam)
         if self.reducer.in_trunk:
@@ -139,8 +151,13 @@ class GridsPolicy(PreTrainedPolicy):
             BudgetError: If the reducer cannot serve one of its budgets, or there is nothing to come down from.
         """
         config, schedule = self.config, self.config.token_schedule
-        for k in self._coming_budgets():
-            self.reducer.check_budget(k)
+        for k in sorted(self._coming_budgets()):
+            try:
+                self.reducer.check_budget(k)
+            except BudgetError as error:
+                if schedule.kind == "constant":
+                    raise
+                raise BudgetError(f"{error}; token schedule '{schedule.text}' asks for that K") from error
         largest = config.reducer.largest
         if schedule.goes_down and largest == config.reducer.budget < self.seam.layout.num_dense_tokens:
             raise BudgetError(
@@ -220,7 +237,12 @@ class GridsPolicy(PreTrainedPolicy):
 
         Returns:
             (loss, dictionary of plain numbers to log).
+
+        Raises:
+            DatasetError: If a state or an action that it is trained on holds NaN or infinity.
         """
+        if self.training:
+            _require_finite_batch(batch)
         loss, log = self.require_attached().forward(batch, **kwargs)
         return loss, log
 
@@ -228,17 +250,19 @@ class GridsPolicy(PreTrainedPolicy):
         """Action chunk [b, chunk_size, action_dim] of the base policy with K tokens per camera.
 
         Raises:
-            GridsError: If it holds NaN or infinity, which no robot should be sent.
+            GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
-        return _finite(self.require_attached().predict_action_chunk(batch, **kwargs))
+        state = batch.get(OBS_STATE)
+        return _finite(self.require_attached().predict_action_chunk(batch, **kwargs), state)
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Next action [b, action_dim], from the base policy's queue.
 
         Raises:
-            GridsError: If it holds NaN or infinity, which no robot should be sent.
+            GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
-        return _finite(self.require_attached().select_action(batch, **kwargs))
+        state = batch.get(OBS_STATE)
+        return _finite(self.require_attached().select_action(batch, **kwargs), state)
 
     def reset(self) -> None:
         self.base.reset()
@@ -274,6 +298,7 @@ class GridsPolicy(PreTrainedPolicy):
         }
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
+        require_finite(self.state_dict())
         with atomic_files(save_directory) as folder:
             super()._save_pretrained(folder, **kwargs)
         # A manifest or an adapter left here would describe older weights.
@@ -311,8 +336,9 @@ class GridsPolicy(PreTrainedPolicy):
             config.require_base().pretrained_path = None
         policy = super().from_pretrained(str(folder), strict=True, **kwargs)
         # LeRobot's commands load the processors from here: from what was checked, and not from what the repository's
-        # main branch has by then.
-        policy.config.pretrained_path = folder
+        # main branch has by then. Of a PEFT adapter this is only the base, and the processors are the adapter's.
+        if not policy.config.use_peft:
+            policy.config.pretrained_path = folder
         return policy
 
     @classmethod
@@ -331,13 +357,63 @@ class GridsPolicy(PreTrainedPolicy):
             return getattr(base, name)
 
 
-def _finite(action: Any) -> Any:
+def _finite(action: Any, state: Any) -> Any:
+    """The action, if it and the state hold numbers.
+
+    A policy that writes its state into the instruction gives finite actions for NaN, and LeRobot adds the state to
+    relative actions after the policy.
+    """
     # A newer LeRobot may return an object that holds the action.
     values = getattr(action, "action", action)
-    # A meta tensor, on which costs are counted, has no values to check.
-    if isinstance(values, Tensor) and not values.is_meta and not torch.isfinite(values).all():
+    if _has_bad_numbers(state):
+        raise GridsError(f"'{OBS_STATE}' holds NaN or infinity; check what the robot reads, and its normalisation")
+    if _has_bad_numbers(values):
         raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
     return action
+
+
+def _has_bad_numbers(values: Any) -> bool:
+    # A meta tensor, on which costs are counted, has no values to check.
+    return isinstance(values, Tensor) and not values.is_meta and not bool(torch.isfinite(values).all())
+
+
+def _take_from_dataset(config: Any, dataset_meta: Any = None, dataset_stats: Any = None, **kwargs: Any) -> None:
+    """What LeRobot's commands leave undone when they train a dense policy of this configuration on a dataset.
+
+    Raises:
+        DatasetError: If the dataset has no statistics under the names of what is normalised, or is too wide.
+    """
+    if dataset_meta is not None:
+        if hasattr(config, "action_feature_names"):
+            # LeRobot takes the names of older datasets, {"motors": [...]}, for one joint called "motors".
+            config.action_feature_names = dimension_names(dataset_meta.features.get(ACTION, {}))
+        widths = {name: feature["shape"][0] for name, feature in dataset_meta.features.items()}
+        for line in width_faults(config.type, config, widths):
+            raise DatasetError(line)
+    if dataset_stats:
+        # The dataset's own state may have another width than that of an earlier one.
+        features = {**config.input_features, **config.output_features}
+        kinds: dict[str, Any] = {name: (feature.type.value, ()) for name, feature in features.items()}
+        modes = {kind: getattr(mode, "value", mode) for kind, mode in config.normalization_mapping.items()}
+        fault = find_fault(kinds, modes, dataset_stats)
+        if fault is not None:
+            renamed = any(f"'{name}'" in fault and name not in dataset_stats for name in features)
+            advice = RENAMED if renamed else advise(fault)
+            raise DatasetError(f"the dataset's statistics: normalisation {fault}; {advice}")
+
+
+def _require_finite_batch(batch: dict[str, Any]) -> None:
+    # Families that write numbers as tokens would make words of NaN, and their loss would be finite.
+    values = {name: batch[name] for name in (OBS_STATE, ACTION) if isinstance(batch.get(name), Tensor)}
+    finite = {name: torch.isfinite(value).flatten(1).all(1) for name, value in values.items() if not value.is_meta}
+    # One number for the device to wait for.
+    if not finite or torch.stack(list(finite.values())).all():
+        return
+    name, good = next((name, good) for name, good in finite.items() if not good.all())
+    row = int((~good).int().argmax())
+    places = [f"{what} {int(batch[key][row])}" for key, what in PLACES.items() if key in batch]
+    place = f" at {' of '.join(places)}" if places else ""
+    raise DatasetError(f"'{name}' holds NaN or infinity{place}; repair or remove that episode, and continue")
 
 
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:

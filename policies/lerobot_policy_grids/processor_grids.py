@@ -1,5 +1,6 @@
 """A grids policy sees and acts through its base policy's own processors."""
 
+import logging
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -8,9 +9,10 @@ from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from .checkpoint.statistics import find_fault
+from .checkpoint.statistics import find_fault, settle_constants
 from .configuration_grids import GridsConfig, base_config
 from .errors import DatasetError
+from .instructions import find_cut
 
 Statistics = dict[str, dict[str, Tensor]]
 
@@ -29,14 +31,18 @@ def make_grids_pre_post_processors(
         (pre-processor, post-processor).
 
     Raises:
-        DatasetError: If statistics are given, and state or action would not be normalised by them.
+        DatasetError: If the tokenizer cuts two instructions of the dataset to the same.
     """
     config.share_with_base()
-    processors = make_processors(config, dataset_stats, dataset_meta)
-    faults = [] if dataset_stats is None else normalisation_faults(*processors)
-    if faults:
-        raise DatasetError(f"the dataset's statistics: normalisation {faults[0]}; rename or compute them")
-    return processors
+    preprocessor, postprocessor = make_processors(config, dataset_stats, dataset_meta)
+    # Left here by lerobot-train, which cuts instructions without a word.
+    meta = vars(config).get("_runtime_dataset_meta")
+    cut = None if meta is None else find_cut(preprocessor, list(meta.tasks.index), dataset_stats or {})
+    if cut is not None:
+        if cut.is_ambiguous:
+            raise DatasetError(cut.line)
+        logging.warning(cut.line)
+    return preprocessor, postprocessor
 
 
 def normalisation_faults(*pipelines: Any) -> list[str]:
@@ -71,6 +77,8 @@ def make_processors(
     base = base_config(config)
     module = import_module(type(base).__module__.replace("configuration_", "processor_"))
     make = getattr(module, f"make_{base.type}_pre_post_processors")
+    if dataset_stats is not None:
+        dataset_stats = settle_constants(dataset_stats)
     extra = {"dataset_meta": dataset_meta} if "dataset_meta" in signature(make).parameters else {}
     preprocessor, postprocessor = make(base, dataset_stats=dataset_stats, **extra)
     return preprocessor, postprocessor

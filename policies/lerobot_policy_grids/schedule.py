@@ -105,18 +105,16 @@ class TokenSchedule:
         return round(self.start + (self.end - self.start) * progress)
 
     def budgets(self) -> set[int]:
-        """Every K that a run can ask for.
-
-        Raises:
-            BudgetError: If the schedule needs the length of the run and has none.
-        """
+        """Every K that a run can ask for; all on the way down where its length is not known."""
         if self.kind == "constant":
             return {self.end}
         if self.kind == "steps":
             return {k for _, k in self._changes}
         if self.kind == "elastic":
             return set(self._choices if self._is_set else range(self._choices[0], self._choices[1] + 1))
-        return self._between(0, max(self.steps - 1, 0))
+        if self.steps < 1:
+            return set(range(self.end, self.start + 1))
+        return self._between(0, self.steps - 1)
 
     def _between(self, first: int, last: int) -> set[int]:
         """Every K from step `first` to step `last` of a schedule that only goes down."""

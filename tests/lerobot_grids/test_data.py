@@ -7,6 +7,7 @@ from torch.utils.data import default_collate
 
 from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.data.frame_cache import FrameCache
+from lerobot_grids.data.frames import FrameError
 from lerobot_grids.policies import start
 from lerobot_policy_grids import TinySmolVLAConfig
 from lerobot_policy_grids.errors import DatasetError
@@ -60,6 +61,12 @@ def test_split_holds_out_whole_episodes_evenly(dataset):
     train, val = LeRobotDataModule(str(dataset), val_fraction=0.34).split()
     assert sorted(train + val) == list(range(6))
     assert val == [1, 4]
+
+
+def test_every_split_leaves_an_episode_for_training(dataset):
+    train, val = LeRobotDataModule(str(dataset), val_fraction=0.99).split()
+    assert (len(train), len(val)) == (1, 5)
+    assert LeRobotDataModule(str(dataset), val_fraction=0.99, episodes=[2]).split() == ([2], [])
 
 
 def test_no_frame_is_in_both_splits(dataset, config):
@@ -133,3 +140,12 @@ def test_dataset_lacking_a_camera_or_an_action(lacking, tmp_path):
 def test_impossible_options(dataset, options):
     with pytest.raises(DatasetError, match="choose"):
         LeRobotDataModule(str(dataset), **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_frame_that_cannot_be_read_is_named_in_one_line(dataset, config, workers, monkeypatch):
+    module = LeRobotDataModule(str(dataset), cache="never", num_workers=workers, batch_size=4)
+    module.load(config)
+    monkeypatch.setattr(LeRobotDataset, "__getitem__", lambda self, index: 1 / 0)
+    with pytest.raises(FrameError, match=r"^frame \d+ of dataset local/.* cannot be read: division by zero; repair it"):
+        next(iter(module.train_dataloader()))

@@ -106,6 +106,13 @@ def test_a_budget_above_the_grid_names_the_grid(dataset):
         start("tiny", 999, load_metadata(str(dataset)))
 
 
+def test_a_schedule_through_budgets_that_a_reducer_lacks_is_named(dataset):
+    with pytest.raises(BudgetError, match=r"no even lattice .*token schedule 'linear' asks for that K"):
+        start("tiny", 16, load_metadata(str(dataset)), reducer="pool", schedule="linear")
+    with pytest.raises(BudgetError, match="a blind policy, which has no visual tokens"):
+        start("tiny", None, load_metadata(str(dataset)), reducer="blind", schedule="elastic")
+
+
 def test_dense_takes_no_reducer(dataset):
     with pytest.raises(GridsError, match="drop one"):
         start("tiny", "dense", load_metadata(str(dataset)), reducer="blind")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,30 @@ USED = {
 # No robot's joint or speed is larger, in any unit.
 LARGEST = 1e9
 STEPS = ("normalizer_processor", "unnormalizer_processor")
+# A range smaller than this share of the values is rounding in float32.
+ROUNDING = 1e-5
+
+
+def settle_constants(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Give every dimension that never changed exact statistics; all others keep theirs.
+
+    LeRobot sums in float32, so the mean of a joint that was always at 13.37 is a little off, and its standard deviation
+    is 0 or noise. Then the normalised value of the same 13.37 is in the hundreds, or the joint is sent that noise.
+
+    Args:
+        statistics: Name -> kind -> values.
+    """
+    return {name: _settle(kinds) for name, kinds in statistics.items()}
+
+
+def _settle(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    if "min" not in kinds or "max" not in kinds or np.ndim(kinds["min"]) != 1:
+        return dict(kinds)
+    low, high = (np.asarray(kinds[kind], np.float64) for kind in ("min", "max"))
+    with np.errstate(invalid="ignore"):
+        still = high - low <= ROUNDING * np.maximum(np.abs(low), np.abs(high))
+        exact = {"mean": (low + high) / 2, "std": (high - low) / 2, "q01": low, "q10": low, "q90": high, "q99": high}
+    return {kind: np.where(still, exact[kind], value) if kind in exact else value for kind, value in kinds.items()}
 
 
 def find_fault(
@@ -46,6 +71,14 @@ def find_fault(
             if len(shape) == 1 and values.numel() not in (1, shape[0]):
                 return f"has a '{used}' of '{name}' with {values.numel()} values, expected {shape[0]}"
     return None
+
+
+def advise(fault: str) -> str:
+    """What to do about a fault in a dataset's statistics."""
+    # LeRobot's own commands add quantiles to a dataset that was recorded without, and compute statistics again.
+    if "'q" in fault:
+        return "add them with: python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=USER/DATASET"
+    return "compute them again with: lerobot-edit-dataset --repo_id USER/DATASET --operation.type recompute_stats"
 
 
 def _plausible(values: Tensor) -> bool:

@@ -4,7 +4,7 @@ LeRobot loads with `strict=False`: a checkpoint with missing keys gives a policy
 the log.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -61,6 +61,20 @@ def load_weights(
         shown = [f"missing {_first(missing)}"] if missing else []
         shown += [f"unexpected {_first(unexpected)}"] if unexpected else []
         raise CheckpointError(f"{path}: keys do not match the policy, {' and '.join(shown)}; {advice}")
+
+
+def require_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse to save weights that no policy could be loaded from.
+
+    Raises:
+        CheckpointError: If a value is not finite; its name is in the message.
+    """
+    for name, value in state.items():
+        if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"'{name}' holds NaN or infinity, so the policy is not saved; look for NaN in the dataset with "
+                "lerobot-grids fit, or train with a lower learning rate from the last checkpoint"
+            )
 
 
 def _copy(source: Tensor, target: Tensor) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
@@ -23,6 +23,8 @@ from .seam import Seam
 EMPTY_CAMERA = "empty_camera"
 # Channels that an image may have: depth, colour, colour with opacity.
 CHANNELS = (1, 3, 4)
+# What a policy has a largest width of, and the field of its configuration.
+LIMITS = ((OBS_STATE, "state", "max_state_dim"), (ACTION, "action", "max_action_dim"))
 
 
 class DensePolicy(Protocol):
@@ -121,6 +123,7 @@ class Family(ABC):
             the Hub.
         repositories: Field or option -> the repositories of tokenizers and models that it may name.
         reads_state: Whether it cannot do without the robot's state.
+        camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
         counted_on_meta: Whether its FLOPs can be counted without values.
     """
@@ -130,6 +133,7 @@ class Family(ABC):
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
     reads_state: ClassVar[bool] = True
+    camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
     counted_on_meta: ClassVar[bool] = False
 
@@ -239,6 +243,13 @@ class Family(ABC):
             "that works before the trunk, such as grids, uniform, pool, random or tome"
         )
 
+    def require_trunk_training(self) -> None:  # noqa: B027 (most families need nothing)
+        """Refuse to train with tokens dropped inside the trunk, where a policy can only act so.
+
+        Raises:
+            UnsupportedPolicyError: If LeRobot trains the trunk in a way that `attach_to_trunk` does not reach.
+        """
+
     def to_bfloat16(self, policy: DensePolicy) -> bool:
         """Bring the policy to its family's own bfloat16 form, where it has one, and say whether it did."""
         return False
@@ -308,6 +319,30 @@ def image_size(shape: Sequence[int]) -> tuple[int, int]:
     channels_last = shape[0] not in CHANNELS and shape[-1] in CHANNELS
     height, width = shape[:2] if channels_last else shape[-2:]
     return height, width
+
+
+def dimension_names(feature: dict[str, Any]) -> list[str] | None:
+    """Names of a vector's dimensions; None where the dataset has none. Older datasets group them: {"motors": [...]}."""
+    names = feature.get("names")
+    if isinstance(names, dict):
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    return [str(name) for name in names] if names else None
+
+
+def width_faults(source: str, config: Any, widths: Mapping[str, int]) -> list[str]:
+    """Lines for states and actions that are wider than a policy takes; some of LeRobot's classes would cut them.
+
+    Args:
+        source: What the user calls the policy.
+        config: Its configuration.
+        widths: Name -> dimensions in the dataset.
+    """
+    return [
+        f"the dataset's {kind} has {widths[name]} dimensions, and {source} takes at most {limit} ({field}); choose "
+        "another policy, or a dataset with fewer"
+        for name, kind, field in LIMITS
+        if (limit := getattr(config, field, None)) is not None and widths.get(name, 0) > limit
+    ]
 
 
 def centred_region(height: int, width: int, target_height: int, target_width: int) -> Region:

@@ -105,12 +105,19 @@ class Pi(Family):
         trunk, expert = model.paligemma.model.language_model.layers, model.gemma_expert.model.layers
         pruning = TrunkPruning(seam, len(trunk))
         policy._preprocess_images = partial(note_images, pruning, policy._preprocess_images, 0, 0)
-        policy.forward = partial(_refuse_loss, self.policy_type)
+        policy.forward = partial(_refuse_loss, self)
         policy._trunk_hooks = [
             layer.register_forward_pre_hook(partial(before, pruning, number), with_kwargs=True)
             for layers, before in ((trunk, _before_prefix), (expert, _before_suffix))
             for number, layer in enumerate(layers)
         ]
+
+    def require_trunk_training(self) -> None:
+        raise UnsupportedPolicyError(
+            f"tokens can be dropped inside the trunk of a '{self.policy_type}' policy only when it acts: LeRobot "
+            "trains its layers in a function that cannot be reached; apply the reducer without training, eval "
+            "--reducer fastv, or train another"
+        )
 
     def to_bfloat16(self, policy: DensePolicy) -> bool:
         policy.config.dtype = "bfloat16"
@@ -281,12 +288,8 @@ def _get_image_features(paligemma: Any, pixel_values: Tensor, **kwargs: Any) -> 
 # Dropping tokens inside the trunk.
 
 
-def _refuse_loss(policy_type: str, *args: Any, **kwargs: Any) -> None:
-    raise UnsupportedPolicyError(
-        f"tokens can be dropped inside the trunk of a '{policy_type}' policy only when it acts: LeRobot trains its "
-        "layers in a function that cannot be reached; apply the reducer without training, eval --reducer fastv, or "
-        "train another"
-    )
+def _refuse_loss(family: Family, *args: Any, **kwargs: Any) -> None:
+    family.require_trunk_training()
 
 
 def _before_prefix(pruning: TrunkPruning, number: int, layer: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -390,6 +393,12 @@ class UniversalActionProcessor(ProcessorMixin):
     def __init__(self, bpe_tokenizer=None, scale=10.0, vocab_size=64, min_token=0, **kwargs):
         self.scale, self.vocab_size, self.min_token = scale, vocab_size, min_token
         super().__init__(bpe_tokenizer)
+
+    def __call__(self, chunks):
+        coefficients = np.around(dct(np.asarray(chunks, np.float32), axis=1, norm="ortho") * self.scale).astype(int)
+        # The characters that the small vocabulary has.
+        texts = ["".join(map(chr, np.clip(c.flatten() - self.min_token, 32, 126))) for c in coefficients]
+        return [self.bpe_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 """
 
 

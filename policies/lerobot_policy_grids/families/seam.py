@@ -1,5 +1,6 @@
 """The seam: what an attached policy asks at each call, the same for every family."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,11 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 
 from ..reducers import Reducer, TokenLayout
+from ..reducers.anchors import Region
 from ..reducers.layout import masked_mean
+
+# A border of the image may be this far from where it was in training, as a share of the vision tower's input.
+SAME_PLACE = 0.02
 
 
 class Seam:
@@ -19,11 +24,20 @@ class Seam:
         get_reducer: Gives the reducer, or None for all tokens. Asked at each call: PEFT puts a trainable copy in the
             reducer's place, and a policy may look everywhere for a while.
         layout: The policy's visual tokens.
+        image_region: Where an image of (height, width) lies in the vision tower's input.
     """
 
-    def __init__(self, get_reducer: Callable[[], Reducer | None], layout: TokenLayout) -> None:
+    def __init__(
+        self,
+        get_reducer: Callable[[], Reducer | None],
+        layout: TokenLayout,
+        image_region: Callable[[int, int], Region],
+    ) -> None:
         self._get_reducer = get_reducer
         self.layout = layout
+        self._image_region = image_region
+        # Cameras whose images have not been seen yet.
+        self._unseen = set(range(len(layout.cameras)))
         self._kept: list[Tensor] | None = None
         # Coordinates of each camera in the last call, once they are to be remembered.
         self.coordinates: list[Tensor] | None = None
@@ -48,6 +62,8 @@ class Seam:
             no vision and no tokens.
         """
         cameras = present_cameras(self.layout.cameras, batch)
+        if not self._unseen.isdisjoint(cameras):
+            self._warn_of_other_shapes(batch, cameras)
         images = images[: len(cameras)]
         reducer: Any = self._get_reducer()
         self._remember([])
@@ -70,6 +86,21 @@ class Seam:
         if self.layout.extra_tokens:
             tokens = [torch.cat(pair, dim=1) for pair in zip(extra.chunk(len(cameras)), tokens, strict=True)]
         return tokens
+
+    def _warn_of_other_shapes(self, batch: Mapping[str, Any], cameras: list[int]) -> None:
+        """Say, once for each camera, that its images lie elsewhere than those for which the points were placed."""
+        for camera in self._unseen.intersection(cameras):
+            name, expected = self.layout.cameras[camera], self.layout.regions[camera]
+            height, width = batch[name].shape[-2:]
+            borders = zip(self._image_region(height, width), expected, strict=True)
+            if any(abs(now - before) > SAME_PLACE for now, before in borders):
+                left, top, right, bottom = expected
+                logging.getLogger(__name__).warning(
+                    f"camera '{name}' sends images of {height} x {width} pixels, and the policy expects another aspect "
+                    f"ratio, which fills {right - left:.2f} x {bottom - top:.2f} of what it sees; points may look at "
+                    "padding, so set the camera to the size of the training data"
+                )
+        self._unseen.difference_update(cameras)
 
     def _reduce(
         self, reducer: Any, maps: Tensor, context: dict[str, Tensor], cameras: list[int]

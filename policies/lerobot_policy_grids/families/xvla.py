@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_IMAGES
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
@@ -98,6 +98,7 @@ class XVLA(Family):
     position_ids = "dense"
     # Without a state LeRobot gives it zeros.
     reads_state = False
+    camera_prefix = f"{OBS_IMAGES}."
     # Its dense policy counts views with `.item()`; `finish` keeps that mask off the meta device.
     counted_on_meta = True
     steps: ClassVar = {
