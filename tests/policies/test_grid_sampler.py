@@ -110,7 +110,7 @@ def test_another_instruction_moves_the_points():
     for name in CONTEXT:
         moved = sampler(feature_map, same | {name: CONTEXT[name]}).coordinates
         assert (moved[0] - moved[1]).abs().max() > 1e-3, name
-    assert (sampler(feature_map, same).coordinates.diff(dim=0) == 0).all()
+    assert sampler(feature_map, same).coordinates.diff(dim=0).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("region", [(0.0, 0.25, 1.0, 1.0), (0.25, 0.0, 0.75, 1.0), (0.0, 0.3, 1.0, 0.7)])
@@ -141,12 +141,12 @@ def test_autocast_and_half_precision_do_not_move_the_points():
     assert half.tokens.dtype == torch.bfloat16
 
 
-def test_gradients_reach_every_weight_and_agree_with_finite_differences():
+def test_gradients_reach_every_weight():
     sampler = trained().double().requires_grad_(True)
     tokens = sampler(torch.randn(3, 6, 9, 8), CONTEXT).tokens
     tokens.square().sum().backward()
     for name, parameter in sampler.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
 
 
