@@ -273,6 +273,8 @@ def _run(arguments: list[str]) -> None:
         disk = check_disk(cli.output, cli.model.policy)
         report([*cli.datamodule.findings, *cli.model.loaded.findings, *disk])
         print(describe(cli))
+    # Before Lightning writes the options of the run: what is wrong with the data is said, and nothing is left behind.
+    cli.datamodule.load(cli.model.policy.config, cli.model.loaded.renames)
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from)
     except SIGTERMException:
@@ -301,8 +303,8 @@ def _push(cli: FitCLI) -> None:
         raise GridsError(
             f"{error}; the policy is saved, push it with lerobot-grids push {cli.output} {options.push}"
         ) from error
-    done = "is unchanged on the Hub:" if pushed.unchanged else "pushed to"
-    print(f"{pushed.format} checkpoint {done} {options.push}@{pushed.commit}")
+    done = "the Hub already has this" if pushed.unchanged else "pushed"
+    print(f"{done} {pushed.format} checkpoint {'at' if pushed.unchanged else 'to'} {options.push}@{pushed.commit}")
 
 
 def _parse(arguments: list[str]) -> FitCLI:

@@ -96,7 +96,7 @@ def read_columns(features: DatasetFeatures, config: PreTrainedConfig) -> dict[st
     wanted = [name for name in (OBS_STATE, ACTION) if name in {**config.input_features, **config.output_features}]
     missing = [name for name in wanted if name not in features.sources]
     if missing:
-        raise DatasetError(f"the dataset has no '{missing[0]}'; it has {features.listed}; give rename_map")
+        raise DatasetError(f"the dataset has no '{missing[0]}'; it has {features.listed}; give --rename_map")
     # A configuration without features takes the dataset's.
     cameras = [name for name in features.cameras if name in config.image_features or not config.input_features]
     read = [*cameras, *(name for name in features.sources if name not in features.cameras)]

@@ -285,7 +285,15 @@ def _check_fit(name: str, teacher: Any, student: Any) -> None:
     for field in SAME:
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
-            raise GridsError(f"teacher {name} has {field}={theirs}, the student {ours}; they must be equal")
+            said = [_shown(value) for value in (theirs, ours)]
+            raise GridsError(f"teacher {name} has {field} {said[0]}, the student {said[1]}; they must be equal")
+
+
+def _shown(value: Any) -> str:
+    """A field for a message: features by their shapes."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} of shape {tuple(feature.shape)}" for name, feature in value.items())
 
 
 def _check_statistics(name: str, teacher: Any, student: Any) -> None:

@@ -27,8 +27,8 @@ class Transposed(torch.nn.Module):
     def __getattr__(self, name):
         return super().__getattr__(name) if name == "reducer" else getattr(self.reducer, name)
 
-    def forward(self, feature_map, context, num_tokens):
-        return self.reducer(feature_map.transpose(1, 2), context, num_tokens)
+    def forward(self, feature_map, context, num_tokens, camera):
+        return self.reducer(feature_map.transpose(1, 2), context, num_tokens, camera)
 
 
 def _transposed(get_reducer):

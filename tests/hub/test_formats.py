@@ -40,7 +40,9 @@ def test_at_real_size_it_is_under_two_percent_of_the_base(family):
     config = reducer_config("grids", num_tokens=measured["num_tokens"])
     reducer = config.build(get_family(dense.config.type).layout(dense))
     stored = {name: value.numel() for name, value in reducer.state_dict().items() if name != "schedule_step"}
-    assert sum(stored.values()) == measured["adapter_parameters"]
+    # The measured files also held the anchors, which are computed today.
+    anchors = 2 * measured["num_tokens"]
+    assert sum(stored.values()) + anchors == measured["adapter_parameters"]
     assert sum(parameter.numel() for parameter in dense.parameters()) == measured["base_parameters"]
     assert sum(measured["adapter_files"].values()) < 0.02 * measured["base_bytes"]
 
