@@ -211,24 +211,24 @@ def measure(method: str, tokens: int, seed: int, steps: int, made: tuple[Any, An
     run.train(train, steps, 1e-3)
     run.reducer.eval()
     seconds = time.process_time() - start
-    outcomes, looks = {}, {}
+    answers, looks = {}, {}
     for condition, questions in tests.items():
-        outcomes[condition], found = run.ask(questions)
+        answers[condition], found = run.ask(questions)
         looks = looks or found
-    outcomes[UNTOLD], _ = run.ask(tests["plain"], told=False)
+    answers[UNTOLD], _ = run.ask(tests["plain"], told=False)
     line = {"kind": "where", "method": method, "tokens": tokens, "seed": seed, "steps": steps}
     line |= {"parameters": sum(p.numel() for p in run.reducer.parameters())}
     return (
         line
         | {name: round(value, 3) for name, value in looks.items()}
-        | {"outcomes": outcomes, "cpu_seconds": round(seconds, 1)}
+        | {"answers": answers, "cpu_seconds": round(seconds, 1)}
     )
 
 
 def _rate(line: dict[str, Any], condition: str) -> float:
     """Success in percent."""
-    outcomes = line["outcomes"][condition]
-    return 100 * float(outcomes.count("1")) / len(outcomes)
+    answers = line["answers"][condition]
+    return 100 * float(answers.count("1")) / len(answers)
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
@@ -248,7 +248,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         for condition in conditions:
             rates = [_rate(line, condition) for line in group]
             cells.append(f"{sum(rates) / len(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})")
-        low, high = wilson_interval(group[0]["outcomes"]["plain"].count("1"), len(group[0]["outcomes"]["plain"]))
+        low, high = wilson_interval(group[0]["answers"]["plain"].count("1"), len(group[0]["answers"]["plain"]))
         cells[0] += f", ± {50 * (high - low):.1f}"
         means = [sum(line[name] for line in group) / len(group) for name in ("hit", "motion")]
         print(f"| {tokens} | {method} | {len(group)} | {' | '.join(cells)} | {100 * means[0]:.0f} % | {means[1]:.2f} |")
@@ -282,7 +282,7 @@ def main() -> None:
                     continue
                 done.add((method, count, seed))
                 lines.append(measure(method, count, seed, asked.steps, made))
-                plain = lines[-1]["outcomes"]["plain"]
+                plain = lines[-1]["answers"]["plain"]
                 print(f"{method} {count} seed {seed}: {plain.count('1')}/{len(plain)}", flush=True)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with file.open("a") as out:

@@ -34,10 +34,10 @@ def test_it_holds_the_reducer_alone_and_names_its_base(hub, adapter, trained):
 
 @pytest.mark.parametrize("family", ["pi0", "smolvla"])
 def test_at_real_size_it_is_under_two_percent_of_the_base(family):
-    """As benchmarks/adapter_size.py measured it, of a sampler that still has that size."""
+    """As benchmarks/adapter_size.py measured it, of the reducer `mean`, which still has that size."""
     (measured,) = [line for line in kept_results.lines("adapter") if line["policy"] == family]
     dense = instantiate(make_config(family, measured["cameras"]), "meta")
-    config = reducer_config("grids", num_tokens=measured["num_tokens"])
+    config = reducer_config("mean", num_tokens=measured["num_tokens"])
     reducer = config.build(get_family(dense.config.type).layout(dense))
     stored = {name: value.numel() for name, value in reducer.state_dict().items() if name != "schedule_step"}
     # The measured files also held the anchors, which are computed today.
