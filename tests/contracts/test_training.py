@@ -98,7 +98,7 @@ def test_looking_compiles_without_a_graph_break(family):
     batch = family.batch(wrapped.base)
     feature_map = torch.randn(2 * len(batch["action"]), *wrapped.reducer.token_grid, wrapped.reducer.width)
     context = {
-        "language": torch.randn(len(feature_map), wrapped.reducer.norms["language"].normalized_shape[0]),
+        "language": torch.randn(len(feature_map), wrapped.family.layout(wrapped.base).language_width),
         "state": torch.randn(len(feature_map), wrapped.family.layout(wrapped.base).state_width),
         "camera": torch.zeros(len(feature_map), dtype=torch.int64),
     }

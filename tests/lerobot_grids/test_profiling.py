@@ -30,10 +30,11 @@ def gemma(tokens, keys, width, mlp, heads=8, head=256, layers=18):
 
 
 def sampler(images, k, cells=256, width=1152, language=2048, state=32, cameras=2):
-    head = linear(1, width + language + state + cameras, 512, 2 * k)
-    # Every token is a weighted mean of all cells.
-    read = 2 * k * cells * width
-    return images * (head + linear(k, 2, 256, width) + read)
+    # The context once for each image, then a query for each token.
+    queries = sum(linear(1, given, 128) for given in (language, state, cameras)) + linear(k, 128, width)
+    # Every token scores all cells, is a weighted mean of them, and gets what the scores weight through a low rank.
+    cells_of_all = 3 * 2 * k * cells * width
+    return images * (queries + cells_of_all + linear(k, width, 128, width) + linear(k, 2, 128, width))
 
 
 def pi0(cameras, k, dense=256, language=48, chunk=50, steps=10):
