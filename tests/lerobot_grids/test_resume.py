@@ -24,7 +24,7 @@ from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.state import STATE_FILES, AtomicCheckpointIO, find_state, is_whole
 from lerobot_policy_grids.errors import CheckpointError
 
-STEPS = 9
+STEPS = 16
 
 
 def command(dataset, policy, output, *options):
