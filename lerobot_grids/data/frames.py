@@ -14,7 +14,7 @@ from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch.utils.data import Dataset
 
-from lerobot_policy_grids.errors import DatasetError
+from lerobot_policy_grids.errors import DatasetError, first_line
 
 from ..preflight import Finding
 from ..preflight.features import DatasetFeatures, is_foreign
@@ -149,8 +149,3 @@ class Frames(Dataset[dict[str, Any]]):
         for source in self.scalars:
             item[source] = item[source].unsqueeze(-1)
         return {name: item[source] for source, name in self.names.items() if source in item}
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

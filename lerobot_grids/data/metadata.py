@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-from lerobot_policy_grids.errors import DatasetError
+from lerobot_policy_grids.errors import DatasetError, first_line
 
 # Dataset feature with object and goal positions. It is not an observation, so no policy gets it.
 POSITIONS = "auxiliary.positions"
@@ -38,8 +38,7 @@ def load_metadata(dataset: str, revision: str | None = None) -> LeRobotDatasetMe
 
 def _explain(dataset: str, folder: Path | None, error: Exception) -> str:
     where = "read" if folder is not None else "fetched from the Hub (and it is not a folder here)"
-    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    text = f"dataset {dataset} cannot be {where}: {cause}"
+    text = f"dataset {dataset} cannot be {where}: {first_line(error)}"
     if CONVERTER in str(error):
         place = f"--repo-id={dataset}" if folder is None else f"--repo-id=local/{folder.name} --root={folder}"
         text += f"; convert it with: python -m {CONVERTER} {place}"

@@ -11,6 +11,8 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 from numpy.typing import NDArray
 
+from lerobot_policy_grids.errors import first_line
+
 from .features import DatasetFeatures
 from .findings import Finding, warning
 from .relative import looks_relative
@@ -43,7 +45,7 @@ def check_values(
     try:
         columns = _read(data_files(meta), [*vectors, "index", "episode_index", "frame_index", "timestamp"])
     except (OSError, pa.ArrowException, KeyError) as error:
-        return [Finding(f"the dataset's data files cannot be read: {_first_line(error)}; fetch the dataset again")]
+        return [Finding(f"the dataset's data files cannot be read: {first_line(error)}; fetch the dataset again")]
     if len(columns["index"]) != meta.total_frames:
         return [
             Finding(
@@ -165,7 +167,3 @@ def _time_faults(columns: dict[str, Any], used: NDArray[Any], fps: float, tolera
             "(validate --tolerance_s)"
         )
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

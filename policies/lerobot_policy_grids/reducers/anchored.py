@@ -1,16 +1,45 @@
 """What samplers share: anchors in the picture of each camera, and the order of the tokens."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import GridsError
 from .anchors import WHOLE, Region, anchor_cells, region_cells
-from .base import MapReducer
+from .base import CameraBudgetConfig, MapReducer
+from .layout import TokenLayout
 
-# What coordinates may depend on besides the map: the pooled instruction, the robot's state, the camera.
-CONTEXTS = ("language", "state", "camera")
+
+@dataclass
+class AnchoredSamplerConfig(CameraBudgetConfig):
+    """Base of the configurations of samplers whose coordinates depend on some context.
+
+    Attributes:
+        contexts: What they may depend on.
+    """
+
+    contexts: ClassVar[tuple[str, ...]] = ()
+
+    condition_on: list[str] = field(default_factory=list, metadata={"help": "What the coordinates depend on."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.condition_on) - set(self.contexts))
+        if unknown:
+            raise GridsError(f"condition_on holds {unknown}; choose any of {', '.join(self.contexts)}")
+
+    def arguments(self, layout: TokenLayout) -> dict[str, Any]:
+        return {
+            **super().arguments(layout),
+            # Some policies have no robot state.
+            "condition_on": [name for name in self.condition_on if name != "state" or layout.state_width > 0],
+            "language_width": layout.language_width,
+            "state_width": layout.state_width,
+            "num_cameras": len(layout.cameras),
+        }
 
 
 class AnchoredSampler(MapReducer):

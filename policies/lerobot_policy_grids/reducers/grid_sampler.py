@@ -27,12 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GridsError
-from .anchored import CONTEXTS, AnchoredSampler, Float32MLP, linear32, norm32
+from .anchored import AnchoredSampler, AnchoredSamplerConfig, Float32MLP, linear32, norm32
 from .anchors import Region
-from .base import CameraBudgetConfig, ReducerConfig, Sampled, in_float32
+from .base import ReducerConfig, Sampled, in_float32
 from .interpolation import bilinear, tent
 from .layout import TokenLayout
 
+# What queries may depend on besides their anchors: the pooled instruction, the robot's state, the camera.
+CONTEXTS = ("language", "state", "camera")
 # Scores of a trained query are this much sharper than those of attention with the same weights.
 SHARPNESS = 4.0
 # Initial spread of the anchors' part of the queries.
@@ -43,13 +45,15 @@ NEVER = -1e9
 
 @ReducerConfig.register_subclass("grids")
 @dataclass
-class GridSamplerConfig(CameraBudgetConfig):
+class GridSamplerConfig(AnchoredSamplerConfig):
     """GridS: tokens read where queries find something in the feature map."""
 
     summary: ClassVar[str] = (
         "read at coordinates that it finds in the image (after GridS, "
         "[arXiv 2605.11817](https://arxiv.org/abs/2605.11817))"
     )
+
+    contexts: ClassVar[tuple[str, ...]] = CONTEXTS
 
     condition_on: list[str] = field(
         default_factory=lambda: list(CONTEXTS),
@@ -66,9 +70,6 @@ class GridSamplerConfig(CameraBudgetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = sorted(set(self.condition_on) - set(CONTEXTS))
-        if unknown:
-            raise GridsError(f"condition_on holds {unknown}; choose any of {', '.join(CONTEXTS)}")
         if self.reading_width < 1:
             raise GridsError(f"reading_width={self.reading_width}; give at least 1, the width of a cell")
 
@@ -77,11 +78,6 @@ class GridSamplerConfig(CameraBudgetConfig):
             layout.token_grid,
             layout.width,
             **self.arguments(layout),
-            # Some policies have no robot state.
-            condition_on=[name for name in self.condition_on if name != "state" or layout.state_width > 0],
-            language_width=layout.language_width,
-            state_width=layout.state_width,
-            num_cameras=len(layout.cameras),
             reading_width=self.reading_width,
             hidden_width=self.hidden_width,
             value_rank=self.value_rank,

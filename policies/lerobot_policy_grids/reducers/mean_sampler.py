@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GridsError
-from .anchored import AnchoredSampler, Float32MLP
+from .anchored import AnchoredSampler, AnchoredSamplerConfig, Float32MLP, norm32
 from .anchors import Region
-from .base import CameraBudgetConfig, ReducerConfig, Sampled, in_float32
+from .base import ReducerConfig, Sampled, in_float32
 from .interpolation import INTERPOLATIONS, antialiased, bilinear
 from .layout import TokenLayout
 
@@ -43,13 +43,15 @@ CONTEXTS = ("image", "language", "state", "camera")
 
 @ReducerConfig.register_subclass("mean")
 @dataclass
-class MeanSamplerConfig(CameraBudgetConfig):
+class MeanSamplerConfig(AnchoredSamplerConfig):
     """The paper's head: tokens read at coordinates that are predicted from the mean of the map."""
 
     summary: ClassVar[str] = (
         "read at coordinates predicted from the image's mean features (GridS, "
         "[arXiv 2605.11817](https://arxiv.org/abs/2605.11817))"
     )
+
+    contexts: ClassVar[tuple[str, ...]] = CONTEXTS
 
     condition_on: list[str] = field(
         default_factory=lambda: list(CONTEXTS),
@@ -69,9 +71,6 @@ class MeanSamplerConfig(CameraBudgetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = sorted(set(self.condition_on) - set(CONTEXTS))
-        if unknown:
-            raise GridsError(f"condition_on holds {unknown}; choose any of {', '.join(CONTEXTS)}")
         if self.interpolation not in INTERPOLATIONS:
             raise GridsError(
                 f"interpolation '{self.interpolation}' is unknown; choose one of {', '.join(INTERPOLATIONS)}"
@@ -82,11 +81,6 @@ class MeanSamplerConfig(CameraBudgetConfig):
             layout.token_grid,
             layout.width,
             **self.arguments(layout),
-            # Some policies have no robot state.
-            condition_on=[name for name in self.condition_on if name != "state" or layout.state_width > 0],
-            language_width=layout.language_width,
-            state_width=layout.state_width,
-            num_cameras=len(layout.cameras),
             hidden_width=self.hidden_width,
             geometry_width=self.geometry_width,
             anchored=self.anchored,
@@ -205,9 +199,6 @@ class MeanSampler(AnchoredSampler):
             else:
                 part = context[name].float()
             if name in self.norms:
-                norm: nn.LayerNorm = self.norms[name]  # type: ignore[assignment]
-                part = nn.functional.layer_norm(
-                    part, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-                )
+                part = norm32(self.norms[name], part)  # type: ignore[arg-type]
             parts.append(part)
         return torch.cat(parts, dim=-1) if parts else feature_map.new_zeros(feature_map.shape[0], 1).float()
