@@ -1,6 +1,5 @@
 """One row per VLA family: how the contract suite builds it, and what is expected of it."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +12,10 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 from packaging import version
 
-import mutants
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.processor_grids import make_processors
 
 BATCH = 3
-
-# Set by test_mutants.py, which expects the suite to fail with each of them.
-if "GRIDS_MUTANT" in os.environ:
-    mutants.install(os.environ["GRIDS_MUTANT"])
 
 
 @dataclass

@@ -1,28 +1,29 @@
 """The contract suite fails for a family that is wrong: each mutant is a family with one inserted error."""
 
-import os
-import subprocess
-import sys
+import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
-from mutants import MUTANTS
+import mutants
 
-SUITE = Path(__file__).with_name("test_identity.py")
+_spec = importlib.util.spec_from_file_location("identity_suite", Path(__file__).with_name("test_identity.py"))
+suite = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(suite)
+
+# Mutant -> tests that must fail with it, and their parameters.
+EXACT = (suite.test_identity_at_all_tokens_is_exact_for_one_camera, {"dtype": torch.float32})
+SEVERAL = (suite.test_identity_at_all_tokens_up_to_rounding_for_several_cameras, {"cameras": 2})
+SHORTER = (suite.test_prefix_is_shorter_and_masks_and_positions_follow, {"cameras": 2, "k": 4})
+MUST_FAIL = {"wrong_mask": (EXACT, SHORTER), "dropped_camera": (SEVERAL, SHORTER), "transposed_grid": (EXACT,)}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_suite_fails_with(mutant):
-    command = [sys.executable, "-m", "pytest", "-q", str(SUITE), "-k"]
-    tests = "(exact_for_one_camera and dtype0) or rounding_for_several or prefix_is_shorter"
-    command += [f"({tests}) and (tiny_smolvla or pi0) and not fast and not pi05"]
-    environment = os.environ | {"GRIDS_MUTANT": mutant}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert result.returncode == 1, result.stdout[-2000:]
-    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
-    for family in ("tiny_smolvla", "pi0"):
-        for test in MUTANTS[mutant]:
-            assert any(test in line and family in line for line in failed), (family, test, failed)
-    # Broken, not unrunnable.
-    assert "ERROR" not in result.stdout
+@pytest.mark.parametrize("concatenating_family", ["tiny_smolvla", "pi0"], indirect=True)
+@pytest.mark.parametrize("mutant", MUST_FAIL)
+def test_suite_fails_with(mutant, concatenating_family, monkeypatch):
+    mutants.install(mutant, monkeypatch)
+    for test, parameters in MUST_FAIL[mutant]:
+        family = "concatenating_family" if test is SHORTER[0] else "family"
+        with pytest.raises(AssertionError):
+            test(**{family: concatenating_family}, **parameters)

@@ -24,7 +24,8 @@ from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.state import STATE_FILES, AtomicCheckpointIO, find_state, is_whole
 from lerobot_policy_grids.errors import CheckpointError
 
-STEPS = 16
+STEPS = 8
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def command(dataset, policy, output, *options):
@@ -53,10 +54,16 @@ def saved_step(output):
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, dataset, dense_checkpoint):
     run(dataset, dense_checkpoint, tmp_path / "whole")
     output = tmp_path / "killed"
+    moment = random.choice((2, 4))
+    # It goes on for up to two steps after the moment, so that it may be killed while it writes.
+    pause = ("--trainer.callbacks=pausing.Pause", f"--trainer.callbacks.step={moment + 2}")
     with subprocess.Popen(
-        command(dataset, dense_checkpoint, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(dataset, dense_checkpoint, output, *pause),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HELPERS)},
     ) as process:
-        moment = random.choice((2, 4))
         while saved_step(output) < moment:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)

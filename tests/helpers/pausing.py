@@ -1,0 +1,16 @@
+"""A callback that makes a run wait, so that a test can kill it before it is finished."""
+
+import time
+
+import lightning
+
+
+class Pause(lightning.Callback):
+    """Wait before the first batch after a step until the process is killed, for at most ten minutes."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step >= self.step:
+            time.sleep(600)
