@@ -18,11 +18,12 @@ Line = dict[str, Any]
 # Two lines with equal values of these fields are the same measurement; the newer one replaces the older.
 KEY = ("kind", "method", "seed", "tokens", "perturb", "tamper", "policy", "task", "command", "run", "cameras", "device")
 KEYED = {
-    "evaluation": KEY[:6],
+    "evaluation": (*KEY[:6], "layout"),
     "validation": KEY[:6],
     "comparison": ("kind", "perturb", "tamper"),
     "trial": ("kind", "family", "dataset", "command"),
     "fuzz": ("kind", "seed", "number"),
+    "libero-expert": ("kind", "suite", "task", "layout", "expert"),
 }
 # Fields of `lerobot-grids eval` and `validate` -> names in the lines.
 NAMES = {"num_tokens": "tokens", "num_dense_tokens": "dense_tokens"}
@@ -59,7 +60,9 @@ def evaluation_line(content: Line, method: str, seed: int | None) -> Line:
     (seeds,) = {tuple(task["seeds"]) for task in tasks}
     run = {"first": seeds[0], "count": len(seeds)}
     line = {"kind": "evaluation", "method": method, "seed": seed}
-    line |= {NAMES.get(name, name): content.get(name) for name in (*SHARED, "reducer", "resolution", "perturb")}
+    line |= {
+        NAMES.get(name, name): content.get(name) for name in (*SHARED, "reducer", "resolution", "perturb", "layout")
+    }
     line |= {"tamper": ",".join(content.get("tamper", []))}
     line |= {name: content.get(name) for name in ("environment", "n_action_steps")}
     line |= {name: asked.get(name) for name in ("batch_size", "weights")}

@@ -1,6 +1,6 @@
 """lerobot-grids compare."""
 
-from typing import Any
+from typing import Any, Literal
 
 from .parser import require_at_least, run
 
@@ -20,6 +20,7 @@ def compare(
     json: str | None = None,
     env_args: dict[str, Any] | None = None,
     perturb: str | None = None,
+    layout: Literal["official", "dealt"] | None = None,
     tamper: str | None = None,
 ) -> None:
     """Compare policies on the same episodes: success, tokens, FLOPs, milliseconds, and paired tests.
@@ -43,6 +44,8 @@ def compare(
         json: Further JSON file for the result.
         env_args: More fields of the environment's configuration.
         perturb: Perturb MetaWorld by kind:severity, comma-separated, as in `eval`.
+        layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
+            or dealt anew by each episode's seed, the same for every policy. Defaults to official.
         tamper: Remove or shuffle inputs of the policies, as in `eval`.
     """
     import re
@@ -84,7 +87,7 @@ def compare(
     folder = Path(output)
     for path in (*([Path(json)] if json else []), folder / "compare.json"):
         require_writable(path)
-    make_env = partial(make_env_config, env, tasks, env_args, perturb=perturb)
+    make_env = partial(make_env_config, env, tasks, env_args, perturb=perturb, layout=layout)
     tasks_of = task_names(make_env())
     total = episodes * len(tasks_of) * sum(len(method.policies) for method in chosen.values())
     with counting_bar("comparing", total, "episodes") as bar:
@@ -99,7 +102,8 @@ def compare(
             tampering=parse_tamperings(tamper),
             workers=workers,
             costs=costs,
-            protocol={"env": env, "tasks": ",".join(tasks_of), "perturb": perturb, "tamper": tamper} | (env_args or {}),
+            protocol={"env": env, "tasks": ",".join(tasks_of), "perturb": perturb, "layout": layout, "tamper": tamper}
+            | (env_args or {}),
             on_evaluation=lambda name, count: bar.advance(count, name),
         )
     result.save(folder / "compare.json")

@@ -1,6 +1,6 @@
 """lerobot-grids eval."""
 
-from typing import Any
+from typing import Any, Literal
 
 from .parser import require_at_least, run
 
@@ -22,6 +22,7 @@ def evaluate(
     env_args: dict[str, Any] | None = None,
     rename_map: dict[str, str] | None = None,
     perturb: str | None = None,
+    layout: Literal["official", "dealt"] | None = None,
     tamper: str | None = None,
     n_action_steps: int | None = None,
     verify: bool = False,
@@ -51,6 +52,8 @@ def evaluate(
         perturb: Perturb MetaWorld by kind:severity, comma-separated, such as camera:2,light:1. Kinds: camera, light,
             background, noise, robot (its start), layout, instruction; severities 1, 2, 3. The perturbation depends on
             the episode's seed, so every policy gets the same episodes.
+        layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
+            or dealt anew by each episode's seed, the same for every policy. Defaults to official.
         tamper: Remove or shuffle inputs, to test whether the policy uses them, comma-separated: image (black), patches
             (of the image, shuffled), tokens (visual tokens, shuffled), instruction (another task's), state (its mean).
         n_action_steps: Number of steps of each action chunk to execute before the next observation. Defaults to the
@@ -71,10 +74,10 @@ def evaluate(
     require_at_least(1, episodes=episodes, batch_size=batch_size)
     require_at_least(0, videos=videos)
     tampering = parse_tamperings(tamper)
-    name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), perturb, tamper)))
+    name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), perturb, layout, tamper)))
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
     # Errors in the environment, and what does not fit it, are found before large weights are fetched.
-    env_config = make_env_config(env, tasks, env_args, perturb=perturb)
+    env_config = make_env_config(env, tasks, env_args, perturb=perturb, layout=layout)
     check_fit(*peek(policy, rename_map), env_config)
     loaded = load(
         policy,
@@ -87,7 +90,7 @@ def evaluate(
         verify=verify,
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)
-    env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb)
+    env_config = make_env_config(env, tasks, env_args, look_every=chunk, perturb=perturb, layout=layout)
     # Check the output paths before minutes of simulation.
     for path in (*([Path(json)] if json else []), folder / "result.json"):
         require_writable(path)
@@ -115,7 +118,7 @@ def evaluate(
     print_evaluation(result)
     print(f"result: {folder / 'result.json'}")
     if videos:
-        filmed = make_env_config(env, tasks, env_args, look_every=1, perturb=perturb)
+        filmed = make_env_config(env, tasks, env_args, look_every=1, perturb=perturb, layout=layout)
         for path in film(loaded, filmed, folder, episodes=videos, seed=seed, tampering=tampering):
             print(f"film:   {path}" if path.suffix == ".mp4" else f"looks:  {path}")
 

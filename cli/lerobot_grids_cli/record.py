@@ -7,51 +7,57 @@ from .parser import require_at_least, run
 
 def record(
     output: str,
-    env: Literal["metaworld"] = "metaworld",
-    tasks: str = "push-v3,coffee-push-v3",
+    env: Literal["metaworld", "libero"] = "metaworld",
+    tasks: str | None = None,
     episodes: int = 100,
     size: int = 96,
-    noise: float = 0.2,
+    noise: float | None = None,
+    layout: Literal["official", "dealt"] = "dealt",
     seed: int = 5000,
     workers: int = 2,
     json: str | None = None,
 ) -> None:
     """Record demonstrations of a scripted expert as a LeRobotDataset that any LeRobot policy can learn from.
 
-    Only successful episodes are kept; a failed one is repeated. The folder appears only when it is complete.
+    Only successful episodes are kept; a failed one is repeated. The folder appears only when it is complete. For
+    LIBERO: --env libero --tasks libero_object --episodes 50.
 
     Args:
         output: New folder of the dataset; it must not exist.
         env: Simulator to record in.
-        tasks: Tasks, comma-separated. With several tasks, a policy learns them all by their instructions.
+        tasks: Tasks, comma-separated. With several tasks, a policy learns them all by their instructions. Defaults to
+            push-v3,coffee-push-v3 of MetaWorld and to libero_object, whose ten tasks are libero_object_0 and so on.
         episodes: Number of successful episodes of each task.
-        size: Height and width of the camera image in pixels.
-        noise: Standard deviation of the noise on the executed action, so that recoveries are recorded too.
+        size: Height and width of the camera images in pixels.
+        noise: Standard deviation of the noise on the executed action, so that recoveries are recorded too. Defaults to
+            0.2 in MetaWorld and 0.15 in LIBERO.
+        layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
+            or dealt anew in each episode.
         seed: First seed. Evaluate with other seeds (eval starts at 100000).
         workers: Number of processes that simulate.
         json: JSON file for the counts and times.
     """
     from lerobot_grids.console import counting_bar, write_json
-    from lerobot_grids.simulation.metaworld import expand_tasks
+    from lerobot_grids.simulation.environments import make_demonstrator
     from lerobot_grids.simulation.recording import record as record_dataset
 
     require_at_least(1, episodes=episodes, workers=workers)
     require_at_least(16, size=size)
-    require_at_least(0, noise=noise)
-    with counting_bar("recording", len(expand_tasks(tasks)) * episodes, "episodes") as bar:
+    require_at_least(0, **({} if noise is None else {"noise": noise}))
+    demonstrator = make_demonstrator(env, tasks, size=size, noise=noise, layout=layout)
+    with counting_bar("recording", len(demonstrator.tasks) * episodes, "episodes") as bar:
         count = record_dataset(
             output,
-            tasks=tasks,
+            demonstrator,
             episodes=episodes,
-            size=size,
-            noise=noise,
             seed=seed,
             workers=workers,
             on_episode=lambda episode: bar.advance(),
         )
     print(f"{count['episodes']} episodes, {count['frames']} frames in {bar.seconds:.0f} s -> {output}")
     print(f"next: lerobot-grids fit --policy tiny --tokens dense --dataset {output}")
-    write_json(json, {**count, "seconds": bar.seconds, "tasks": expand_tasks(tasks), "size": size, "noise": noise})
+    options = {"tasks": demonstrator.tasks, "size": size, "noise": noise, "layout": layout if env == "libero" else None}
+    write_json(json, {**count, "seconds": bar.seconds, **options})
 
 
 def main(arguments: list[str]) -> None:

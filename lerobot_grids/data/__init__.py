@@ -2,6 +2,6 @@
 
 from .datamodule import LeRobotDataModule
 from .images import is_image, unit_images
-from .metadata import POSITIONS, load_metadata
+from .metadata import PLACES, POSITIONS, load_metadata
 
-__all__ = ["POSITIONS", "LeRobotDataModule", "is_image", "load_metadata", "unit_images"]
+__all__ = ["PLACES", "POSITIONS", "LeRobotDataModule", "is_image", "load_metadata", "unit_images"]

@@ -19,7 +19,7 @@ from lerobot_policy_grids.errors import DatasetError, first_line
 from ..preflight import Finding
 from ..preflight.features import DatasetFeatures, is_foreign
 from ..preflight.findings import warning
-from .metadata import POSITIONS
+from .metadata import PLACES, POSITIONS
 
 # Of every LeRobotDataset.
 COUNTERS = ("index", "episode_index", "frame_index", "timestamp", "task_index")
@@ -102,7 +102,7 @@ def read_columns(features: DatasetFeatures, config: PreTrainedConfig) -> dict[st
     read = [*cameras, *(name for name in features.sources if name not in features.cameras)]
     sources = {features.sources[name]: name for name in read}
     columns = {source: name if is_foreign(source) else source for source, name in sources.items()}
-    kept = [name for name in (*COUNTERS, POSITIONS) if name in features.described]
+    kept = [name for name in (*COUNTERS, POSITIONS, PLACES) if name in features.described]
     return columns | dict(zip(kept, kept, strict=True))
 
 

@@ -6,8 +6,9 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
 from lerobot_policy_grids.errors import DatasetError, first_line
 
-# Dataset feature with object and goal positions. It is not an observation, so no policy gets it.
-POSITIONS = "auxiliary.positions"
+# Dataset features of recorded simulations: positions of object and goal in metres, and where each camera sees them.
+# They are not observations, so no policy gets them.
+POSITIONS, PLACES = "auxiliary.positions", "auxiliary.places"
 CONVERTER = "lerobot.scripts.convert_dataset_v21_to_v30"
 
 

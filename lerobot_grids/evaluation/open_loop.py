@@ -22,8 +22,9 @@ from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 
 from ..console import write_json
 from ..coordinates import CoordinateStatistics
-from ..data import LeRobotDataModule
+from ..data import PLACES, LeRobotDataModule
 from ..data.images import unit_images
+from ..hits import ObjectHits, object_places
 from ..policies import LoadedPolicy
 
 # Every budget and every policy gets the same noise and time of the flow.
@@ -43,7 +44,8 @@ class BudgetResult:
         teacher_distance: Root mean squared distance of its normalised action chunks to the teacher's, from the same
             noise; None without a teacher.
         teacher_distance_by_action: The same distance per action dimension, in the dataset's units.
-        coordinates: `CoordinateStatistics` of a `AnchoredSampler`; empty for other reducers.
+        coordinates: `CoordinateStatistics` of an `AnchoredSampler`, and `ObjectHits` where the dataset says where the
+            named object is; empty for other reducers.
     """
 
     num_tokens: int | None
@@ -119,6 +121,19 @@ class _Measures:
         reducer = getattr(policy, "reducer", None)
         if isinstance(reducer, AnchoredSampler):
             self.coordinates = CoordinateStatistics(reducer.token_grid).to(device)
+            self.hits = ObjectHits(reducer.token_grid).to(device)
+            policy.seam.remember_coordinates()
+
+    def count_hits(self, policy: GridsPolicy, raw: dict[str, Any], names: list[str]) -> None:
+        """Count the points of the last call that lie on the named object, of each camera."""
+        layout = policy.seam.layout
+        cameras = [camera for camera, name in enumerate(layout.cameras) if name in raw]
+        for camera, points in zip(cameras, policy.seam.coordinates or [], strict=False):
+            places = object_places(raw, names, layout.cameras[camera], PLACES)
+            if places is not None:
+                corners = torch.tensor(layout.regions[camera]).reshape(2, 2).to(points)
+                anchors = policy.reducer.anchors(points.shape[1], camera)
+                self.hits.update(points, anchors, corners[0] + places.to(points) * (corners[1] - corners[0]))
 
     def result(self, num_tokens: int | None, with_teacher: bool) -> BudgetResult:
         return BudgetResult(
@@ -127,7 +142,7 @@ class _Measures:
             self.error.compute().reshape(-1).tolist(),
             float(self.distance.compute()) if with_teacher else None,
             self.by_action.compute().reshape(-1).tolist() if with_teacher else [],
-            self.coordinates.compute() if self.coordinates is not None else {},
+            {} if self.coordinates is None else self.coordinates.compute() | self.hits.compute(),
         )
 
 
@@ -159,6 +174,7 @@ def validate(
     device = next(policy.parameters()).device
     size = policy.config.output_features[ACTION].shape[0]
     measures = {k: _Measures(policy, size, device) for k in budgets}
+    place_names = data.meta.features.get(PLACES, {}).get("names", [])
     for number, raw in enumerate(batches):
         batch = loaded.preprocessor(unit_images(raw))
         wanted = None if teacher is None else _chunk(teacher, teacher.preprocessor(unit_images(raw)), number)
@@ -172,6 +188,7 @@ def validate(
             loss, _ = policy.forward(dict(batch))
             if hook is not None:
                 hook.remove()
+                measure.count_hits(policy, raw, place_names)
             measure.loss.update(loss, len(raw["task_index"]))
             normalised, chunk = _chunk(loaded, batch, number)
             steps = ~raw[f"{ACTION}_is_pad"].to(device)

@@ -85,6 +85,7 @@ def evaluate(
         environment=env_config.type,
         n_action_steps=getattr(loaded.policy.config, "n_action_steps", None),
         perturb=getattr(env_config, "perturb", ""),
+        layout=getattr(env_config, "layout", ""),
         tamper=tampering or [],
         reducer=loaded.reducer,
         resolution=loaded.resolution,
@@ -143,8 +144,9 @@ def open_tasks(config: EnvConfig, batch_size: int, tampering: list[str]) -> Iter
     # LeRobot prints a line per task; hide it.
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         suites = config.create_envs(n_envs=batch_size)
+    numbered = hasattr(config, "task_ids")  # LIBERO's suites, of which one task may be chosen
     tasks = [
-        Task(suite, suite if list(envs) == [0] else f"{suite}_{task_id}", env)
+        Task(suite, suite if list(envs) == [0] and not numbered else f"{suite}_{task_id}", env)
         for suite, envs in suites.items()
         for task_id, env in envs.items()
     ]

@@ -36,6 +36,7 @@ class Evaluation:
         environment: LeRobot's type of the environment.
         n_action_steps: Steps of a chunk that are executed before the next observation.
         perturb: Perturbations as kind:severity, comma-separated; empty for none.
+        layout: Where LIBERO's objects stand, "official" or "dealt"; empty in other environments.
         tamper: Names of the changes to the policy's input.
         reducer: Name of the reducer applied to a dense policy without training; empty for none.
         resolution: Side in pixels of the images given to a dense policy without training; None for its own size.
@@ -49,6 +50,7 @@ class Evaluation:
     environment: str = ""
     n_action_steps: int | None = None
     perturb: str = ""
+    layout: str = ""
     tamper: list[str] = field(default_factory=list)
     reducer: str = ""
     resolution: int | None = None

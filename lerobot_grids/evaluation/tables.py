@@ -103,6 +103,8 @@ def print_evaluation(result: Any) -> None:
     """Print an `Evaluation` as a table."""
     tokens = "?" if result.num_tokens is None else f"{result.num_tokens} of {result.num_dense_tokens}"
     title = f"{result.policy} ({result.policy_type}), {tokens} visual tokens per camera"
+    if result.layout:
+        title += f"\nlayout: {result.layout}"
     if result.perturb:
         title += f"\nperturbed: {result.perturb}"
     if result.tamper:
@@ -132,10 +134,11 @@ def print_validation(result: Any) -> None:
     if result.teacher is not None:
         names += ["distance to teacher", "by action"]
     # A terminal is too narrow for all statistics; the JSON has them.
-    shown = [name for name in ("border", "duplicates", "drift", "motion") if name in result.budgets[0].coordinates]
+    wanted = ("border", "duplicates", "drift", "motion", "on_object", "anchors_on_object")
+    shown = [name for name in wanted if name in result.budgets[0].coordinates]
     names += shown
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("_", " "), justify="right")
     for row in result.budgets:
         cells = ["all" if row.num_tokens is None else str(row.num_tokens), f"{row.loss:.4f}", _numbers(row.error)]
         if result.teacher is not None:

@@ -8,10 +8,12 @@ from lerobot.envs.configs import EnvConfig
 
 from lerobot_policy_grids.errors import SimulationError
 
-from .libero import LIBERO_KINDS, require_libero
+from .demonstrations import Demonstrator
+from .libero.installed import LIBERO_KINDS, require_libero
 
-# This package's faster and corrected MetaWorld replaces LeRobot's.
-ALIASES = {"metaworld": "grids_metaworld"}
+# This package's environments replace LeRobot's: a faster and corrected MetaWorld, and LIBERO with more options.
+ALIASES = {"metaworld": "grids_metaworld", "libero": "grids_libero"}
+METAWORLD_MISSING = "MetaWorld is not installed ({}); install it with: pip install 'lerobot_policy_grids[sim]'"
 
 
 def make_env_config(
@@ -21,6 +23,7 @@ def make_env_config(
     *,
     look_every: int = 1,
     perturb: str | None = None,
+    layout: str | None = None,
 ) -> EnvConfig:
     """The configuration of a simulated environment.
 
@@ -31,36 +34,33 @@ def make_env_config(
         look_every: Number of steps between two observations of the policy. Environments that can skip the images in
             between do so.
         perturb: Perturbations as kind:severity, comma-separated; see `perturbations`.
+        layout: Where objects stand in LIBERO, "official" or "dealt".
 
     Raises:
         SimulationError: If the environment or a field is unknown, a package is missing, or it cannot be perturbed.
     """
-    if name == "metaworld":
-        try:
-            from lerobot_grids.simulation import metaworld  # noqa: F401  (registers it)
-        except ImportError as error:
-            raise SimulationError(
-                f"MetaWorld is not installed ({error}); install it with: pip install 'lerobot_policy_grids[sim]'"
-            ) from error
+    if perturb and name != "metaworld":
+        raise SimulationError(
+            f"environment '{name}' cannot be perturbed, only 'metaworld' can; drop --perturb"
+            + (", or evaluate LIBERO's perturbed tasks with --env libero_plus" if name == "libero" else "")
+        )
+    if layout and name != "libero":
+        raise SimulationError(f"environment '{name}' has no layouts, only 'libero' has; drop --layout")
+    if name in LIBERO_KINDS:
+        require_libero(name)
+    if name in ALIASES:
+        _register(name)
     choices = EnvConfig.get_known_choices()
     kind = ALIASES.get(name, name)
     if kind not in choices:
         raise SimulationError(f"environment '{name}' is unknown; choose from metaworld, {', '.join(sorted(choices))}")
-    if kind in LIBERO_KINDS:
-        require_libero(kind)
     known = {field.name for field in fields(choices[kind])}
     values = dict(arguments or {})
     if tasks is not None:
         values["task"] = tasks
     if "render_interval" in known:
         values.setdefault("render_interval", look_every)
-    if perturb and "perturb" not in known:
-        raise SimulationError(
-            f"environment '{name}' cannot be perturbed, only 'metaworld' can; drop --perturb"
-            + (", or evaluate LIBERO's perturbed tasks with --env libero_plus" if name == "libero" else "")
-        )
-    if perturb:
-        values["perturb"] = perturb
+    values |= {key: value for key, value in (("perturb", perturb), ("layout", layout)) if value}
     unknown = sorted(set(values) - known)
     if unknown:
         raise SimulationError(
@@ -73,10 +73,48 @@ def make_env_config(
     return config
 
 
+def _register(name: str) -> None:
+    """Import this package's environment, so that LeRobot knows it."""
+    if name == "libero":
+        from .libero import environment  # noqa: F401
+
+        return
+    try:
+        from . import metaworld  # noqa: F401
+    except ImportError as error:
+        raise SimulationError(METAWORLD_MISSING.format(error)) from error
+
+
+def make_demonstrator(env: str, tasks: str | None, *, size: int, noise: float | None, layout: str) -> Demonstrator:
+    """The scripted expert of an environment.
+
+    Args:
+        env: "metaworld" or "libero".
+        tasks: Tasks, comma-separated; None takes a default.
+        size: Height and width of the images in pixels.
+        noise: Standard deviation of the noise on executed actions; None takes 0.2 in MetaWorld, 0.15 in LIBERO.
+        layout: Where objects stand in LIBERO, "official" or "dealt".
+
+    Raises:
+        SimulationError: If a package is missing, or a task is unknown.
+    """
+    if env == "libero":
+        require_libero(env)
+        from .libero.demonstrator import LiberoDemonstrator
+
+        return LiberoDemonstrator(tasks or "libero_object", layout, size, 0.15 if noise is None else noise)
+    _register(env)
+    from .metaworld_expert import MetaworldDemonstrator
+
+    return MetaworldDemonstrator(tasks or "push-v3,coffee-push-v3", size, 0.2 if noise is None else noise)
+
+
 def task_names(config: EnvConfig) -> list[str]:
     """Names of the tasks in an environment's configuration."""
     if config.type == ALIASES["metaworld"]:
         from .metaworld import expand_tasks
 
         return expand_tasks(config.task)
+    if config.type == ALIASES["libero"]:
+        return [f"{suite}_{number}" for suite, numbers in config.chosen.items() for number in numbers]
     return [task for task in (config.task or config.type).split(",") if task]

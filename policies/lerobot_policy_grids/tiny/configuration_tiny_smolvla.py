@@ -1,6 +1,7 @@
 """SmolVLA, small enough to learn a simulated task in minutes on two CPU cores."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -28,6 +29,10 @@ class TinySmolVLAConfig(SmolVLAConfig):
     scheduler_warmup_steps: int = 100
     scheduler_decay_steps: int = 2_000
     scheduler_decay_lr: float = 4e-6
+
+    # "attention": a convolutional stem, then SmolVLM's vision layer, in which every token sees the whole image.
+    # "local": deeper convolutions and no attention, so that a token knows 29 x 29 pixels and nothing else.
+    vision_tower: Literal["attention", "local"] = "attention"
 
     # A name and not a path: the files are part of this package, wherever it is installed.
     vlm_model_name: str = "lerobot_policy_grids/tiny"

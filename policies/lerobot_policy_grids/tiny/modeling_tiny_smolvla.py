@@ -1,8 +1,8 @@
 """TinySmolVLAPolicy: SmolVLA's own class around a small vision-language model.
 
-It differs from SmolVLA in two ways, and needs both to learn from a hundred demonstrations: a convolutional stem
-replaces the linear patch embedding, and the last layer of the language model is trainable, because the action expert
-reads its keys and values.
+It differs from SmolVLA in two ways, and needs both to learn from a hundred demonstrations: convolutions replace the
+linear patch embedding, and the last layer of the language model is trainable, because the action expert reads its keys
+and values.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from .tokenizer import VLM_FOLDER
 
 
 class ConvStem(nn.Module):
-    """Three strided convolutions over RGB and two coordinate channels: one token per 8 x 8 pixels.
+    """Convolutions over RGB and two coordinate channels: one token per 8 x 8 pixels.
 
     Args:
         width: C, channels of a token.
@@ -25,7 +25,11 @@ class ConvStem(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
+        self.layers = self.build(width)
+
+    def build(self, width: int) -> nn.Sequential:
+        """Three strided convolutions; a token knows 17 x 17 pixels and the image's statistics."""
+        return nn.Sequential(
             nn.Conv2d(5, 32, 5, 2, 2),
             nn.GroupNorm(4, 32),
             nn.ReLU(),
@@ -50,6 +54,28 @@ class ConvStem(nn.Module):
         return features
 
 
+class LocalStem(ConvStem):
+    """A deeper stem without any statistics of the image: what a token says comes from 29 x 29 pixels around it."""
+
+    def build(self, width: int) -> nn.Sequential:
+        """Five convolutions, and two layers of each token on its own."""
+        return nn.Sequential(
+            nn.Conv2d(5, 32, 5, 2, 2),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, 1, 1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 1, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, width, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, width, 1),
+        )
+
+
 class TinySmolVLAPolicy(SmolVLAPolicy):
     """LeRobot's SmolVLA with the small vision-language model of this package."""
 
@@ -62,7 +88,14 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
         # The path is valid on this machine only, so the saved configuration keeps the name.
         self.config = self.model.config = config
         vlm = self.model.vlm_with_expert.get_vlm_model()
-        vlm.vision_model.embeddings.patch_embedding = ConvStem(vlm.vision_model.config.hidden_size)
+        vision = vlm.vision_model
+        if config.vision_tower == "local":
+            vision.embeddings.patch_embedding = LocalStem(vision.config.hidden_size)
+            vision.encoder.layers = nn.ModuleList()
+        else:
+            vision.embeddings.patch_embedding = ConvStem(vision.config.hidden_size)
+        if config.freeze_vision_encoder:
+            vision.requires_grad_(False)
         if not config.train_expert_only:
             # Only the weights that the expert reads: an unused trainable weight would stop distributed training.
             last = vlm.text_model.layers[-1]

@@ -1,0 +1,101 @@
+"""Pictures of dealt LIBERO scenes in which every pixel is labelled with its object, to train a vision tower on.
+
+    python benchmarks/libero/scenes.py outputs/libero/scenes.npz --scenes 150    # 150 of each task: about 10 minutes
+
+The arm is in random positions, and nothing moves. Seeds start at 900000, so no scene is one of a recording or an
+evaluation.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lerobot_grids.simulation.libero.environment import LiberoConfig, LiberoEnv, load_suite
+from lerobot_grids.simulation.libero.layouts import deal
+
+FIRST_SEED = 900_000
+# Standard deviation of the arm's joints around their start, in radians.
+ARM = 0.22
+ROBOT = "robot"
+
+
+def labels(env: LiberoEnv) -> dict[int, str]:
+    """{number of a shape: name of its kind of object} of all objects and the robot."""
+    model, names = env.simulation.sim.model._model, {}
+    for name, body in env.simulation.obj_body_id.items():
+        names[body] = name.rstrip("0123456789").rstrip("_")
+    names[model.body("robot0_base").id] = ROBOT
+    kinds: dict[int, str] = {}
+    for shape in range(model.ngeom):
+        body = model.geom_bodyid[shape]
+        while body and body not in names:
+            body = model.body_parentid[body]
+        if body:
+            kinds[shape] = names[body]
+    return kinds
+
+
+def picture(env: LiberoEnv, camera: str, kinds: dict[int, str], classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(image uint8 [h, w, 3], class of each pixel uint8 [h, w], 0 for the background), as LeRobot turns them."""
+    model, context = env.simulation.sim.model, env.simulation.sim._render_context_offscreen
+    size, number = (env.observation_width, env.observation_height), model.camera_name2id(camera.removesuffix("_image"))
+    context.render(*size, camera_id=number)
+    image = context.read_pixels(*size)
+    context.render(*size, camera_id=number, segmentation=True)
+    red, green, blue = np.moveaxis(context.read_pixels(*size).astype(np.int64), -1, 0)
+    drawn = {shape.segid + 1: shape.objid for shape in context.scn.geoms[: context.scn.ngeom]}
+    table = np.zeros(context.scn.ngeom + 1, np.uint8)
+    for segment, shape in drawn.items():
+        table[segment] = 1 + classes.index(kinds[shape]) if shape in kinds else 0
+    return image[::-1, ::-1], table[red + 256 * green + 65536 * blue][::-1, ::-1]
+
+
+def scatter(env: LiberoEnv, random: np.random.Generator) -> None:
+    """Deal the objects, and put the arm somewhere."""
+    data = env.simulation.sim.data
+    env._env.set_init_state(env._init_states[random.integers(len(env._init_states))])
+    for name, pose in deal(env.suite, env.poses(), env.base_position(), random).items():
+        data.set_joint_qpos(env.simulation.objects_dict[name].joints[0], np.r_[pose.position, pose.quaternion])
+    robot = env.simulation.robots[0]
+    data.qpos[robot._ref_joint_pos_indexes] += random.normal(0, ARM, 7)
+    data.qpos[robot._ref_gripper_joint_pos_indexes] = np.array([1, -1]) * random.uniform(0, 0.04)
+    env.simulation.sim.forward()
+
+
+def draw(suite_name: str, scenes: int, size: int) -> dict[str, Any]:
+    """{"images": uint8 [n, h, w, 3], "labels": uint8 [n, h, w], "classes": names}."""
+    config = LiberoConfig(task=suite_name, drawing="fast", observation_height=size, observation_width=size)
+    images, masks, classes = [], [], []
+    for number in config.chosen[suite_name]:
+        env = config.make(load_suite(suite_name), suite_name, number)
+        env.reset(seed=FIRST_SEED)
+        kinds = labels(env)
+        classes += [kind for kind in dict.fromkeys(kinds.values()) if kind not in classes]
+        for scene in range(scenes):
+            scatter(env, np.random.default_rng(FIRST_SEED + 1000 * number + scene))
+            for camera in env.camera_name:
+                image, mask = picture(env, camera, kinds, classes)
+                images.append(image)
+                masks.append(mask)
+        print(f"{suite_name} {number}: {len(images)} pictures", flush=True)
+        env.close()
+    return {"images": np.stack(images), "labels": np.stack(masks), "classes": ["background", *classes]}
+
+
+def main() -> None:
+    """Draw and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--scenes", type=int, default=150, help="scenes of each task")
+    parser.add_argument("--size", type=int, default=96)
+    arguments = parser.parse_args()
+    content = draw(arguments.suite, arguments.scenes, arguments.size)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(arguments.output, **content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Demonstrations of the scripted expert in LIBERO, with the names and the orientation of LeRobot's environment."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.envs.utils import preprocess_observation
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+
+from ...data import PLACES, POSITIONS
+from ..demonstrations import Demonstration, image_feature, vector_feature
+from .environment import LiberoConfig, LiberoEnv, load_suite
+from .expert import Expert
+
+CAMERAS = {f"{OBS_IMAGES}.image": "agentview_image", f"{OBS_IMAGES}.image2": "robot0_eye_in_hand_image"}
+THINGS = ("object", "goal")
+# How far waypoints of different demonstrations lie apart, in metres.
+WAYPOINT_NOISE = 0.008
+
+
+@dataclass(frozen=True)
+class LiberoDemonstrator:
+    """Records LIBERO's pick-and-place tasks from both cameras.
+
+    Args:
+        names: Suites or tasks, comma-separated.
+        layout: "official" or "dealt".
+        size: Height and width of the images in pixels.
+        noise: Standard deviation of the Gaussian noise on the executed x, y and z.
+    """
+
+    names: str
+    layout: str = "dealt"
+    size: int = 96
+    noise: float = 0.15
+    fps: int = 20
+    robot_type: str = "panda"
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, such as libero_object_3."""
+        return [f"{suite}_{number}" for suite, numbers in self._config(self.names).chosen.items() for number in numbers]
+
+    @property
+    def features(self) -> dict[str, dict[str, Any]]:
+        """Two cameras, and where object and goal are: in the world, and in each image."""
+        places = [f"{camera}_{thing}_{axis}" for camera in ("image", "image2") for thing in THINGS for axis in "xy"]
+        return {
+            **dict.fromkeys(CAMERAS, image_feature(self.size)),
+            OBS_STATE: vector_feature(["x", "y", "z", "rx", "ry", "rz", "finger1", "finger2"]),
+            ACTION: vector_feature(["dx", "dy", "dz", "drx", "dry", "drz", "grip"]),
+            POSITIONS: vector_feature([f"{thing}_{axis}" for thing in THINGS for axis in "xyz"]),
+            PLACES: vector_feature(places),
+        }
+
+    def demonstrate(self, task: str, seed: int) -> Demonstration | None:
+        """One episode, or None if the expert fails; see `Demonstrator`."""
+        env, prepare = _environment(self, task)
+        random = np.random.default_rng(seed)
+        # Official states are used in turn.
+        env.init_state_id = seed
+        observation, _ = env.reset(seed=seed)
+        expert = Expert(env.simulation, WAYPOINT_NOISE, seed)
+        rows: list[tuple[np.ndarray, ...]] = []
+        for _ in range(env._max_episode_steps):
+            action = np.clip(expert.act(), -1, 1)
+            where = (expert.object_position(), expert.target_position())
+            places = [env.image_place(camera, point) for camera in CAMERAS.values() for point in where]
+            seen = prepare(preprocess_observation(_batch_of_one(observation)))
+            images = [(seen[name][0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for name in CAMERAS]
+            state = seen[OBS_STATE][0].numpy()
+            rows.append((*images, state, action, np.concatenate(where).astype(np.float32), np.concatenate(places)))
+            executed = action.copy()
+            executed[:3] += random.normal(0, self.noise, 3)
+            observation, _, _, _, info = env.step(np.clip(executed, -1, 1))
+            if info["is_success"]:
+                columns = (np.stack(column) for column in zip(*rows, strict=True))
+                return Demonstration(env.task_description, dict(zip(self.features, columns, strict=True)))
+        return None
+
+    def _config(self, names: str) -> LiberoConfig:
+        size = {"observation_height": self.size, "observation_width": self.size}
+        return LiberoConfig(task=names, layout=self.layout, drawing="fast", **size)
+
+
+# The environment of the last task in this process; a scene takes a gigabyte.
+_open: dict[tuple[LiberoDemonstrator, str], tuple[LiberoEnv, Any]] = {}
+
+
+def _environment(demonstrator: LiberoDemonstrator, task: str) -> tuple[LiberoEnv, Any]:
+    """The environment of a task, and LeRobot's processor of its observations."""
+    if (demonstrator, task) not in _open:
+        while _open:
+            _open.popitem()[1][0].close()
+        config = demonstrator._config(task)
+        ((suite, (number,)),) = config.chosen.items()
+        env = config.make(load_suite(suite), suite, number)
+        _open[demonstrator, task] = env, config.get_env_processors()[0]
+    return _open[demonstrator, task]
+
+
+def _batch_of_one(observation: Any) -> Any:
+    if isinstance(observation, dict):
+        return {name: _batch_of_one(value) for name, value in observation.items()}
+    return observation[None]
