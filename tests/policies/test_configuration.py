@@ -36,7 +36,7 @@ def tiny(**options):
     "config",
     [
         tiny(input_features=INPUTS, output_features=OUTPUTS),
-        tiny(num_tokens=4, num_tokens_max=36, condition_on=["language"]),
+        tiny(num_tokens=4, num_tokens_max=36, condition_on=["language"], sample_after_layer=0),
         *(tiny(reducer=name) for name in ReducerConfig.get_known_choices()),
         tiny(schedule="elastic", position_ids="dense", num_tokens_max=36),
         config_of(SmolVLAConfig(device="cpu", chunk_size=8, n_action_steps=8), num_tokens=9),

@@ -18,6 +18,7 @@ from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
 from .seam import Seam
+from .tower import Tower, sample_between
 
 # Part of the name of a camera that exists only in a configuration.
 EMPTY_CAMERA = "empty_camera"
@@ -231,6 +232,21 @@ class Family(ABC):
         raise UnsupportedPolicyError(
             f"the trunk of a '{self.policy_type}' policy cannot be given dense position ids; drop position_ids"
         )
+
+    def tower(self, policy: DensePolicy) -> Tower:
+        """The layers of the vision tower of `policy`, between which tokens can be sampled.
+
+        Raises:
+            UnsupportedPolicyError: If this family's tower cannot go on with some of its tokens.
+        """
+        raise UnsupportedPolicyError(
+            f"no tokens can be sampled inside the vision tower of a '{self.policy_type}' policy; drop "
+            "sample_after_layer"
+        )
+
+    def attach_to_tower(self, policy: DensePolicy, seam: Seam, after: int) -> None:
+        """From now on the vision tower of `policy` goes on, after some layers, with the tokens sampled there."""
+        sample_between(self.tower(policy).encoder, seam, after)
 
     def attach_to_trunk(self, policy: DensePolicy, seam: Seam) -> None:
         """From now on the trunk of `policy` goes on with what `seam.prune` keeps, after its first layers.
