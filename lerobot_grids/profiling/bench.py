@@ -12,6 +12,7 @@ import torch
 from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
+from lerobot_policy_grids.reducers import reducer_config
 
 from ..policies import load
 from .architectures import architectures, instantiate, make_batch, make_config
@@ -53,6 +54,7 @@ def bench(
     tokens: list[int],
     *,
     reducers: list[str] | None = None,
+    layers: list[int] | None = None,
     cameras: int = 2,
     language_tokens: int | None = None,
     resolutions: list[int] | None = None,
@@ -68,6 +70,7 @@ def bench(
         policy: Name of an architecture, for random weights, or a checkpoint.
         tokens: Budgets, in visual tokens per camera.
         reducers: Names of reducers; None takes "grids".
+        layers: After which layers of the vision tower tokens are sampled inside it, besides after the whole tower.
         cameras: Number of cameras for an architecture; a checkpoint has a fixed number.
         language_tokens: Number of instruction tokens after padding; None takes the family's default.
         resolutions: Sides in pixels of smaller images for the dense policy.
@@ -125,17 +128,23 @@ def bench(
             cost.peak_memory_mib = peak_memory_mib(timed)
         result.costs.append(cost)
 
-    ways = [(name, budget) for name in reducers or ["grids"] for budget in tokens]
+    ways = {
+        _label(name, budget, layer): reducer_config(
+            name, num_tokens=budget, **({} if layer is None else {"sample_after_layer": layer})
+        )
+        for name in reducers or ["grids"]
+        for layer in (None, *(layers or []))
+        for budget in tokens
+    }
     # Check all budgets before the first measurement, which takes minutes.
-    for name, budget in ways:
-        compress(counted, budget, name).detach()
+    for way in ways.values():
+        compress(counted, reducer=way).detach()
     add("dense", counted, timed)
-    for name, budget in ways:
+    for label, way in ways.items():
         # `counted` and `timed` may be one object, two objects, or `timed` may be None.
         wrapped = [
-            compress(dense, budget, name) if dense is not None else None for dense in dict.fromkeys((counted, timed))
+            compress(dense, reducer=way) if dense is not None else None for dense in dict.fromkeys((counted, timed))
         ]
-        label = f"K={budget}" if name == "grids" else f"{name} K={budget}"
         add(label, wrapped[0], wrapped[-1] if timed is not None else None)
         for one in filter(None, wrapped):
             one.detach()
@@ -143,3 +152,8 @@ def bench(
     for size in resolutions or []:
         add(f"dense at {size} px", *make_pair(size))
     return result
+
+
+def _label(reducer: str, tokens: int, layer: int | None) -> str:
+    label = f"K={tokens}" if reducer == "grids" else f"{reducer} K={tokens}"
+    return label if layer is None else f"{label} L={layer}"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,21 +75,29 @@ def _steps(policy: Any, count: int) -> Iterator[None]:
 
 @contextmanager
 def _meter(policy: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Add up the increase of `read` while the vision tower, the projector and the reducer run."""
+    """Add up the increase of `read` while the vision tower, the projector and the reducer run.
+
+    A reducer that runs inside the vision tower is not counted as vision.
+    """
     stages = stages_of(policy)
     modules = {"vision": stages.vision, "projector": stages.projector}
     if isinstance(policy, GridsPolicy):
         modules["sampler"] = policy.reducer
     gained = dict.fromkeys(STAGES[:3], 0.0)
+    # When each module that is running began, later by what modules inside it took.
+    running: list[float] = []
+
+    def before(*args: Any) -> None:
+        running.append(read())
+
+    def after(name: str, *args: Any) -> None:
+        took = read() - running.pop()
+        gained[name] += took
+        running[:] = [began + took for began in running]
+
     handles = []
     for name, module in modules.items():
-        started: list[float] = []
-        handles.append(module.register_forward_pre_hook(lambda *args, started=started: started.append(read()) or None))
-
-        def after(*args: Any, name: str = name, started: list[float] = started) -> None:
-            gained[name] += read() - started.pop()
-
-        handles.append(module.register_forward_hook(after))
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(partial(after, name))]
     try:
         yield gained
     finally:

@@ -11,6 +11,7 @@ from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids import compress
+from lerobot_policy_grids.reducers import reducer_config
 
 
 def linear(tokens, *widths):
@@ -68,6 +69,20 @@ def test_pi0_costs_what_its_dimensions_say(pi0_on_meta, k):
             measured.detach()
     expected = pi0(cameras, k)
     assert length == cameras * k + 48
+    for stage, value in flops.items():
+        assert value == pytest.approx(expected[stage], rel=1e-3), stage
+
+
+@pytest.mark.parametrize("after", [9])
+def test_later_layers_of_pi0_cost_what_their_tokens_say(pi0_on_meta, after):
+    cameras, policy = pi0_on_meta
+    measured = compress(policy, reducer=reducer_config("grids", num_tokens=16, sample_after_layer=after))
+    try:
+        flops = count_flops(measured, make_batch(policy, 48, "meta"))
+    finally:
+        measured.detach()
+    later = siglip(cameras, tokens=16, layers=27 - after) - siglip(cameras, tokens=16, layers=0)
+    expected = pi0(cameras, 16) | {"vision": siglip(cameras, layers=after) + later}
     for stage, value in flops.items():
         assert value == pytest.approx(expected[stage], rel=1e-3), stage
 
@@ -160,6 +175,8 @@ def test_a_checkpoint_is_measured_with_its_own_cameras(grids_checkpoint, tmp_pat
         (["--policy=tiny", "--tokens=0"], "not a list of positive numbers"),
         (["--policy=tiny", "--tokens=a,b"], "not a list of positive numbers"),
         (["--policy=tiny", "--tokens=145"], "12 x 12 = 144"),
+        (["--policy=tiny", "--sample_after_layer=-1"], "not a list of numbers of layers"),
+        (["--policy=tiny", "--sample_after_layer=2"], "tower has 1 layers; choose 0 .. 1"),
         (["--policy=tiny", "--resolution=100"], "set resize_imgs_with_padding to multiples of 8"),
         (["--policy=tiny", "--cameras=0"], "--cameras 0"),
         (["--policy=tiny", "--device=foo"], "device 'foo' is not available"),
