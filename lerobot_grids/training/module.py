@@ -58,6 +58,8 @@ class GridsModule(lightning.LightningModule):
             weights stay frozen, the same network is the teacher, otherwise a frozen copy.
         distill_temperature: Temperature of the teacher's distribution, for policies that decode action tokens.
         distill_features: Weight of the distance between the last hidden states of the trunks.
+        distill_map: Where tokens are sampled inside the vision tower, weight of the distance between what its later
+            layers make of them and the dense tower's final map at the same coordinates.
         freeze_vision: Whether the vision tower and its projector stay frozen, so that only later weights are trained.
             Some families freeze them by default.
         gradient_checkpointing: Whether to compute activations again in the backward pass, to save memory.
@@ -89,6 +91,7 @@ class GridsModule(lightning.LightningModule):
         teacher: str | None = None,
         distill_temperature: float | None = None,
         distill_features: float = 0.0,
+        distill_map: float = 0.0,
         freeze_vision: bool = False,
         gradient_checkpointing: bool = False,
         accelerator: str = "auto",
@@ -129,8 +132,9 @@ class GridsModule(lightning.LightningModule):
         self.distill = (distill, distill if distill_end is None else distill_end)
         if not all(0 <= share <= 1 for share in self.distill):
             raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
-        if teacher is not None and max(self.distill) == 0:
-            raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill, such as 0.5")
+        for option, value in {"--teacher": teacher, "--model.distill_map": distill_map or None}.items():
+            if value is not None and max(self.distill) == 0:
+                raise GridsError(f"{option} {value} without --distill would teach nothing; give --distill, such as 0.5")
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
         # A blind policy never runs its vision tower, and distributed training would wait for its gradients.
         if freeze_vision or getattr(self.policy, "num_tokens", 1) == 0:
@@ -142,6 +146,7 @@ class GridsModule(lightning.LightningModule):
                 choose_teacher(teacher, policy, self.loaded, self.trainable.train),
                 distill_temperature,
                 distill_features,
+                distill_map,
             )
         self.position_loss: PositionLoss | None = None
         self._visual_tokens: list[Tensor] = []
@@ -175,11 +180,16 @@ class GridsModule(lightning.LightningModule):
         base, source = dense_policy(self.policy), getattr(self.policy, "reducer", None)
         width = self.family.layout(base).width
         self.position_loss = PositionLoss(width, meta.stats[POSITIONS], len(meta.tasks))
-        # The tokens that the trunk gets: all in a dense policy, otherwise those of the reducer.
-        source = self.family.feature_source(base) if source is None else source
+        # The tokens that the trunk gets: those of the reducer, or what the vision tower gives, which is all of them in
+        # a dense policy, and in one that samples inside the tower those that went through its last layers.
+        if source is None or self.policy.seam.inside is not None:
+            source = self.family.feature_source(base)
         source.register_forward_hook(self._keep_visual_tokens)
 
     def _keep_visual_tokens(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        seam = getattr(self.policy, "seam", None)
+        if seam is not None and seam.inside is not None and seam.between is None:
+            return  # of a teacher that is the same network, with every token
         self._visual_tokens.append(output if isinstance(output, Tensor) else output.tokens)
 
     def configure_callbacks(self) -> list[lightning.Callback]:

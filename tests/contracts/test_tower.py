@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from driving import ROUNDING, act, loss_of, run, train_offsets, wrap
+from lerobot_grids.training.distillation import Distillation, SelfTeacher
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.reducers import reducer_config
@@ -182,6 +183,50 @@ def test_the_tower_breaks_no_graph(tower_family):
     torch._dynamo.reset()
     report = torch._dynamo.explain(getattr(wrapped.base, tower_family.seam))(dict(tower_family.batch(wrapped.base)))
     assert report.break_reasons == []
+
+
+def test_the_self_teacher_is_the_dense_policy_and_its_map_the_goal(tower_family):
+    policy = tower_family.policy(cameras=2)
+    batch = tower_family.batch(policy)
+    wrapped = wrap(policy, tower_family.tokens_per_camera, sample_after_layer=0)
+    policy.requires_grad_(False)
+    # With every token the student's map is the teacher's.
+    _, distance = Distillation(wrapped.train(), SelfTeacher(wrapped), map_weight=1.0).losses(batch)
+    assert distance.item() == pytest.approx(0, abs=ROUNDING)
+    wrapped = train_offsets(wrap(wrapped.detach(), 4, sample_after_layer=1)).train()
+    distillation = Distillation(wrapped, SelfTeacher(wrapped), map_weight=1.0)
+    looks = kept(wrapped.reducer)
+    torch.manual_seed(0)
+    _, with_map = distillation.losses(batch)
+    distillation.map_weight = 0.0
+    torch.manual_seed(0)
+    _, without = distillation.losses(batch)
+    # The goal, by torch's own sampling of the map of the policy that was never wrapped.
+    looked, maps = looks[0].coordinates.chunk(2), kept(wrapped.family.feature_source(policy))
+    height, width = wrapped.reducer.token_grid
+    loss_of(wrapped, batch)
+    ours = maps.pop().chunk(2)
+    wrapped.detach()
+    loss_of(policy, batch)
+    goals = [
+        functional.grid_sample(
+            dense.unflatten(1, (height, width)).permute(0, 3, 1, 2),
+            2 * places[:, None] - 1,
+            align_corners=False,
+            padding_mode="border",
+        )[:, :, 0].transpose(1, 2)
+        for dense, places in zip(maps, looked, strict=True)
+    ]
+    expected = (torch.cat(ours) - torch.cat(goals)).square().mean() / torch.cat(goals).var()
+    torch.testing.assert_close(with_map - without, expected, atol=1e-4, rtol=1e-3)
+    with_map.backward()
+    assert wrapped.reducer.query.weight.grad.abs().sum() > 0
+
+
+def test_a_map_after_the_tower_teaches_nothing(tower_family):
+    wrapped = wrap(tower_family.policy(), K)
+    with pytest.raises(GridsError, match=r"after the vision tower.*give --reducer\.sample_after_layer, or drop it"):
+        Distillation(wrapped, SelfTeacher(wrapped), map_weight=0.5)
 
 
 def test_layers_that_the_tower_does_not_have_are_refused(tower_family):
