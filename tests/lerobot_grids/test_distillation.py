@@ -71,6 +71,10 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
         module_of(dataset, policy=str(dense_checkpoint), reducer="blind", tokens=None)
     with pytest.raises(GridsError, match="would teach nothing"):
         module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), distill=0.0)
+    with pytest.raises(GridsError, match=r"--model\.distill_map 0\.5 without --distill would teach nothing"):
+        module_of(dataset, policy=str(dense_checkpoint), distill_map=0.5, distill=0.0)
+    with pytest.raises(GridsError, match="tokens are sampled after the vision tower"):
+        module_of(dataset, policy=str(dense_checkpoint), distill_map=0.5)
     with pytest.raises(GridsError, match="which have no temperature"):
         module_of(dataset, policy=str(dense_checkpoint), distill_temperature=2.0)
     with pytest.raises(GridsError, match="shares of the loss"):

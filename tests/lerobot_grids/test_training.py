@@ -95,6 +95,19 @@ def test_the_exported_checkpoint_acts_like_the_trained_policy(trained, dataset):
     assert torch.equal(loaded.postprocessor(got), module.loaded.postprocessor(expected))
 
 
+def test_a_policy_that_samples_inside_its_tower_trains_and_loads(dataset, dense_checkpoint, tmp_path):
+    reducer = {"type": "grids", "sample_after_layer": 0}
+    options = {"tokens": "9", "reducer": reducer, "train": "reducer", "distill": 0.5, "distill_map": 0.5}
+    module, losses = train(dataset, tmp_path, 2, policy=str(dense_checkpoint), **options)
+    assert all(loss > 0 for loss in losses)
+    # What the position loss reads: the student's tokens behind the tower, and none of the teacher's.
+    assert {tokens.shape[1:] for tokens in module._visual_tokens} == {(9, 128)}
+    loaded = load(str(tmp_path))
+    assert loaded.policy.seam.inside is not None
+    for name, value in module.policy.state_dict().items():
+        assert torch.equal(loaded.policy.state_dict()[name], value), name
+
+
 def test_training_only_the_reducer_leaves_the_base_alone(dataset, dense_checkpoint, tmp_path):
     before = get_policy_class("tiny_smolvla").from_pretrained(dense_checkpoint).state_dict()
     module, _ = train(dataset, tmp_path, 3, policy=str(dense_checkpoint), tokens="9", train="reducer")

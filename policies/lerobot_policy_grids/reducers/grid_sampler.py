@@ -5,7 +5,8 @@ differentiable sampling with geometry injection. `base` defines the axes in shap
 
 Each token has a query, made of its anchor, the instruction, the robot's state and the camera. The query scores the
 cells in a window around the anchor. The mean of the cells' places, weighted by the scores, is the token's coordinate.
-The map is read sharply at that coordinate.
+The map is read sharply at that coordinate. Where a token is a block of patches (`blocks`), cells are the means of their
+patches, each patch of the token is read sharply, and what else goes into the token goes into each of them.
 
 Differs from the published reference:
 - The reference predicts coordinates from the mean of the map (`mean_sampler` does too). A mean does not know where
