@@ -10,6 +10,7 @@ def bench(
     tokens: str = "16",
     reducer: str = "grids",
     sample_after_layer: str | int | None = None,
+    num_steps: str | int | None = None,
     cameras: int = 2,
     language_tokens: int | None = None,
     resolution: str | None = None,
@@ -32,6 +33,7 @@ def bench(
         reducer: Reducers to compare, one or several, such as grids,pool,fastv.
         sample_after_layer: Layers of the vision tower, one or several, such as 4,9. After each of them tokens are
             sampled inside the tower, besides after the whole tower.
+        num_steps: Integration steps of the flow, one number or several, such as 10,2,1. Defaults to the policy's own.
         cameras: Number of cameras for an architecture; a checkpoint has a fixed number.
         language_tokens: Number of instruction tokens after padding. Defaults to the family's padded length.
         resolution: Sides in pixels of smaller images for the dense policy, to compare with, such as 112,56.
@@ -62,7 +64,7 @@ def bench(
     require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens)
     require_at_least(0, warmup=warmup)
     budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
-    layers = numbers("sample_after_layer", sample_after_layer, least=0)
+    layers, steps = numbers("sample_after_layer", sample_after_layer, least=0), numbers("num_steps", num_steps)
     import torch
 
     from lerobot_grids.policies import checked_device
@@ -77,6 +79,7 @@ def bench(
             budgets,
             reducers=[name.strip() for name in reducer.split(",")],
             layers=layers,
+            steps=steps,
             cameras=cameras,
             language_tokens=language_tokens,
             resolutions=resolutions,

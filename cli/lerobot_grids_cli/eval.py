@@ -24,6 +24,7 @@ def evaluate(
     perturb: str | None = None,
     tamper: str | None = None,
     n_action_steps: int | None = None,
+    num_steps: int | None = None,
     verify: bool = False,
 ) -> None:
     """Measure a policy's closed-loop success with its 95 % Wilson interval, and film the sampled points.
@@ -55,6 +56,7 @@ def evaluate(
             (of the image, shuffled), tokens (visual tokens, shuffled), instruction (another task's), state (its mean).
         n_action_steps: Number of steps of each action chunk to execute before the next observation. Defaults to the
             checkpoint's.
+        num_steps: Integration steps of the flow for one action chunk. Defaults to the checkpoint's.
         verify: Hash the checkpoint's files, and an adapter's base, again.
     """
     from pathlib import Path
@@ -71,7 +73,8 @@ def evaluate(
     require_at_least(1, episodes=episodes, batch_size=batch_size)
     require_at_least(0, videos=videos)
     tampering = parse_tamperings(tamper)
-    name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), perturb, tamper)))
+    steps = None if num_steps is None else f"{num_steps}steps"
+    name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), steps, perturb, tamper)))
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
     # Errors in the environment, and what does not fit it, are found before large weights are fetched.
     env_config = make_env_config(env, tasks, env_args, perturb=perturb)
@@ -84,6 +87,7 @@ def evaluate(
         reducer=reducer,
         resolution=resolution,
         n_action_steps=n_action_steps,
+        num_steps=num_steps,
         verify=verify,
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)

@@ -35,6 +35,7 @@ class Evaluation:
         tasks: Success on each task.
         environment: LeRobot's type of the environment.
         n_action_steps: Steps of a chunk that are executed before the next observation.
+        num_steps: Integration steps of the flow for one action chunk; None for a policy without one.
         perturb: Perturbations as kind:severity, comma-separated; empty for none.
         tamper: Names of the changes to the policy's input.
         reducer: Name of the reducer applied to a dense policy without training; empty for none.
@@ -48,6 +49,7 @@ class Evaluation:
     tasks: list[TaskResult] = field(default_factory=list)
     environment: str = ""
     n_action_steps: int | None = None
+    num_steps: int | None = None
     perturb: str = ""
     tamper: list[str] = field(default_factory=list)
     reducer: str = ""

@@ -14,7 +14,7 @@ from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
 from lerobot_policy_grids.reducers import reducer_config
 
-from ..policies import load
+from ..policies import flow_steps, load, set_flow_steps
 from .architectures import architectures, instantiate, make_batch, make_config
 from .measure import Cost, count_flops, measure_latency, peak_memory_mib, prefix_length
 
@@ -55,6 +55,7 @@ def bench(
     *,
     reducers: list[str] | None = None,
     layers: list[int] | None = None,
+    steps: list[int] | None = None,
     cameras: int = 2,
     language_tokens: int | None = None,
     resolutions: list[int] | None = None,
@@ -71,6 +72,7 @@ def bench(
         tokens: Budgets, in visual tokens per camera.
         reducers: Names of reducers; None takes "grids".
         layers: After which layers of the vision tower tokens are sampled inside it, besides after the whole tower.
+        steps: Integration steps of the flow; each variant is measured with each. None takes the policy's own.
         cameras: Number of cameras for an architecture; a checkpoint has a fixed number.
         language_tokens: Number of instruction tokens after padding; None takes the family's default.
         resolutions: Sides in pixels of smaller images for the dense policy.
@@ -112,13 +114,21 @@ def bench(
     )
 
     def add(name: str, counted: Any, timed: Any) -> None:
+        if not steps:
+            measure(name, counted, timed)
+        for count in steps or []:
+            for one in filter(None, (counted, timed)):
+                set_flow_steps(one, count)
+            measure(f"{name}, {count} {'step' if count == 1 else 'steps'}", counted, timed)
+
+    def measure(name: str, counted: Any, timed: Any) -> None:
         if on_progress is not None:
             on_progress(name)
         base = dense_policy(counted)
         batch = make_batch(base, length, str(next(counted.parameters()).device))
         dense_tokens = get_family(base.config.type).layout(base).num_dense_tokens
         used = counted.num_tokens if isinstance(counted, GridsPolicy) else dense_tokens
-        cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch))
+        cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch), flow_steps(counted))
         if timed is not None:
             place = next(timed.parameters()).device
             if place.type == "cuda":

@@ -33,6 +33,7 @@ class Cost:
         visual_tokens: Visual tokens per camera.
         prefix_length: Number of tokens in the prefix: visual, language, and in some families the state.
         flops: FLOPs per stage; a multiply-add counts as 2.
+        num_steps: Integration steps of the flow; None for a policy without one.
         latency_ms: Median milliseconds per stage and in "total"; empty if not measured.
         latency_p95_ms: 95th percentile of the total milliseconds.
         peak_memory_mib: Peak memory of the GPU; on a CPU, peak memory of the whole process so far.
@@ -42,6 +43,7 @@ class Cost:
     visual_tokens: int
     prefix_length: int
     flops: dict[str, int]
+    num_steps: int | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     latency_p95_ms: float | None = None
     peak_memory_mib: float | None = None
@@ -180,13 +182,15 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
 
     for _ in range(warmup):
         run(steps)
-    # Alternate, so that a slower phase of the machine affects both in the same way.
-    rounds = [(run(steps), run(1)) for _ in range(repeats)]
-    full = {name: _quantile([many[name] for many, _ in rounds], 0.5) for name in (*STAGES[:3], "total")}
-    per_step = _quantile([many["total"] - one["total"] for many, one in rounds], 0.5) / max(1, steps - 1)
+    # Another number of steps tells what a step takes. Alternate, so that a slower phase of the machine affects both in
+    # the same way.
+    other = 1 if steps > 1 else 2
+    rounds = [(run(steps), run(other)) for _ in range(repeats)]
+    full = {name: _quantile([ours[name] for ours, _ in rounds], 0.5) for name in (*STAGES[:3], "total")}
+    per_step = _quantile([(ours["total"] - theirs["total"]) / (steps - other) for ours, theirs in rounds], 0.5)
     full["steps"] = per_step * steps
     full["prefill"] = full["total"] - sum(full[name] for name in (*STAGES[:3], "steps"))
-    return full, _quantile([many["total"] for many, _ in rounds], 0.95)
+    return full, _quantile([ours["total"] for ours, _ in rounds], 0.95)
 
 
 def _quantile(values: list[float], quantile: float) -> float:

@@ -11,6 +11,7 @@ from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids import compress
+from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.reducers import reducer_config
 
 
@@ -121,8 +122,20 @@ def test_a_smaller_image_is_shown_beside():
     assert result.costs[2].flops["vision"] == pytest.approx(siglip(1, tokens=64), rel=1e-3)
 
 
-def test_latency_is_split_into_stages_that_add_up():
+def test_flow_steps_cost_alike_and_nothing_else():
+    result = bench("tiny", [16], cameras=1, steps=[1, 4])
+    assert [cost.name for cost in result.costs] == ["dense, 1 step", "dense, 4 steps", "K=16, 1 step", "K=16, 4 steps"]
+    for one, four in itertools.batched(result.costs, 2):
+        assert (one.num_steps, four.num_steps) == (1, 4)
+        assert four.flops == one.flops | {"steps": 4 * one.flops["steps"]}
+    with pytest.raises(GridsError, match="a 'pi0_fast' policy integrates no flow; drop --num_steps"):
+        bench("pi0_fast", [16], cameras=1, steps=[1])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_latency_is_split_into_stages_that_add_up(steps):
     policy = instantiate(make_config("tiny", 1), "cpu")
+    policy.config.num_steps = steps
     batch = make_batch(policy, 8, "cpu")
     latency, p95 = measure_latency(compress(policy, 16), batch, warmup=1, repeats=3)
     stages = ("vision", "projector", "sampler", "prefill", "steps")
