@@ -88,6 +88,8 @@ class Teacher(ABC):
 
     # Description for the user.
     description: str
+    # The network that teaches, if it is another one than the student's.
+    separate: Any = None
     # Whether the student may use the feature maps that the teacher has computed.
     shares_vision = False
 
@@ -156,7 +158,7 @@ class DenseTeacher(Teacher):
     description = "a dense teacher, a second network in memory"
 
     def __init__(self, policy: Any) -> None:
-        self.policy = policy.eval().requires_grad_(False)
+        self.policy = self.separate = policy.eval().requires_grad_(False)
 
     @contextmanager
     def dense(self) -> Iterator[Any]:

@@ -1,5 +1,7 @@
 """GridsModule: train a policy, dense or with K visual tokens, on demonstrations."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from .augmentation import add_state_noise, jitter_images
 from .callbacks import CoordinateMonitor, TokenScheduler
 from .distillation import Distillation, choose_teacher
 from .finite import require_finite_gradients, require_finite_loss
+from .flow import OneStep, biased_time
 from .identity import identity_of, require_same_run
 from .lora import add_lora
 from .optimisation import parameter_groups, warmup_cosine
@@ -60,6 +63,10 @@ class GridsModule(lightning.LightningModule):
         distill_features: Weight of the distance between the last hidden states of the trunks.
         distill_map: Where tokens are sampled inside the vision tower, weight of the distance between what its later
             layers make of them and the dense tower's final map at the same coordinates.
+        time_bias: More than 1 draws more of the flow's training times near the noise, as t ** (1 / time_bias), so that
+            few integration steps become enough (arXiv 2606.05737).
+        one_step: Weight of a loss that makes one integration step from noise arrive where the teacher's steps arrive,
+            or without --distill those of the policy itself (after SnapFlow, arXiv 2604.05656).
         freeze_vision: Whether the vision tower and its projector stay frozen, so that only later weights are trained.
             Some families freeze them by default.
         gradient_checkpointing: Whether to compute activations again in the backward pass, to save memory.
@@ -92,6 +99,8 @@ class GridsModule(lightning.LightningModule):
         distill_temperature: float | None = None,
         distill_features: float = 0.0,
         distill_map: float = 0.0,
+        time_bias: float = 1.0,
+        one_step: float = 0.0,
         freeze_vision: bool = False,
         gradient_checkpointing: bool = False,
         accelerator: str = "auto",
@@ -148,6 +157,15 @@ class GridsModule(lightning.LightningModule):
                 distill_features,
                 distill_map,
             )
+        self.time_bias = time_bias
+        if time_bias <= 0 or one_step < 0:
+            raise GridsError(f"time_bias={time_bias}, one_step={one_step}; give a bias above 0, and a weight from 0 on")
+        if time_bias != 1:
+            self.family.flow(dense_policy(self.policy))
+        self.one_step_weight = one_step
+        self.one_step: OneStep | None = None
+        if one_step > 0:
+            self.one_step = OneStep(self.policy, None if self.distillation is None else self.distillation.teacher)
         self.position_loss: PositionLoss | None = None
         self._visual_tokens: list[Tensor] = []
         if POSITIONS in meta.features and auxiliary_weight > 0 and getattr(self.policy, "num_tokens", 1) > 0:
@@ -208,10 +226,12 @@ class GridsModule(lightning.LightningModule):
         size = len(batch["task_index"])
         total: Tensor
         if self.distillation is None:
-            loss, _ = self.policy.forward(prepared)
+            with self._biased_time():
+                loss, _ = self.policy.forward(prepared)
             total = loss
         else:
-            loss, distance = self.distillation.losses(prepared)
+            with self._biased_time():
+                loss, distance = self.distillation.losses(prepared)
             share = self._distill_share()
             self.log("train/distillation", distance.detach(), batch_size=size)
             self.log("train/distill_share", share, batch_size=size)
@@ -221,8 +241,22 @@ class GridsModule(lightning.LightningModule):
             position_loss = self._position_loss(batch)
             self.log("train/position_loss", position_loss.detach(), prog_bar=True, batch_size=size)
             total = total + self.auxiliary_weight * position_loss
+        if self.one_step is not None:
+            one_step = self.one_step.loss(prepared)
+            self.log("train/one_step", one_step.detach(), batch_size=size)
+            total = total + self.one_step_weight * one_step
         require_finite_loss(total.detach(), batch, self.global_step)
         return total
+
+    @contextmanager
+    def _biased_time(self) -> Iterator[None]:
+        """In this block student and teacher draw their times with the bias."""
+        with ExitStack() as stack:
+            if self.time_bias != 1:
+                others = [] if self.distillation is None else [self.distillation.teacher.separate]
+                for policy in filter(None, (self.policy, *others)):
+                    stack.enter_context(biased_time(policy, self.time_bias))
+            yield
 
     def _distill_share(self) -> float:
         first, last = self.distill
@@ -245,6 +279,8 @@ class GridsModule(lightning.LightningModule):
         if self.distillation is not None and batch_index < CHUNK_BATCHES:
             chunk_distance = self.distillation.chunk_distance(prepared)
             self.log("val/chunk_distance", chunk_distance, batch_size=size, sync_dist=True)
+        if self.one_step is not None and batch_index < CHUNK_BATCHES:
+            self.log("val/one_step", self.one_step.loss(prepared), batch_size=size, sync_dist=True)
 
     def _position_loss(self, batch: dict[str, Any]) -> Tensor:
         assert self.position_loss is not None

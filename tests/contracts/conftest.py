@@ -48,6 +48,7 @@ class Row:
         resizes_with_padding: Whether it keeps the aspect ratio of images that are not square without an option.
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
+        flow: Whether its noise and time are drawn by methods that training can change.
         layers: Layers of its vision tower, between which tokens can be sampled; 0 where they cannot.
         since: First LeRobot release with which it is supported.
         options: Fields of the small instance's configuration.
@@ -63,6 +64,7 @@ class Row:
     resizes_with_padding: bool = True
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
+    flow: bool = False
     layers: int = 0
     since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
@@ -180,10 +182,18 @@ PI = {
 }
 FAMILIES: dict[str, Row] = {
     "tiny_smolvla": Row(
-        "tiny_smolvla", 96, 144, "vlm_with_expert", "prepare_images", pruned=("act", "train"), tokenizes=True, layers=1
+        "tiny_smolvla",
+        96,
+        144,
+        "vlm_with_expert",
+        "prepare_images",
+        pruned=("act", "train"),
+        tokenizes=True,
+        flow=True,
+        layers=1,
     ),
-    "pi0": Row("pi0", **PI, pruned=("act",), options={"num_inference_steps": 3}),
-    "pi05": Row("pi05", **PI, pruned=("act",), options={"num_inference_steps": 3}),
+    "pi0": Row("pi0", **PI, pruned=("act",), flow=True, options={"num_inference_steps": 3}),
+    "pi05": Row("pi05", **PI, pruned=("act",), flow=True, options={"num_inference_steps": 3}),
     "pi0_fast": Row("pi0_fast", **PI),
     "pi0_fast without cache": Row("pi0_fast", **PI, options={"use_kv_cache": False}),
     "xvla": Row(
@@ -234,6 +244,18 @@ def concatenating_family(request, tmp_path_factory) -> Row:
 def tower_family(request, tmp_path_factory) -> Row:
     """A family inside whose vision tower tokens can be sampled."""
     return _chosen(request, tmp_path_factory, TOWERS)
+
+
+@pytest.fixture(params=_families(lambda row: row.flow), scope="module")
+def flow_family(request, tmp_path_factory) -> Row:
+    """A family that integrates a flow, whose training can be told other noise and times."""
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=_families(lambda row: not row.flow))
+def flowless_family(request, tmp_path_factory) -> Row:
+    """A family that does not."""
+    return _chosen(request, tmp_path_factory)
 
 
 @pytest.fixture(params=_families(lambda row: not row.layers))

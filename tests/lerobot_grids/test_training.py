@@ -14,7 +14,7 @@ import torch
 from lerobot.policies.factory import get_policy_class
 
 from lerobot_grids.data import LeRobotDataModule, load_metadata
-from lerobot_grids.policies import load, start
+from lerobot_grids.policies import flow_steps, load, start
 from lerobot_grids.training.checkpoints import RunCheckpoint
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.trainable import choose_trainable, training_bytes
@@ -106,6 +106,15 @@ def test_a_policy_that_samples_inside_its_tower_trains_and_loads(dataset, dense_
     assert loaded.policy.seam.inside is not None
     for name, value in module.policy.state_dict().items():
         assert torch.equal(loaded.policy.state_dict()[name], value), name
+
+
+def test_training_for_one_flow_step(dataset, dense_checkpoint, tmp_path):
+    options = {"tokens": "9", "train": "reducer", "time_bias": 2.0, "one_step": 0.5}
+    module, _ = train(dataset, tmp_path, 2, policy=str(dense_checkpoint), **options)
+    assert module.trainer.callback_metrics["train/one_step"] > 0
+    assert module.trainer.callback_metrics["val/one_step"] > 0
+    assert "sample_time" not in vars(module.policy.base.model)
+    assert flow_steps(load(str(tmp_path)).policy) == 2
 
 
 def test_training_only_the_reducer_leaves_the_base_alone(dataset, dense_checkpoint, tmp_path):

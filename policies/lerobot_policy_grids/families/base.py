@@ -288,6 +288,19 @@ class Family(ABC):
     def target(self, policy: DensePolicy) -> Target:
         """What `policy` predicts in a training step, for distillation."""
 
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        """The module of `policy` that draws its flow's noise and time, and integrates it.
+
+        Its methods are `sample_noise(shape, device)`, `sample_time(batch_size, device)` and `sample_actions`. At time t
+        the flow is at t * noise + (1 - t) * actions, and what `target` predicts is noise - actions.
+
+        Raises:
+            UnsupportedPolicyError: If it has no such flow.
+        """
+        raise UnsupportedPolicyError(
+            f"a '{self.policy_type}' policy has no flow whose time is drawn by a method; drop time_bias and one_step"
+        )
+
     @abstractmethod
     def stages(self, policy: DensePolicy) -> Stages:
         """The parts of `policy` that are measured one by one."""

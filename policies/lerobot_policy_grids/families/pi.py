@@ -141,6 +141,10 @@ class Pi(Family):
     def target(self, policy: DensePolicy) -> Target:
         return Target(policy.model.action_out_proj, action_distance)
 
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        model: nn.Module = policy.model
+        return model
+
     def stages(self, policy: DensePolicy) -> Stages:
         paligemma = _paligemma(policy)
         return Stages(paligemma.vision_tower, paligemma.multi_modal_projector, "num_inference_steps", "embed_prefix")
@@ -205,6 +209,10 @@ class PiFast(Pi):
     def target(self, policy: DensePolicy) -> Target:
         head = policy.model.paligemma_with_expert.paligemma.lm_head
         return Target(head, token_divergence, softened=token_divergence)
+
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        # It decodes tokens.
+        return Family.flow(self, policy)
 
     def stages(self, policy: DensePolicy) -> Stages:
         paligemma = _paligemma(policy)

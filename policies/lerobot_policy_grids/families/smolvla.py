@@ -150,6 +150,10 @@ class SmolVLA(Family):
     def target(self, policy: DensePolicy) -> Target:
         return Target(policy.model.action_out_proj, action_distance)
 
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        model: nn.Module = policy.model
+        return model
+
     def stages(self, policy: DensePolicy) -> Stages:
         vlm = policy.model.vlm_with_expert.get_vlm_model()
         return Stages(vlm.vision_model, vlm.connector, "num_steps", "embed_prefix")
