@@ -143,6 +143,17 @@ def test_gradient_checkpointing_changes_no_gradient(tower_family):
             torch.testing.assert_close(other[name], gradient, atol=ROUNDING, rtol=1e-4, msg=name)
 
 
+def test_half_precision_keeps_float32_coordinates(tower_family):
+    policy = tower_family.policy(**tower_family.bfloat16)
+    wrapped = train_offsets(wrap(policy, K, sample_after_layer=1))
+    samples = kept(wrapped.reducer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_of(wrapped, tower_family.batch(policy)).backward()
+    assert samples[0].coordinates.dtype == torch.float32
+    assert samples[0].coordinates.isfinite().all()
+    assert wrapped.reducer.query.weight.grad.abs().sum() > 0
+
+
 def test_detach_restores_the_dense_policy_bit_for_bit(tower_family):
     policy = tower_family.policy()
     batch = tower_family.batch(policy)

@@ -2,7 +2,8 @@
 
 Between two layers of such a tower a cell of the token grid is a block of patches. A token sampled there is such a block
 at a continuous place: s x s patches, one patch apart, read where the block lies. Positions are in cells of the map that
-they belong to: with p the position of a block's first cell, its patch (i, j) is at p * s + (j, i) on the patch grid.
+they belong to: a block at p on the token grid has its patch (i, j) at p * s + (j, i) on the patch grid. Where s is 1,
+cells are patches, and nothing is done.
 """
 
 import torch
@@ -19,6 +20,8 @@ def patch_positions(cells: Tensor, block: int) -> Tensor:
     Returns:
         float32 [b, k * s * s, 2], (column, row) on the patch grid: block by block, each row by row.
     """
+    if block == 1:
+        return cells
     steps = torch.arange(block, device=cells.device, dtype=cells.dtype)
     within = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).flatten(0, 1)
     return (cells[:, :, None] * block + within).flatten(1, 2)
@@ -26,10 +29,12 @@ def patch_positions(cells: Tensor, block: int) -> Tensor:
 
 def block_means(patches: Tensor, block: int) -> Tensor:
     """The mean of each block: patches [b, h * s, w * s, c] to float32 cells [b, h, w, c]."""
+    if block == 1:
+        return patches.float()
     rows, columns = (size // block for size in patches.shape[1:3])
     return patches.float().unflatten(2, (columns, block)).unflatten(1, (rows, block)).mean((2, 4))
 
 
 def spread(values: Tensor, block: int) -> Tensor:
     """Give every patch of a block the block's value: [b, k, c] to [b, k * s * s, c]."""
-    return values.repeat_interleave(block * block, dim=1)
+    return values if block == 1 else values.repeat_interleave(block * block, dim=1)

@@ -190,9 +190,12 @@ class GridSampler(AnchoredSampler):
         pixels = anchors + (moved[..., None] * (places - anchors[:, None])).sum(2)
         pixels = torch.stack([pixels[..., 0].clamp(0, width - 1), pixels[..., 1].clamp(0, height - 1)], dim=-1)
         sharp = max(1.0, min(reach, self.reading_width))
-        tokens = antialiased(image.float(), patch_positions(pixels, self.block), sharp)
+        read = _joined(tent(pixels[..., 0], width, sharp), tent(pixels[..., 1], height, sharp))
+        if self.block == 1:
+            tokens = read @ flat
+        else:
+            tokens = antialiased(image.float(), patch_positions(pixels, self.block), sharp)
         if self.value is not None:
-            read = _joined(tent(pixels[..., 0], width, sharp), tent(pixels[..., 1], height, sharp))
             tokens = tokens + spread(self.value((weights - read) @ flat), self.block)
         return tokens, pixels
 
