@@ -92,8 +92,10 @@ def test_each_reducer_takes_its_own_options_and_no_others():
     assert (pool.type, pool.num_tokens) == ("pool", 9)
     assert parse(**base, **{"reducer.type": "fastv", "reducer.full_layers": 1}).full_layers == 1
     assert parse(**base, **{"reducer.reading_width": 2.0}).reading_width == 2.0
+    assert parse(**base, **{"reducer.sample_after_layer": 1}).inside == 1
     for name, option in (
         ("pool", "reading_width"),
+        ("pool", "sample_after_layer"),
         ("blind", "num_tokens"),
         ("grids", "full_layers"),
         ("fastv", "camera_tokens"),
