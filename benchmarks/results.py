@@ -64,7 +64,7 @@ def evaluation_line(content: Line, method: str, seed: int | None) -> Line:
         NAMES.get(name, name): content.get(name) for name in (*SHARED, "reducer", "resolution", "perturb", "layout")
     }
     line |= {"tamper": ",".join(content.get("tamper", []))}
-    line |= {name: content.get(name) for name in ("environment", "n_action_steps")}
+    line |= {name: content.get(name) for name in ("environment", "n_action_steps", "num_steps")}
     line |= {name: asked.get(name) for name in ("batch_size", "weights")}
     line["suites"] = {task["task"]: task["suite"] for task in tasks if task.get("suite", "") not in ("", task["task"])}
     line["episode_seeds"] = run if list(seeds) == [seeds[0] + i for i in range(len(seeds))] else list(seeds)
@@ -94,7 +94,7 @@ def validation_lines(content: Line, method: str, seed: int | None) -> list[Line]
     for budget in content["budgets"]:
         both = content | budget
         line = {"kind": "validation", "method": method, "seed": seed}
-        names = (*SHARED, "dataset", "teacher", "frames", "loss", "error", "teacher_distance")
+        names = (*SHARED, "dataset", "teacher", "frames", "num_steps", "loss", "error", "teacher_distance")
         line |= {
             NAMES.get(name, name): both.get(name) for name in (*names, "teacher_distance_by_action", "coordinates")
         }

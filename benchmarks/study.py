@@ -12,7 +12,7 @@ A study is a file in benchmarks/studies:
     fit          options of `lerobot-grids fit` that all methods share
     methods      name: further options of fit, or name: {fit: ..., of: ..., at: {...}, seeds: [...]}
                    of: another method, or a policy, whose checkpoints are evaluated; the method itself is not trained
-                   at: tokens, reducer or resolution in the evaluation, without training for it
+                   at: tokens, reducer, resolution or num_steps in the evaluation, without training for it
     seeds        training seeds; default 0 1 2
     compare      options of `lerobot-grids compare`, which evaluates all methods, with FLOPs and milliseconds
     conditions   further options of compare; it runs once for each

@@ -9,6 +9,8 @@ def bench(
     policy: str,
     tokens: str = "16",
     reducer: str = "grids",
+    sample_after_layer: str | int | None = None,
+    num_steps: str | int | None = None,
     cameras: int = 2,
     language_tokens: int | None = None,
     resolution: str | None = None,
@@ -29,6 +31,9 @@ def bench(
         policy: Name of a family, for its default architecture, or the checkpoint of a trained policy.
         tokens: Visual tokens per camera, one number or several, such as 4,16,64.
         reducer: Reducers to compare, one or several, such as grids,pool,fastv.
+        sample_after_layer: Layers of the vision tower, one or several, such as 4,9. After each of them tokens are
+            sampled inside the tower, besides after the whole tower.
+        num_steps: Integration steps of the flow, one number or several, such as 10,2,1. Defaults to the policy's own.
         cameras: Number of cameras for an architecture; a checkpoint has a fixed number.
         language_tokens: Number of instruction tokens after padding. Defaults to the family's padded length.
         resolution: Sides in pixels of smaller images for the dense policy, to compare with, such as 112,56.
@@ -49,17 +54,17 @@ def bench(
     from lerobot_grids.profiling.tables import draw_bench, print_bench
     from lerobot_policy_grids.errors import BudgetError
 
-    def numbers(option: str, text: str | None) -> list[int]:
-        parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-        if not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise BudgetError(
-                f"--{option} {text} is not a list of positive numbers; give one or several, such as 4,16,64"
-            )
+    def numbers(option: str, text: str | int | None, least: int = 1) -> list[int]:
+        parts = [part.strip() for part in ("" if text is None else str(text)).split(",") if part.strip()]
+        if not all(part.isdigit() and int(part) >= least for part in parts):
+            kind = "positive numbers" if least else "numbers of layers"
+            raise BudgetError(f"--{option} {text} is not a list of {kind}; give one or several, such as 4,16,64")
         return [int(part) for part in parts]
 
     require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens)
     require_at_least(0, warmup=warmup)
     budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
+    layers, steps = numbers("sample_after_layer", sample_after_layer, least=0), numbers("num_steps", num_steps)
     import torch
 
     from lerobot_grids.policies import checked_device
@@ -73,6 +78,8 @@ def bench(
             policy,
             budgets,
             reducers=[name.strip() for name in reducer.split(",")],
+            layers=layers,
+            steps=steps,
             cameras=cameras,
             language_tokens=language_tokens,
             resolutions=resolutions,

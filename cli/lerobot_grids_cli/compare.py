@@ -31,7 +31,7 @@ def compare(
     Args:
         policies: NAME=CHECKPOINT, or NAME=CHECKPOINT,CHECKPOINT,... for checkpoints that differ in the training seed.
         methods: The same in a --config file, with more options: {name: {policies: [...], tokens: 16, reducer: pool,
-            resolution: 48}}. A reducer or a resolution is applied to a dense checkpoint without training.
+            resolution: 48, num_steps: 2}}. A reducer or a resolution is applied to a dense checkpoint without training.
         env: "metaworld", or any environment type of LeRobot.
         tasks: Tasks of the environment, comma-separated. Defaults to the environment's default tasks.
         episodes: Number of episodes of each task and checkpoint.
@@ -76,7 +76,8 @@ def compare(
             chosen[name] = Method(**options)
         except TypeError as error:
             raise GridsError(
-                f"methods: '{name}' has {', '.join(options)}; the fields are policies, tokens, reducer, resolution"
+                f"methods: '{name}' has {', '.join(options)}; the fields are "
+                "policies, tokens, reducer, resolution, num_steps"
             ) from error
     if odd := [name for name in chosen if not re.fullmatch(r"[\w.-]+", name)]:
         raise GridsError(f"method '{odd[0]}': names become file names; use letters, digits, dots and dashes")

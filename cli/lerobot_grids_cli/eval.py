@@ -25,6 +25,7 @@ def evaluate(
     layout: Literal["official", "dealt"] | None = None,
     tamper: str | None = None,
     n_action_steps: int | None = None,
+    num_steps: int | None = None,
     verify: bool = False,
 ) -> None:
     """Measure a policy's closed-loop success with its 95 % Wilson interval, and film the sampled points.
@@ -58,6 +59,7 @@ def evaluate(
             (of the image, shuffled), tokens (visual tokens, shuffled), instruction (another task's), state (its mean).
         n_action_steps: Number of steps of each action chunk to execute before the next observation. Defaults to the
             checkpoint's.
+        num_steps: Integration steps of the flow for one action chunk. Defaults to the checkpoint's.
         verify: Hash the checkpoint's files, and an adapter's base, again.
     """
     from pathlib import Path
@@ -74,7 +76,9 @@ def evaluate(
     require_at_least(1, episodes=episodes, batch_size=batch_size)
     require_at_least(0, videos=videos)
     tampering = parse_tamperings(tamper)
-    name = "-".join(filter(None, (short_name(policy, reducer, tokens, resolution), perturb, layout, tamper)))
+    steps = None if num_steps is None else f"{num_steps}steps"
+    options = (short_name(policy, reducer, tokens, resolution), steps, perturb, layout, tamper)
+    name = "-".join(filter(None, options))
     folder = Path(output or Path("outputs/eval") / name.replace(":", "").replace(",", "-"))
     # Errors in the environment, and what does not fit it, are found before large weights are fetched.
     env_config = make_env_config(env, tasks, env_args, perturb=perturb, layout=layout)
@@ -87,6 +91,7 @@ def evaluate(
         reducer=reducer,
         resolution=resolution,
         n_action_steps=n_action_steps,
+        num_steps=num_steps,
         verify=verify,
     )
     chunk = getattr(loaded.policy.config, "n_action_steps", 1)

@@ -8,6 +8,7 @@ def validate(
     dataset: str,
     tokens: str | None = None,
     teacher: str | None = None,
+    num_steps: int | None = None,
     frames: int = 512,
     val_fraction: float | None = None,
     batch_size: int = 32,
@@ -27,6 +28,8 @@ def validate(
         dataset: Folder of a LeRobotDataset, or its id on the Hub.
         tokens: Budgets, comma-separated, such as 4,8,16. Defaults to common ones that the checkpoint supports.
         teacher: Dense policy; its action chunks from the same noise are compared with the policy's.
+        num_steps: Integration steps of the policy's flow for one action chunk. Defaults to the checkpoint's; the
+            teacher keeps its own.
         frames: Validate on at most this many of the held-out frames, spread evenly.
         val_fraction: Share of the episodes that was held out. Defaults to the value in the run's fit.yaml, else 0.1.
         batch_size: Number of frames per batch.
@@ -50,7 +53,7 @@ def validate(
     )
     from lerobot_grids.evaluation.open_loop import validate as run_validation
     from lerobot_grids.evaluation.tables import print_validation
-    from lerobot_grids.policies import load, parse_tokens, peek, token_counts
+    from lerobot_grids.policies import flow_steps, load, parse_tokens, peek, token_counts
     from lerobot_grids.preflight.robot import check_acting
     from lerobot_grids.training.distillation import require_alike
     from lerobot_policy_grids.errors import BudgetError
@@ -82,7 +85,7 @@ def validate(
         video_backend=video_backend,
     )
     report([*data.findings, *check_acting(policy, config, data.features)])
-    loaded = load(policy, device=device, rename_map=rename_map)
+    loaded = load(policy, device=device, rename_map=rename_map, num_steps=num_steps)
     budgets = budgets_of(loaded.policy, asked)
     dense = None
     if teacher is not None:
@@ -93,7 +96,8 @@ def validate(
     require_held_out(used)
     with counting_bar("validating", -(-used // batch_size) * len(budgets), "batches") as bar:
         rows = run_validation(loaded, data, budgets, dense, bar.advance)
-    result = Validation(policy, loaded.policy.config.type, dataset, teacher, used, token_counts(loaded.policy)[1], rows)
+    kind, dense_tokens, steps = loaded.policy.config.type, token_counts(loaded.policy)[1], flow_steps(loaded.policy)
+    result = Validation(policy, kind, dataset, teacher, used, dense_tokens, rows, steps)
     print_validation(result)
     if json is not None:
         result.save(Path(json))

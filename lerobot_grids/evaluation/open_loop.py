@@ -58,7 +58,18 @@ class BudgetResult:
 
 @dataclass
 class Validation:
-    """Results of one policy at several budgets."""
+    """Results of one policy at several budgets.
+
+    Attributes:
+        policy: Name of the policy.
+        policy_type: LeRobot's type of the policy.
+        dataset: The demonstrations.
+        teacher: Name of the dense policy that it is compared with, if any.
+        frames: Number of held-out frames.
+        num_dense_tokens: Visual tokens per camera of the dense policy.
+        budgets: Results at each budget.
+        num_steps: Integration steps of its flow for one action chunk; None for a policy without one.
+    """
 
     policy: str
     policy_type: str
@@ -67,6 +78,7 @@ class Validation:
     frames: int
     num_dense_tokens: int | None
     budgets: list[BudgetResult] = field(default_factory=list)
+    num_steps: int | None = None
 
     def save(self, path: Path) -> None:
         """Write all results as JSON."""
@@ -142,8 +154,14 @@ class _Measures:
             self.error.compute().reshape(-1).tolist(),
             float(self.distance.compute()) if with_teacher else None,
             self.by_action.compute().reshape(-1).tolist() if with_teacher else [],
-            {} if self.coordinates is None else self.coordinates.compute() | self.hits.compute(),
+            self.look(),
         )
+
+    def look(self) -> dict[str, float]:
+        """Where the policy looked; see `BudgetResult.coordinates`."""
+        if self.coordinates is None:
+            return {}
+        return self.coordinates.compute() | (self.hits.compute() if self.hits.update_called else {})
 
 
 @torch.no_grad()

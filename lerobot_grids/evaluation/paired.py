@@ -38,12 +38,14 @@ class Method:
         tokens: Run-time budget of a grids checkpoint, or of `reducer`.
         reducer: Name of a reducer for a dense checkpoint, applied without training.
         resolution: Side in pixels of the images for a dense checkpoint, applied without training.
+        num_steps: Integration steps of the flow for one action chunk. Defaults to the checkpoint's.
     """
 
     policies: list[str]
     tokens: int | None = None
     reducer: str | None = None
     resolution: int | None = None
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.policies, str) or not self.policies:
@@ -241,7 +243,14 @@ def _evaluate(
 
 
 def _load(method: Method, policy: str, device: str | None) -> LoadedPolicy:
-    return load(policy, device, method.tokens, reducer=method.reducer, resolution=method.resolution)
+    return load(
+        policy,
+        device,
+        method.tokens,
+        reducer=method.reducer,
+        resolution=method.resolution,
+        num_steps=method.num_steps,
+    )
 
 
 def _kept(run: _Run) -> Evaluation | None:

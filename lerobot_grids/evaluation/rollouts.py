@@ -18,7 +18,7 @@ from lerobot.utils.constants import ACTION
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import SimulationError
 
-from ..policies import LoadedPolicy, token_counts
+from ..policies import LoadedPolicy, flow_steps, token_counts
 from .success import Evaluation, summarise
 from .tampering import other_instructions, tamper
 
@@ -84,6 +84,7 @@ def evaluate(
         dense,
         environment=env_config.type,
         n_action_steps=getattr(loaded.policy.config, "n_action_steps", None),
+        num_steps=flow_steps(loaded.policy),
         perturb=getattr(env_config, "perturb", ""),
         layout=getattr(env_config, "layout", ""),
         tamper=tampering or [],

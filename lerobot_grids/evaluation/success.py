@@ -35,6 +35,7 @@ class Evaluation:
         tasks: Success on each task.
         environment: LeRobot's type of the environment.
         n_action_steps: Steps of a chunk that are executed before the next observation.
+        num_steps: Integration steps of the flow for one action chunk; None for a policy without one.
         perturb: Perturbations as kind:severity, comma-separated; empty for none.
         layout: Where LIBERO's objects stand, "official" or "dealt"; empty in other environments.
         tamper: Names of the changes to the policy's input.
@@ -49,6 +50,7 @@ class Evaluation:
     tasks: list[TaskResult] = field(default_factory=list)
     environment: str = ""
     n_action_steps: int | None = None
+    num_steps: int | None = None
     perturb: str = ""
     layout: str = ""
     tamper: list[str] = field(default_factory=list)

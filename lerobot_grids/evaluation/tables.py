@@ -103,6 +103,8 @@ def print_evaluation(result: Any) -> None:
     """Print an `Evaluation` as a table."""
     tokens = "?" if result.num_tokens is None else f"{result.num_tokens} of {result.num_dense_tokens}"
     title = f"{result.policy} ({result.policy_type}), {tokens} visual tokens per camera"
+    if result.num_steps is not None:
+        title += f", {result.num_steps} flow steps"
     if result.layout:
         title += f"\nlayout: {result.layout}"
     if result.perturb:

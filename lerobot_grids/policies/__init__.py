@@ -1,6 +1,6 @@
 """Policies with their processors: loaded to act, or built to be trained."""
 
-from .loaded import LoadedPolicy, token_counts
+from .loaded import LoadedPolicy, flow_steps, set_flow_steps, token_counts
 from .loading import load, load_processors, peek
 from .sources import checked_device, find_source, find_weights, parse_tokens, short_name, source_type
 from .starting import start
@@ -10,10 +10,12 @@ __all__ = [
     "checked_device",
     "find_source",
     "find_weights",
+    "flow_steps",
     "load",
     "load_processors",
     "parse_tokens",
     "peek",
+    "set_flow_steps",
     "short_name",
     "source_type",
     "start",

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
-from lerobot_policy_grids.errors import UnsupportedPolicyError
+from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.modeling_grids import dense_policy
 
 from ..preflight import Finding
 
@@ -61,6 +62,30 @@ class LoadedPolicy:
         """
         save_policy(self.policy, folder, state)
         save_processors(folder, self.preprocessor, self.postprocessor)
+
+
+def flow_steps(policy: Any) -> int | None:
+    """Integration steps of a policy's flow for one action chunk; None where it has none that are known."""
+    base = dense_policy(policy)
+    try:
+        stages = get_family(base.config.type).stages(base)
+    except UnsupportedPolicyError:
+        return None
+    return None if stages.decodes else int(getattr(base.config, stages.steps_field))
+
+
+def set_flow_steps(policy: Any, steps: int) -> None:
+    """Act with so many integration steps of the flow from now on.
+
+    Raises:
+        GridsError: If that is no number of steps, or the policy has no flow.
+    """
+    if steps < 1:
+        raise GridsError(f"--num_steps {steps}; give at least 1")
+    base = dense_policy(policy)
+    if flow_steps(policy) is None:
+        raise GridsError(f"a '{base.config.type}' policy integrates no flow; drop --num_steps")
+    setattr(base.config, get_family(base.config.type).stages(base).steps_field, steps)
 
 
 def token_counts(policy: Any) -> tuple[int | None, int | None]:

@@ -16,7 +16,7 @@ from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.reducers import ReducerConfig
 
-from .loaded import LoadedPolicy
+from .loaded import LoadedPolicy, set_flow_steps
 from .sources import checked_device, find_weights
 
 
@@ -27,6 +27,7 @@ def load(
     *,
     rename_map: dict[str, str] | None = None,
     n_action_steps: int | None = None,
+    num_steps: int | None = None,
     reducer: str | ReducerConfig | None = None,
     resolution: int | None = None,
     verify: bool = False,
@@ -40,13 +41,14 @@ def load(
         rename_map: Names of the environment's observations to the policy's; None keeps the checkpoint's.
         n_action_steps: Steps of each action chunk that are executed before the policy looks again; None keeps the
             checkpoint's.
+        num_steps: Integration steps of the flow for one action chunk; None keeps the checkpoint's.
         reducer: Reduce the tokens of a dense checkpoint so, without training.
         resolution: Side in pixels at which a dense checkpoint sees its images, without training.
         verify: Hash every file that a manifest names, also those that have not changed since they were hashed last.
 
     Raises:
         CheckpointError: If the checkpoint is incomplete or does not fit.
-        GridsError: If the policy's chunks are shorter than `n_action_steps`, or it has none.
+        GridsError: If the policy's chunks are shorter than `n_action_steps`, or it has none, or no flow.
     """
     folder = find_weights(str(source))
     require_complete(folder)
@@ -68,6 +70,8 @@ def load(
         policy.num_tokens = num_tokens
     if n_action_steps is not None:
         _set_action_steps(policy, n_action_steps)
+    if num_steps is not None:
+        set_flow_steps(policy, num_steps)
     policy.to(config.device)
     policy.eval()
     name = policy.config.reducer.type if reducer is not None else ""

@@ -12,8 +12,9 @@ import torch
 from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
+from lerobot_policy_grids.reducers import reducer_config
 
-from ..policies import load
+from ..policies import flow_steps, load, set_flow_steps
 from .architectures import architectures, instantiate, make_batch, make_config
 from .measure import Cost, count_flops, measure_latency, peak_memory_mib, prefix_length
 
@@ -53,6 +54,8 @@ def bench(
     tokens: list[int],
     *,
     reducers: list[str] | None = None,
+    layers: list[int] | None = None,
+    steps: list[int] | None = None,
     cameras: int = 2,
     language_tokens: int | None = None,
     resolutions: list[int] | None = None,
@@ -68,6 +71,8 @@ def bench(
         policy: Name of an architecture, for random weights, or a checkpoint.
         tokens: Budgets, in visual tokens per camera.
         reducers: Names of reducers; None takes "grids".
+        layers: After which layers of the vision tower tokens are sampled inside it, besides after the whole tower.
+        steps: Integration steps of the flow; each variant is measured with each. None takes the policy's own.
         cameras: Number of cameras for an architecture; a checkpoint has a fixed number.
         language_tokens: Number of instruction tokens after padding; None takes the family's default.
         resolutions: Sides in pixels of smaller images for the dense policy.
@@ -109,13 +114,21 @@ def bench(
     )
 
     def add(name: str, counted: Any, timed: Any) -> None:
+        if not steps:
+            measure(name, counted, timed)
+        for count in steps or []:
+            for one in filter(None, (counted, timed)):
+                set_flow_steps(one, count)
+            measure(f"{name}, {count} {'step' if count == 1 else 'steps'}", counted, timed)
+
+    def measure(name: str, counted: Any, timed: Any) -> None:
         if on_progress is not None:
             on_progress(name)
         base = dense_policy(counted)
         batch = make_batch(base, length, str(next(counted.parameters()).device))
         dense_tokens = get_family(base.config.type).layout(base).num_dense_tokens
         used = counted.num_tokens if isinstance(counted, GridsPolicy) else dense_tokens
-        cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch))
+        cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch), flow_steps(counted))
         if timed is not None:
             place = next(timed.parameters()).device
             if place.type == "cuda":
@@ -125,17 +138,23 @@ def bench(
             cost.peak_memory_mib = peak_memory_mib(timed)
         result.costs.append(cost)
 
-    ways = [(name, budget) for name in reducers or ["grids"] for budget in tokens]
+    ways = {
+        _label(name, budget, layer): reducer_config(
+            name, num_tokens=budget, **({} if layer is None else {"sample_after_layer": layer})
+        )
+        for name in reducers or ["grids"]
+        for layer in (None, *(layers or []))
+        for budget in tokens
+    }
     # Check all budgets before the first measurement, which takes minutes.
-    for name, budget in ways:
-        compress(counted, budget, name).detach()
+    for way in ways.values():
+        compress(counted, reducer=way).detach()
     add("dense", counted, timed)
-    for name, budget in ways:
+    for label, way in ways.items():
         # `counted` and `timed` may be one object, two objects, or `timed` may be None.
         wrapped = [
-            compress(dense, budget, name) if dense is not None else None for dense in dict.fromkeys((counted, timed))
+            compress(dense, reducer=way) if dense is not None else None for dense in dict.fromkeys((counted, timed))
         ]
-        label = f"K={budget}" if name == "grids" else f"{name} K={budget}"
         add(label, wrapped[0], wrapped[-1] if timed is not None else None)
         for one in filter(None, wrapped):
             one.detach()
@@ -143,3 +162,8 @@ def bench(
     for size in resolutions or []:
         add(f"dense at {size} px", *make_pair(size))
     return result
+
+
+def _label(reducer: str, tokens: int, layer: int | None) -> str:
+    label = f"K={tokens}" if reducer == "grids" else f"{reducer} K={tokens}"
+    return label if layer is None else f"{label} L={layer}"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Cost:
         visual_tokens: Visual tokens per camera.
         prefix_length: Number of tokens in the prefix: visual, language, and in some families the state.
         flops: FLOPs per stage; a multiply-add counts as 2.
+        num_steps: Integration steps of the flow; None for a policy without one.
         latency_ms: Median milliseconds per stage and in "total"; empty if not measured.
         latency_p95_ms: 95th percentile of the total milliseconds.
         peak_memory_mib: Peak memory of the GPU; on a CPU, peak memory of the whole process so far.
@@ -41,6 +43,7 @@ class Cost:
     visual_tokens: int
     prefix_length: int
     flops: dict[str, int]
+    num_steps: int | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     latency_p95_ms: float | None = None
     peak_memory_mib: float | None = None
@@ -74,21 +77,29 @@ def _steps(policy: Any, count: int) -> Iterator[None]:
 
 @contextmanager
 def _meter(policy: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Add up the increase of `read` while the vision tower, the projector and the reducer run."""
+    """Add up the increase of `read` while the vision tower, the projector and the reducer run.
+
+    A reducer that runs inside the vision tower is not counted as vision.
+    """
     stages = stages_of(policy)
     modules = {"vision": stages.vision, "projector": stages.projector}
     if isinstance(policy, GridsPolicy):
         modules["sampler"] = policy.reducer
     gained = dict.fromkeys(STAGES[:3], 0.0)
+    # When each module that is running began, later by what modules inside it took.
+    running: list[float] = []
+
+    def before(*args: Any) -> None:
+        running.append(read())
+
+    def after(name: str, *args: Any) -> None:
+        took = read() - running.pop()
+        gained[name] += took
+        running[:] = [began + took for began in running]
+
     handles = []
     for name, module in modules.items():
-        started: list[float] = []
-        handles.append(module.register_forward_pre_hook(lambda *args, started=started: started.append(read()) or None))
-
-        def after(*args: Any, name: str = name, started: list[float] = started) -> None:
-            gained[name] += read() - started.pop()
-
-        handles.append(module.register_forward_hook(after))
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(partial(after, name))]
     try:
         yield gained
     finally:
@@ -171,13 +182,15 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
 
     for _ in range(warmup):
         run(steps)
-    # Alternate, so that a slower phase of the machine affects both in the same way.
-    rounds = [(run(steps), run(1)) for _ in range(repeats)]
-    full = {name: _quantile([many[name] for many, _ in rounds], 0.5) for name in (*STAGES[:3], "total")}
-    per_step = _quantile([many["total"] - one["total"] for many, one in rounds], 0.5) / max(1, steps - 1)
+    # Another number of steps tells what a step takes. Alternate, so that a slower phase of the machine affects both in
+    # the same way.
+    other = 1 if steps > 1 else 2
+    rounds = [(run(steps), run(other)) for _ in range(repeats)]
+    full = {name: _quantile([ours[name] for ours, _ in rounds], 0.5) for name in (*STAGES[:3], "total")}
+    per_step = _quantile([(ours["total"] - theirs["total"]) / (steps - other) for ours, theirs in rounds], 0.5)
     full["steps"] = per_step * steps
     full["prefill"] = full["total"] - sum(full[name] for name in (*STAGES[:3], "steps"))
-    return full, _quantile([many["total"] for many, _ in rounds], 0.95)
+    return full, _quantile([ours["total"] for ours, _ in rounds], 0.95)
 
 
 def _quantile(values: list[float], quantile: float) -> float:

@@ -7,7 +7,7 @@ checkpoint or the optimiser, and distributed strategies do not synchronise it.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -21,6 +21,7 @@ from lerobot_policy_grids.checkpoint.statistics import USED, settle_constants
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import Target, get_family
+from lerobot_policy_grids.reducers.interpolation import bilinear
 
 from ..policies import LoadedPolicy, find_source, load, load_processors
 from .lora import without_lora
@@ -36,25 +37,32 @@ class Predicted:
     Attributes:
         output: Velocity or actions [b, steps, d], or logits [b, tokens, vocabulary].
         hidden: Last hidden states of the trunk [b, t, c].
+        features: The vision tower's final features, one tensor for each of its calls: maps or sampled tokens
+            [cameras * b, n, c].
     """
 
     output: Tensor
     hidden: Tensor
+    features: list[Tensor] = field(default_factory=list)
 
 
 @contextmanager
-def watch(target: Target, noise: dict[str, Tensor] | None = None) -> Iterator[list[Predicted]]:
+def watch(
+    target: Target, source: nn.Module | None = None, noise: dict[str, Tensor] | None = None
+) -> Iterator[list[Predicted]]:
     """Collect the predictions of a policy while the block runs.
 
     Args:
         target: Module that predicts, and module that gets the noise.
+        source: Module whose outputs are the final features; without it they are not collected.
         noise: Noise and time to use instead of the policy's own. An empty dict is filled with the policy's own, to be
             used for the next policy.
     """
     seen: list[Predicted] = []
+    features: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(Predicted(output, inputs[0]))
+        seen.append(Predicted(output, inputs[0], list(features)))
 
     def replay(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         assert noise is not None
@@ -64,6 +72,8 @@ def watch(target: Target, noise: dict[str, Tensor] | None = None) -> Iterator[li
         return args, kwargs | noise
 
     handles = [target.module.register_forward_hook(keep)]
+    if source is not None:
+        handles.append(source.register_forward_hook(lambda module, inputs, output: features.append(output)))
     if target.noise is not None and noise is not None:
         handles.append(target.noise[0].register_forward_pre_hook(replay, with_kwargs=True))
     try:
@@ -78,6 +88,8 @@ class Teacher(ABC):
 
     # Description for the user.
     description: str
+    # The network that teaches, if it is another one than the student's.
+    separate: Any = None
     # Whether the student may use the feature maps that the teacher has computed.
     shares_vision = False
 
@@ -89,7 +101,8 @@ class Teacher(ABC):
     def predict(self, batch: Mapping[str, Any], noise: dict[str, Tensor] | None = None) -> Predicted:
         """Run the forward pass of a training step without gradients; `noise` is as in `watch`."""
         with torch.no_grad(), self.dense() as policy:
-            with watch(get_family(policy.config.type).target(policy), noise) as seen:
+            family = get_family(policy.config.type)
+            with watch(family.target(policy), family.feature_source(policy), noise) as seen:
                 policy.forward(copied(batch))
             return seen[-1]
 
@@ -145,7 +158,7 @@ class DenseTeacher(Teacher):
     description = "a dense teacher, a second network in memory"
 
     def __init__(self, policy: Any) -> None:
-        self.policy = policy.eval().requires_grad_(False)
+        self.policy = self.separate = policy.eval().requires_grad_(False)
 
     @contextmanager
     def dense(self) -> Iterator[Any]:
@@ -163,24 +176,41 @@ class Distillation:
         teacher: The dense policy that the student imitates.
         temperature: Temperature of the predicted distributions, for policies that predict one.
         feature_weight: Weight of the distance between the last hidden states of the trunks.
+        map_weight: Weight of `map_loss`, where tokens are sampled inside the vision tower.
 
     Raises:
-        GridsError: If a temperature is given and the policy does not predict a distribution.
+        GridsError: If a temperature is given and the policy does not predict a distribution, or a weight of the maps
+            and tokens are sampled after the tower.
     """
 
     def __init__(
-        self, policy: GridsPolicy, teacher: Teacher, temperature: float | None = None, feature_weight: float = 0.0
+        self,
+        policy: GridsPolicy,
+        teacher: Teacher,
+        temperature: float | None = None,
+        feature_weight: float = 0.0,
+        map_weight: float = 0.0,
     ) -> None:
         self.policy = policy
         self.teacher = teacher
         self.temperature = temperature
         self.feature_weight = feature_weight
+        self.map_weight = map_weight
         self.target = policy.family.target(policy.base)
+        self.source = policy.family.feature_source(policy.base)
         if temperature is not None and self.target.softened is None:
             raise GridsError(
                 f"distill_temperature={temperature}: a '{policy.base.config.type}' policy predicts actions, which have "
                 "no temperature; drop it"
             )
+
+        if map_weight > 0:
+            if policy.seam.inside is None:
+                raise GridsError(
+                    f"distill_map={map_weight}: tokens are sampled after the vision tower, so they are its map "
+                    "already; give --reducer.sample_after_layer, or drop it"
+                )
+            policy.seam.remember_coordinates()
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute (task loss of the student, distance to the teacher), each a scalar."""
@@ -190,7 +220,7 @@ class Distillation:
             torch.manual_seed(draws)
             teacher = self.teacher.predict(batch, noise)
             torch.manual_seed(draws)
-            with watch(self.target, noise) as seen:
+            with watch(self.target, self.source, noise) as seen:
                 task_loss, _ = self.policy.forward(copied(batch))
         student = seen[-1]
         if self.temperature is not None and self.target.softened is not None:
@@ -199,6 +229,11 @@ class Distillation:
             loss = self.target.loss(student.output, teacher.output, batch)
         if self.feature_weight > 0:
             loss = loss + self.feature_weight * feature_loss(student.hidden, teacher.hidden)
+        if self.map_weight > 0:
+            seam = self.policy.seam
+            loss = loss + self.map_weight * map_loss(
+                student.features, teacher.features, seam.coordinates or [], seam.layout.token_grid
+            )
         return task_loss, loss
 
     def chunk_distance(self, batch: dict[str, Any]) -> Tensor:
@@ -223,6 +258,33 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared distance of hidden states [b, t, c], in units of the teacher's variance."""
     teacher = teacher.float()
     return (student.float() - teacher).square().mean() / teacher.var().clamp_min(1e-6)
+
+
+def map_loss(
+    student: list[Tensor], teacher: list[Tensor], coordinates: list[Tensor], token_grid: tuple[int, int]
+) -> Tensor:
+    """Distance of tokens that went through the last layers alone to the dense map at the same coordinates.
+
+    The coordinates get no gradient from the map: a sampler should look where it helps, not where features are easy.
+
+    Args:
+        student: Final features of the sampled tokens, [cameras * b, k, c] for each call of the vision tower.
+        teacher: Final features of every token, [cameras * b, H * W, c] for each call; blank cameras may follow.
+        coordinates: float32 [b, k, 2] of each camera, without gradient.
+        token_grid: (H, W).
+
+    Returns:
+        `feature_loss` over the tokens of all cameras.
+    """
+    size = len(coordinates[0])
+    tokens = [part for call in student for part in call.split(size)]
+    maps = [part.unflatten(1, token_grid) for call in teacher for part in call.split(size)]
+    height, width = token_grid
+    read = [
+        bilinear(dense, places * places.new_tensor([width, height]) - 0.5)
+        for dense, places in zip(maps, coordinates, strict=False)
+    ]
+    return feature_loss(torch.cat(tokens, dim=1), torch.cat(read, dim=1))
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,11 +344,11 @@ def _check_fit(name: str, teacher: Any, student: Any) -> None:
         raise GridsError(f"{name} is a grids policy, but a teacher sees every token; give --teacher its dense policy")
     if teacher.type != student.type:
         raise GridsError(f"teacher {name} is a '{teacher.type}', the student a '{student.type}'; they must be equal")
-    for field in SAME:
-        theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
+    for option in SAME:
+        theirs, ours = getattr(teacher, option, None), getattr(student, option, None)
         if theirs != ours:
             said = [_shown(value) for value in (theirs, ours)]
-            raise GridsError(f"teacher {name} has {field} {said[0]}, the student {said[1]}; they must be equal")
+            raise GridsError(f"teacher {name} has {option} {said[0]}, the student {said[1]}; they must be equal")
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,7 @@
 """GridsModule: train a policy, dense or with K visual tokens, on demonstrations."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from .augmentation import add_state_noise, jitter_images
 from .callbacks import CoordinateMonitor, TokenScheduler
 from .distillation import Distillation, choose_teacher
 from .finite import require_finite_gradients, require_finite_loss
+from .flow import OneStep, biased_time
 from .identity import identity_of, require_same_run
 from .lora import add_lora
 from .optimisation import parameter_groups, warmup_cosine
@@ -58,6 +61,12 @@ class GridsModule(lightning.LightningModule):
             weights stay frozen, the same network is the teacher, otherwise a frozen copy.
         distill_temperature: Temperature of the teacher's distribution, for policies that decode action tokens.
         distill_features: Weight of the distance between the last hidden states of the trunks.
+        distill_map: Where tokens are sampled inside the vision tower, weight of the distance between what its later
+            layers make of them and the dense tower's final map at the same coordinates.
+        time_bias: More than 1 draws more of the flow's training times near the noise, as t ** (1 / time_bias), so that
+            few integration steps become enough (arXiv 2606.05737).
+        one_step: Weight of a loss that makes one integration step from noise arrive where the teacher's steps arrive,
+            or without --distill those of the policy itself (after SnapFlow, arXiv 2604.05656).
         freeze_vision: Whether the vision tower and its projector stay frozen, so that only later weights are trained.
             Some families freeze them by default.
         gradient_checkpointing: Whether to compute activations again in the backward pass, to save memory.
@@ -89,6 +98,9 @@ class GridsModule(lightning.LightningModule):
         teacher: str | None = None,
         distill_temperature: float | None = None,
         distill_features: float = 0.0,
+        distill_map: float = 0.0,
+        time_bias: float = 1.0,
+        one_step: float = 0.0,
         freeze_vision: bool = False,
         gradient_checkpointing: bool = False,
         accelerator: str = "auto",
@@ -129,8 +141,9 @@ class GridsModule(lightning.LightningModule):
         self.distill = (distill, distill if distill_end is None else distill_end)
         if not all(0 <= share <= 1 for share in self.distill):
             raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
-        if teacher is not None and max(self.distill) == 0:
-            raise GridsError(f"--teacher {teacher} without --distill would teach nothing; give --distill, such as 0.5")
+        for option, value in {"--teacher": teacher, "--model.distill_map": distill_map or None}.items():
+            if value is not None and max(self.distill) == 0:
+                raise GridsError(f"{option} {value} without --distill would teach nothing; give --distill, such as 0.5")
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
         # A blind policy never runs its vision tower, and distributed training would wait for its gradients.
         if freeze_vision or getattr(self.policy, "num_tokens", 1) == 0:
@@ -142,7 +155,17 @@ class GridsModule(lightning.LightningModule):
                 choose_teacher(teacher, policy, self.loaded, self.trainable.train),
                 distill_temperature,
                 distill_features,
+                distill_map,
             )
+        self.time_bias = time_bias
+        if time_bias <= 0 or one_step < 0:
+            raise GridsError(f"time_bias={time_bias}, one_step={one_step}; give a bias above 0, and a weight from 0 on")
+        if time_bias != 1:
+            self.family.flow(dense_policy(self.policy))
+        self.one_step_weight = one_step
+        self.one_step: OneStep | None = None
+        if one_step > 0:
+            self.one_step = OneStep(self.policy, None if self.distillation is None else self.distillation.teacher)
         self.position_loss: PositionLoss | None = None
         self._visual_tokens: list[Tensor] = []
         if POSITIONS in meta.features and auxiliary_weight > 0 and getattr(self.policy, "num_tokens", 1) > 0:
@@ -175,11 +198,16 @@ class GridsModule(lightning.LightningModule):
         base, source = dense_policy(self.policy), getattr(self.policy, "reducer", None)
         width = self.family.layout(base).width
         self.position_loss = PositionLoss(width, meta.stats[POSITIONS], len(meta.tasks))
-        # The tokens that the trunk gets: all in a dense policy, otherwise those of the reducer.
-        source = self.family.feature_source(base) if source is None else source
+        # The tokens that the trunk gets: those of the reducer, or what the vision tower gives, which is all of them in
+        # a dense policy, and in one that samples inside the tower those that went through its last layers.
+        if source is None or self.policy.seam.inside is not None:
+            source = self.family.feature_source(base)
         source.register_forward_hook(self._keep_visual_tokens)
 
     def _keep_visual_tokens(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        seam = getattr(self.policy, "seam", None)
+        if seam is not None and seam.inside is not None and seam.between is None:
+            return  # of a teacher that is the same network, with every token
         self._visual_tokens.append(output if isinstance(output, Tensor) else output.tokens)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -198,10 +226,12 @@ class GridsModule(lightning.LightningModule):
         size = len(batch["task_index"])
         total: Tensor
         if self.distillation is None:
-            loss, _ = self.policy.forward(prepared)
+            with self._biased_time():
+                loss, _ = self.policy.forward(prepared)
             total = loss
         else:
-            loss, distance = self.distillation.losses(prepared)
+            with self._biased_time():
+                loss, distance = self.distillation.losses(prepared)
             share = self._distill_share()
             self.log("train/distillation", distance.detach(), batch_size=size)
             self.log("train/distill_share", share, batch_size=size)
@@ -211,8 +241,22 @@ class GridsModule(lightning.LightningModule):
             position_loss = self._position_loss(batch)
             self.log("train/position_loss", position_loss.detach(), prog_bar=True, batch_size=size)
             total = total + self.auxiliary_weight * position_loss
+        if self.one_step is not None:
+            one_step = self.one_step.loss(prepared)
+            self.log("train/one_step", one_step.detach(), batch_size=size)
+            total = total + self.one_step_weight * one_step
         require_finite_loss(total.detach(), batch, self.global_step)
         return total
+
+    @contextmanager
+    def _biased_time(self) -> Iterator[None]:
+        """In this block student and teacher draw their times with the bias."""
+        with ExitStack() as stack:
+            if self.time_bias != 1:
+                others = [] if self.distillation is None else [self.distillation.teacher.separate]
+                for policy in filter(None, (self.policy, *others)):
+                    stack.enter_context(biased_time(policy, self.time_bias))
+            yield
 
     def _distill_share(self) -> float:
         first, last = self.distill
@@ -235,6 +279,8 @@ class GridsModule(lightning.LightningModule):
         if self.distillation is not None and batch_index < CHUNK_BATCHES:
             chunk_distance = self.distillation.chunk_distance(prepared)
             self.log("val/chunk_distance", chunk_distance, batch_size=size, sync_dist=True)
+        if self.one_step is not None and batch_index < CHUNK_BATCHES:
+            self.log("val/one_step", self.one_step.loss(prepared), batch_size=size, sync_dist=True)
 
     def _position_loss(self, batch: dict[str, Any]) -> Tensor:
         assert self.position_loss is not None

@@ -112,12 +112,16 @@ class GridsPolicy(PreTrainedPolicy):
         declare_as(type(self), type(base))
         _take_from_dataset(base_config, **kwargs)
         layout = self.family.layout(base)
-        self.reducer: Any = config.reducer.build(layout)
+        after = config.reducer.inside
+        inside = None if after is None else self.family.tower(base).layout(layout, after)
+        self.reducer: Any = config.reducer.build(inside or layout)
         self._is_attached = True
         self._looks_everywhere = False
-        self.seam = Seam(partial(_current_reducer, self), layout, partial(self.family.image_region, base))
+        self.seam = Seam(partial(_current_reducer, self), layout, partial(self.family.image_region, base), inside)
         self.check_schedule()
         self.family.attach(base, self.seam)
+        if after is not None:
+            self.family.attach_to_tower(base, self.seam, after)
         if self.reducer.in_trunk:
             self.family.attach_to_trunk(base, self.seam)
         else:

@@ -277,6 +277,7 @@ def test_eval_verify_hashes_again(grids_checkpoint, tmp_path, capsys, monkeypatc
         (["--env=pusht", "--perturb=camera:1"], "'pusht' cannot be perturbed"),
         (["--tamper=smell"], "tampering 'smell' is unknown; choose from image"),
         (["--n_action_steps=99"], "chunks have 16 steps"),
+        (["--num_steps=0"], "--num_steps 0; give at least 1"),
         (["--env=libero", "--tasks=libero_spatial"], "LIBERO is not installed"),
         (["--env=libero_plus"], "LIBERO-Plus is not installed"),
     ],

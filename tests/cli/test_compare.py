@@ -26,7 +26,7 @@ def test_mistakes_cost_a_line(arguments, message, tmp_path, capsys):
 def test_a_recipe_compares_trained_and_untrained(grids_checkpoint, dense_checkpoint, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"methods:\n  pool: {{policies: [{dense_checkpoint}], reducer: pool, tokens: 16}}\n"
+        f"methods:\n  pool: {{policies: [{dense_checkpoint}], reducer: pool, tokens: 16, num_steps: 1}}\n"
         "tasks: push-v3\nepisodes: 1\nenv_args: {max_steps: 8}\n"
     )
     out = tmp_path / "out"
@@ -41,3 +41,5 @@ def test_a_recipe_compares_trained_and_untrained(grids_checkpoint, dense_checkpo
         "pool-0.json",
     }
     assert "pool" in capsys.readouterr().out
+    steps = [json.loads((out / f"{name}-0.json").read_text())["num_steps"] for name in ("dense", "pool")]
+    assert steps == [2, 1]

@@ -1,6 +1,8 @@
 """One row per VLA family: how the contract suite builds it, and what is expected of it."""
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,14 @@ from packaging import version
 
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.processor_grids import make_processors
+from lerobot_policy_grids.tiny import VLM_FOLDER, TinySmolVLAConfig
 
 BATCH = 3
+# What the tiny policy sets besides its vision-language model.
+TINY_FIELDS = (
+    *("chunk_size", "n_action_steps", "resize_imgs_with_padding", "tokenizer_max_length", "num_steps"),
+    *("freeze_vision_encoder", "train_expert_only", "num_vlm_layers", "expert_width_multiplier"),
+)
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Row:
         resizes_with_padding: Whether it keeps the aspect ratio of images that are not square without an option.
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
+        flow: Whether its noise and time are drawn by methods that training can change.
+        layers: Layers of its vision tower, between which tokens can be sampled; 0 where they cannot.
         since: First LeRobot release with which it is supported.
         options: Fields of the small instance's configuration.
     """
@@ -48,6 +58,8 @@ class Row:
     resizes_with_padding: bool = True
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
+    flow: bool = False
+    layers: int = 0
     since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
@@ -61,8 +73,11 @@ class Row:
         inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
         outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
         torch.manual_seed(0)
-        family = get_family(self.policy_type)
-        return family.small(inputs, outputs, self.folder, **self.options | options).eval()
+        return self.make(inputs, outputs, **self.options | options).eval()
+
+    def make(self, inputs: Any, outputs: Any, **options: Any) -> Any:
+        """The small instance."""
+        return get_family(self.policy_type).small(inputs, outputs, self.folder, **options)
 
     def batch(self, policy: Any) -> dict[str, Any]:
         """A batch as it comes from the policy's pre-processor; some instructions are shorter than others."""
@@ -121,6 +136,23 @@ class Row:
         return seen
 
 
+class Blocks(Row):
+    """SmolVLA with the connector of its published checkpoints, which merges patches; the tiny one's merges none."""
+
+    def make(self, inputs: Any, outputs: Any, **options: Any) -> Any:
+        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAConfig, SmolVLAPolicy
+
+        vlm = self.folder / "vlm"
+        if not vlm.exists():
+            shutil.copytree(VLM_FOLDER, vlm)
+            content = json.loads((vlm / "config.json").read_text()) | {"scale_factor": 2}
+            content["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": self.layers}
+            (vlm / "config.json").write_text(json.dumps(content))
+        fields = {name: getattr(TinySmolVLAConfig, name) for name in TINY_FIELDS}
+        local = {"vlm_model_name": str(vlm), "load_vlm_weights": False, "device": "cpu"}
+        return SmolVLAPolicy(SmolVLAConfig(input_features=inputs, output_features=outputs, **fields | local | options))
+
+
 class Lengths:
     """The lengths in what `Row.spy` collects."""
 
@@ -140,13 +172,22 @@ PI = {
     "trunk": "paligemma_with_expert",
     "seam": "_preprocess_images",
     "bfloat16": {"dtype": "bfloat16"},
+    "layers": 2,
 }
 FAMILIES: dict[str, Row] = {
     "tiny_smolvla": Row(
-        "tiny_smolvla", 96, 144, "vlm_with_expert", "prepare_images", pruned=("act", "train"), tokenizes=True
+        "tiny_smolvla",
+        96,
+        144,
+        "vlm_with_expert",
+        "prepare_images",
+        pruned=("act", "train"),
+        tokenizes=True,
+        flow=True,
+        layers=1,
     ),
-    "pi0": Row("pi0", **PI, pruned=("act",), options={"num_inference_steps": 3}),
-    "pi05": Row("pi05", **PI, pruned=("act",), options={"num_inference_steps": 3}),
+    "pi0": Row("pi0", **PI, pruned=("act",), flow=True, options={"num_inference_steps": 3}),
+    "pi05": Row("pi05", **PI, pruned=("act",), flow=True, options={"num_inference_steps": 3}),
     "pi0_fast": Row("pi0_fast", **PI),
     "pi0_fast without cache": Row("pi0_fast", **PI, options={"use_kv_cache": False}),
     "xvla": Row(
@@ -164,12 +205,18 @@ FAMILIES: dict[str, Row] = {
 }
 
 
+TOWERS: dict[str, Row] = {
+    name: row for name, row in FAMILIES.items() if row.layers and row.options.get("use_kv_cache", True)
+}
+TOWERS["smolvla with blocks"] = Blocks("smolvla", 96, 36, "vlm_with_expert", "prepare_images", tokenizes=True, layers=2)
+
+
 def _families(wanted: Any) -> list[str]:
     return [name for name, row in FAMILIES.items() if wanted(row)]
 
 
-def _chosen(request: Any, tmp_path_factory: Any) -> Row:
-    row = FAMILIES[request.param]
+def _chosen(request: Any, tmp_path_factory: Any, rows: Mapping[str, Row] = FAMILIES) -> Row:
+    row = rows[request.param]
     if version.parse(lerobot.__version__) < version.parse(row.since):
         pytest.skip(f"{row.policy_type} needs LeRobot {row.since}")
     row.folder = row.folder or tmp_path_factory.mktemp("tokenizers")
@@ -184,6 +231,30 @@ def family(request, tmp_path_factory) -> Row:
 @pytest.fixture(params=_families(lambda row: row.trunk), scope="module")
 def concatenating_family(request, tmp_path_factory) -> Row:
     """A family whose trunk takes one prefix of visual tokens and what follows them."""
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=TOWERS, scope="module")
+def tower_family(request, tmp_path_factory) -> Row:
+    """A family inside whose vision tower tokens can be sampled."""
+    return _chosen(request, tmp_path_factory, TOWERS)
+
+
+@pytest.fixture(params=_families(lambda row: row.flow), scope="module")
+def flow_family(request, tmp_path_factory) -> Row:
+    """A family that integrates a flow, whose training can be told other noise and times."""
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=_families(lambda row: not row.flow))
+def flowless_family(request, tmp_path_factory) -> Row:
+    """A family that does not."""
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=_families(lambda row: not row.layers))
+def towerless_family(request, tmp_path_factory) -> Row:
+    """A family inside whose vision tower they cannot."""
     return _chosen(request, tmp_path_factory)
 
 

@@ -1,12 +1,13 @@
 """Losses against closed formulas, and who may be a teacher. tests/contracts/test_distillation.py has the families."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lerobot_grids.data import load_metadata
+from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.training.distillation import DenseTeacher, SelfTeacher, feature_loss
 from lerobot_grids.training.module import GridsModule
 from lerobot_policy_grids.errors import GridsError
@@ -71,6 +72,10 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
         module_of(dataset, policy=str(dense_checkpoint), reducer="blind", tokens=None)
     with pytest.raises(GridsError, match="would teach nothing"):
         module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), distill=0.0)
+    with pytest.raises(GridsError, match=r"--model\.distill_map 0\.5 without --distill would teach nothing"):
+        module_of(dataset, policy=str(dense_checkpoint), distill_map=0.5, distill=0.0)
+    with pytest.raises(GridsError, match="tokens are sampled after the vision tower"):
+        module_of(dataset, policy=str(dense_checkpoint), distill_map=0.5)
     with pytest.raises(GridsError, match="which have no temperature"):
         module_of(dataset, policy=str(dense_checkpoint), distill_temperature=2.0)
     with pytest.raises(GridsError, match="shares of the loss"):
@@ -83,6 +88,29 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
     save_file(changed, statistics)
     with pytest.raises(GridsError, match="was not trained on this dataset: its mean of 'action' differs"):
         module_of(dataset, policy=str(dense_checkpoint), teacher=str(other))
+
+
+def test_student_and_teacher_draw_the_same_biased_times(dataset, dense_checkpoint):
+    """With every token and nothing trained they are the same policy, so any distance is a difference in draws."""
+    module = module_of(dataset, policy=str(dense_checkpoint), tokens=144, train="all", time_bias=3.0).eval()
+    data = LeRobotDataModule(str(dataset), batch_size=4)
+    data.load(module.policy.config)
+    batch = module._prepare(next(iter(data.val_dataloader())), augment=False)
+    losses = []
+    for biased in (module._biased_time(), nullcontext()):
+        torch.manual_seed(0)
+        with biased:
+            loss, distance = module.distillation.losses(batch)
+        losses.append(loss.item())
+        assert distance.item() == 0.0
+    assert losses[0] != losses[1]
+
+
+def test_what_cannot_be_trained_for_few_steps(dataset, dense_checkpoint):
+    with pytest.raises(GridsError, match="give a bias above 0, and a weight from 0 on"):
+        module_of(dataset, policy=str(dense_checkpoint), time_bias=0.0)
+    with pytest.raises(GridsError, match="give a bias above 0, and a weight from 0 on"):
+        module_of(dataset, policy=str(dense_checkpoint), one_step=-1.0)
 
 
 def test_a_grids_checkpoint_learns_from_a_named_teacher(dataset, dense_checkpoint, grids_checkpoint):

@@ -76,10 +76,11 @@ def test_what_was_held_out_is_read_from_the_runs_options(tmp_path):
 def test_the_command_prints_draws_and_saves(dataset, dense_checkpoint, grids_checkpoint, tmp_path, capsys):
     result, picture = tmp_path / "a" / "result.json", tmp_path / "curve.png"
     arguments = ["validate", "--policy", str(grids_checkpoint), "--teacher", str(dense_checkpoint)]
-    arguments += ["--dataset", str(dataset), "--tokens", "4,16", "--frames", "8"]
+    arguments += ["--num_steps", "3", "--dataset", str(dataset), "--tokens", "4,16", "--frames", "8"]
     assert main([*arguments, "--json", str(result), "--picture", str(picture)]) == 0
     saved = json.loads(result.read_text())
     assert [row["num_tokens"] for row in saved["budgets"]] == [4, 16]
+    assert saved["num_steps"] == 3
     assert "distance to teacher" in " ".join(capsys.readouterr().out.split())
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*arguments[:-4], "--tokens", "dense"]) == 1

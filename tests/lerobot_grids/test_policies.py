@@ -11,7 +11,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file, save_file
 
 from lerobot_grids.data import load_metadata
-from lerobot_grids.policies import load, parse_tokens, start
+from lerobot_grids.policies import flow_steps, load, parse_tokens, start
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.pi import small_sizes
@@ -44,6 +44,22 @@ def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path)
     assert policy.config.input_features["observation.image"].shape == (3, 48, 96)
     assert policy.family.layout(policy.base).regions == ((0.0, 0.5, 1.0, 1.0),)
     assert (policy.reducer.anchors(16)[:, 1] > 0.5).all()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_flow_steps_are_those_of_euler(grids_checkpoint, steps):
+    """From noise at time 1 down to 0, each step by the mean velocity there."""
+    policy = load(str(grids_checkpoint), num_steps=steps).policy
+    assert flow_steps(policy) == steps
+    batch = {key: torch.rand(2, *feature.shape) for key, feature in policy.config.input_features.items()}
+    batch["observation.language.tokens"] = torch.full((2, 32), 7)
+    batch["observation.language.attention_mask"] = torch.ones(2, 32, dtype=torch.bool)
+    velocities = []
+    policy.base.model.action_out_proj.register_forward_hook(lambda module, inputs, output: velocities.append(output))
+    noise = torch.randn(2, 16, 32)
+    chunk = policy.predict_action_chunk(batch, noise=noise)
+    assert len(velocities) == steps
+    torch.testing.assert_close(chunk, (noise - sum(velocities) / steps)[..., : chunk.shape[-1]])
 
 
 def test_the_commit_of_the_base_is_kept(dataset, dense_checkpoint, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids import compress
+from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.reducers import reducer_config
 
 
 def linear(tokens, *widths):
@@ -72,6 +74,20 @@ def test_pi0_costs_what_its_dimensions_say(pi0_on_meta, k):
         assert value == pytest.approx(expected[stage], rel=1e-3), stage
 
 
+@pytest.mark.parametrize("after", [9])
+def test_later_layers_of_pi0_cost_what_their_tokens_say(pi0_on_meta, after):
+    cameras, policy = pi0_on_meta
+    measured = compress(policy, reducer=reducer_config("grids", num_tokens=16, sample_after_layer=after))
+    try:
+        flops = count_flops(measured, make_batch(policy, 48, "meta"))
+    finally:
+        measured.detach()
+    later = siglip(cameras, tokens=16, layers=27 - after) - siglip(cameras, tokens=16, layers=0)
+    expected = pi0(cameras, 16) | {"vision": siglip(cameras, layers=after) + later}
+    for stage, value in flops.items():
+        assert value == pytest.approx(expected[stage], rel=1e-3), stage
+
+
 @pytest.mark.parametrize(
     ("family", "cameras", "dense", "reduced"),
     # GFLOPs of an independent count: meta tensors, uniform sampling, no sampler.
@@ -106,8 +122,20 @@ def test_a_smaller_image_is_shown_beside():
     assert result.costs[2].flops["vision"] == pytest.approx(siglip(1, tokens=64), rel=1e-3)
 
 
-def test_latency_is_split_into_stages_that_add_up():
+def test_flow_steps_cost_alike_and_nothing_else():
+    result = bench("tiny", [16], cameras=1, steps=[1, 4])
+    assert [cost.name for cost in result.costs] == ["dense, 1 step", "dense, 4 steps", "K=16, 1 step", "K=16, 4 steps"]
+    for one, four in itertools.batched(result.costs, 2):
+        assert (one.num_steps, four.num_steps) == (1, 4)
+        assert four.flops == one.flops | {"steps": 4 * one.flops["steps"]}
+    with pytest.raises(GridsError, match="a 'pi0_fast' policy integrates no flow; drop --num_steps"):
+        bench("pi0_fast", [16], cameras=1, steps=[1])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_latency_is_split_into_stages_that_add_up(steps):
     policy = instantiate(make_config("tiny", 1), "cpu")
+    policy.config.num_steps = steps
     batch = make_batch(policy, 8, "cpu")
     latency, p95 = measure_latency(compress(policy, 16), batch, warmup=1, repeats=3)
     stages = ("vision", "projector", "sampler", "prefill", "steps")
@@ -160,6 +188,8 @@ def test_a_checkpoint_is_measured_with_its_own_cameras(grids_checkpoint, tmp_pat
         (["--policy=tiny", "--tokens=0"], "not a list of positive numbers"),
         (["--policy=tiny", "--tokens=a,b"], "not a list of positive numbers"),
         (["--policy=tiny", "--tokens=145"], "12 x 12 = 144"),
+        (["--policy=tiny", "--sample_after_layer=-1"], "not a list of numbers of layers"),
+        (["--policy=tiny", "--sample_after_layer=2"], "tower has 1 layers; choose 0 .. 1"),
         (["--policy=tiny", "--resolution=100"], "set resize_imgs_with_padding to multiples of 8"),
         (["--policy=tiny", "--cameras=0"], "--cameras 0"),
         (["--policy=tiny", "--device=foo"], "device 'foo' is not available"),

@@ -14,7 +14,7 @@ import torch
 from lerobot.policies.factory import get_policy_class
 
 from lerobot_grids.data import LeRobotDataModule, load_metadata
-from lerobot_grids.policies import load, start
+from lerobot_grids.policies import flow_steps, load, start
 from lerobot_grids.training.checkpoints import RunCheckpoint
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.trainable import choose_trainable, training_bytes
@@ -93,6 +93,28 @@ def test_the_exported_checkpoint_acts_like_the_trained_policy(trained, dataset):
     got = loaded.policy.predict_action_chunk(loaded.preprocessor(dict(batch)), noise=noise)
     assert torch.equal(got, expected)
     assert torch.equal(loaded.postprocessor(got), module.loaded.postprocessor(expected))
+
+
+def test_a_policy_that_samples_inside_its_tower_trains_and_loads(dataset, dense_checkpoint, tmp_path):
+    reducer = {"type": "grids", "sample_after_layer": 0}
+    options = {"tokens": "9", "reducer": reducer, "train": "reducer", "distill": 0.5, "distill_map": 0.5}
+    module, losses = train(dataset, tmp_path, 2, policy=str(dense_checkpoint), **options)
+    assert all(loss > 0 for loss in losses)
+    # What the position loss reads: the student's tokens behind the tower, and none of the teacher's.
+    assert {tokens.shape[1:] for tokens in module._visual_tokens} == {(9, 128)}
+    loaded = load(str(tmp_path))
+    assert loaded.policy.seam.inside is not None
+    for name, value in module.policy.state_dict().items():
+        assert torch.equal(loaded.policy.state_dict()[name], value), name
+
+
+def test_training_for_one_flow_step(dataset, dense_checkpoint, tmp_path):
+    options = {"tokens": "9", "train": "reducer", "time_bias": 2.0, "one_step": 0.5}
+    module, _ = train(dataset, tmp_path, 2, policy=str(dense_checkpoint), **options)
+    assert module.trainer.callback_metrics["train/one_step"] > 0
+    assert module.trainer.callback_metrics["val/one_step"] > 0
+    assert "sample_time" not in vars(module.policy.base.model)
+    assert flow_steps(load(str(tmp_path)).policy) == 2
 
 
 def test_training_only_the_reducer_leaves_the_base_alone(dataset, dense_checkpoint, tmp_path):

@@ -36,7 +36,7 @@ def tiny(**options):
     "config",
     [
         tiny(input_features=INPUTS, output_features=OUTPUTS),
-        tiny(num_tokens=4, num_tokens_max=36, condition_on=["language"]),
+        tiny(num_tokens=4, num_tokens_max=36, condition_on=["language"], sample_after_layer=0),
         *(tiny(reducer=name) for name in ReducerConfig.get_known_choices()),
         tiny(schedule="elastic", position_ids="dense", num_tokens_max=36),
         config_of(SmolVLAConfig(device="cpu", chunk_size=8, n_action_steps=8), num_tokens=9),
@@ -92,8 +92,10 @@ def test_each_reducer_takes_its_own_options_and_no_others():
     assert (pool.type, pool.num_tokens) == ("pool", 9)
     assert parse(**base, **{"reducer.type": "fastv", "reducer.full_layers": 1}).full_layers == 1
     assert parse(**base, **{"reducer.reading_width": 2.0}).reading_width == 2.0
+    assert parse(**base, **{"reducer.sample_after_layer": 1}).inside == 1
     for name, option in (
         ("pool", "reading_width"),
+        ("pool", "sample_after_layer"),
         ("blind", "num_tokens"),
         ("grids", "full_layers"),
         ("fastv", "camera_tokens"),

@@ -18,6 +18,7 @@ from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
 from .seam import Seam
+from .tower import Tower, sample_between
 
 # Part of the name of a camera that exists only in a configuration.
 EMPTY_CAMERA = "empty_camera"
@@ -232,6 +233,21 @@ class Family(ABC):
             f"the trunk of a '{self.policy_type}' policy cannot be given dense position ids; drop position_ids"
         )
 
+    def tower(self, policy: DensePolicy) -> Tower:
+        """The layers of the vision tower of `policy`, between which tokens can be sampled.
+
+        Raises:
+            UnsupportedPolicyError: If this family's tower cannot go on with some of its tokens.
+        """
+        raise UnsupportedPolicyError(
+            f"no tokens can be sampled inside the vision tower of a '{self.policy_type}' policy; drop "
+            "sample_after_layer"
+        )
+
+    def attach_to_tower(self, policy: DensePolicy, seam: Seam, after: int) -> None:
+        """From now on the vision tower of `policy` goes on, after some layers, with the tokens sampled there."""
+        sample_between(self.tower(policy).encoder, seam, after)
+
     def attach_to_trunk(self, policy: DensePolicy, seam: Seam) -> None:
         """From now on the trunk of `policy` goes on with what `seam.prune` keeps, after its first layers.
 
@@ -271,6 +287,19 @@ class Family(ABC):
     @abstractmethod
     def target(self, policy: DensePolicy) -> Target:
         """What `policy` predicts in a training step, for distillation."""
+
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        """The module of `policy` that draws its flow's noise and time, and integrates it.
+
+        Its methods are `sample_noise(shape, device)`, `sample_time(batch_size, device)` and `sample_actions`. At time t
+        the flow is at t * noise + (1 - t) * actions, and what `target` predicts is noise - actions.
+
+        Raises:
+            UnsupportedPolicyError: If it has no such flow.
+        """
+        raise UnsupportedPolicyError(
+            f"a '{self.policy_type}' policy has no flow whose time is drawn by a method; drop time_bias and one_step"
+        )
 
     @abstractmethod
     def stages(self, policy: DensePolicy) -> Stages:

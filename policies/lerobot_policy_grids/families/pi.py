@@ -34,7 +34,8 @@ from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
 from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
-from .seam import Seam
+from .seam import Sampling, Seam
+from .tower import Tower, release_tower
 
 # The paper's (its openpi configurations): 30 k steps of 128 frames, peak 5e-5 after 10 k steps of warm-up.
 RECIPE = Recipe(steps=30_000, batch=128, micro_batch=8, lr=5e-5, warmup=1 / 3)
@@ -88,10 +89,10 @@ class Pi(Family):
         for name in ("forward", "_preprocess_images"):
             vars(policy).pop(name, None)
         vars(_paligemma(policy)).pop("get_image_features", None)
+        release_tower(_vision(policy).encoder)
 
     def feature_source(self, policy: DensePolicy) -> nn.Module:
-        tower: Any = _paligemma(policy).vision_tower
-        source: nn.Module = getattr(tower, "vision_model", tower).post_layernorm
+        source: nn.Module = _vision(policy).post_layernorm
         return source
 
     def image_region(self, policy: DensePolicy, height: int, width: int) -> Region:
@@ -99,6 +100,9 @@ class Pi(Family):
 
     def keep_positions(self, policy: DensePolicy, seam: Seam) -> None:
         keep_positions(policy.model.paligemma_with_expert, seam, 0, 0)
+
+    def tower(self, policy: DensePolicy) -> Tower:
+        return Tower(_vision(policy).encoder, _vision(policy).config.hidden_size)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         model = policy.model.paligemma_with_expert
@@ -136,6 +140,10 @@ class Pi(Family):
 
     def target(self, policy: DensePolicy) -> Target:
         return Target(policy.model.action_out_proj, action_distance)
+
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        model: nn.Module = policy.model
+        return model
 
     def stages(self, policy: DensePolicy) -> Stages:
         paligemma = _paligemma(policy)
@@ -202,6 +210,10 @@ class PiFast(Pi):
         head = policy.model.paligemma_with_expert.paligemma.lm_head
         return Target(head, token_divergence, softened=token_divergence)
 
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        # It decodes tokens.
+        return Family.flow(self, policy)
+
     def stages(self, policy: DensePolicy) -> Stages:
         paligemma = _paligemma(policy)
         return Stages(
@@ -254,6 +266,11 @@ def _paligemma(policy: Any) -> Any:
     return policy.model.paligemma_with_expert.paligemma.model
 
 
+def _vision(policy: Any) -> Any:
+    tower = _paligemma(policy).vision_tower
+    return getattr(tower, "vision_model", tower)
+
+
 def modeling(policy_type: str) -> Any:
     """LeRobot's module of a policy type."""
     return import_module(f"lerobot.policies.{policy_type}.modeling_{policy_type}")
@@ -266,13 +283,14 @@ def _preprocess_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tup
     images, masks = type(policy)._preprocess_images(policy, batch)
     model = policy.model
     # As in the dense policy, the tower's activations are recomputed in backward if checkpointing is on.
-    encode = partial(model._apply_checkpoint, partial(_run_tower, _paligemma(policy).vision_tower))
+    encode = partial(model._apply_checkpoint, partial(_run_tower, _paligemma(policy).vision_tower, seam))
     tokens = seam.tokens(images, batch, encode, model.paligemma_with_expert.embed_language_tokens)
     return tokens, masks[: len(tokens)]
 
 
-def _run_tower(tower: nn.Module, images: Tensor) -> Tensor:
-    features: Tensor = tower(images).last_hidden_state
+def _run_tower(tower: nn.Module, seam: Seam, images: Tensor, sample: Sampling | None = None) -> Tensor:
+    with seam.sampling(sample):
+        features: Tensor = tower(images).last_hidden_state
     return features
 
 

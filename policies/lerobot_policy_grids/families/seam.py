@@ -17,6 +17,36 @@ from ..reducers.layout import masked_mean
 SAME_PLACE = 0.02
 
 
+class Sampling:
+    """One call of a reducer, on the maps of some cameras, which come when the vision tower has them.
+
+    Args:
+        reducer: The reducer.
+        grid: Rows and columns of the maps.
+        context: What it gets besides the maps.
+        camera: Number of a camera whose budget and region all of these have.
+
+    Attributes:
+        coordinates: float32 [n, k, 2], after the call.
+    """
+
+    def __init__(self, reducer: Any, grid: tuple[int, int], context: dict[str, Tensor], camera: int) -> None:
+        self.reducer, self.grid = reducer, grid
+        self.arguments = (context, reducer.tokens_of(camera), camera)
+        self.coordinates: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """The tokens of maps [n, rows * columns, c]."""
+        sampled = self.reducer(states.unflatten(1, self.grid), *self.arguments)
+        self.coordinates = sampled.coordinates
+        tokens: Tensor = sampled.tokens
+        return tokens
+
+
+def _sample(maps: Tensor, sample: Sampling) -> Tensor:
+    return sample(maps)
+
+
 class Seam:
     """Turns a policy's images into the visual tokens its trunk gets.
 
@@ -25,6 +55,7 @@ class Seam:
             reducer's place, and a policy may look everywhere for a while.
         layout: The policy's visual tokens.
         image_region: Where an image of (height, width) lies in the vision tower's input.
+        inside: The map that is sampled inside the vision tower, if tokens are sampled there.
     """
 
     def __init__(
@@ -32,9 +63,13 @@ class Seam:
         get_reducer: Callable[[], Reducer | None],
         layout: TokenLayout,
         image_region: Callable[[int, int], Region],
+        inside: TokenLayout | None = None,
     ) -> None:
         self._get_reducer = get_reducer
         self.layout = layout
+        self.inside = inside
+        # What the vision tower does between two of its layers in the call that is running, if anything.
+        self.between: Sampling | None = None
         self._image_region = image_region
         # Cameras whose images have not been seen yet.
         self._unseen = set(range(len(layout.cameras)))
@@ -46,7 +81,7 @@ class Seam:
         self,
         images: list[Tensor],
         batch: Mapping[str, Any],
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[..., Tensor],
         embed_language: Callable[[Tensor], Tensor],
     ) -> list[Tensor]:
         """Encode the images of all cameras in one call and reduce them.
@@ -54,7 +89,9 @@ class Seam:
         Args:
             images: The policy's prepared images, each [b, 3, height, width]; those of missing cameras come last.
             batch: The policy's batch.
-            encode: Images [n, 3, height, width] to dense tokens [n, H * W, c].
+            encode: Images [n, 3, height, width] to dense tokens [n, H * W, c]. In families whose towers can be sampled
+                inside, a second argument is what `sampling` is to be entered with around the tower, and then it gives
+                [n, k, c].
             embed_language: Token ids [b, l] to [b, l, c].
 
         Returns:
@@ -70,10 +107,8 @@ class Seam:
         if reducer is not None and reducer.num_tokens == 0:
             self._remember([image.new_zeros(len(image), 0, 2) for image in images])
             return [image.new_zeros(len(image), 0, self.layout.width) for image in images]
-        dense = self._encode(encode, images)
         if reducer is None or reducer.in_trunk:
-            return list(dense.chunk(len(cameras)))
-        extra, cells = dense.split([self.layout.extra_tokens, self.layout.num_dense_tokens], dim=1)
+            return list(self._encode(encode, images).chunk(len(cameras)))
         context = gather_context(
             reducer.condition_on,
             batch,
@@ -81,8 +116,11 @@ class Seam:
             state_width=self.layout.state_width,
             cameras=cameras,
         )
-        tokens, coordinates = self._reduce(reducer, cells.unflatten(1, self.layout.token_grid), context, cameras)
-        self._remember(coordinates)
+        if self.inside is not None:
+            return self._reduce(reducer, torch.cat(images), encode, context, cameras)
+        dense = self._encode(encode, images)
+        extra, cells = dense.split([self.layout.extra_tokens, self.layout.num_dense_tokens], dim=1)
+        tokens = self._reduce(reducer, cells, _sample, context, cameras)
         if self.layout.extra_tokens:
             tokens = [torch.cat(pair, dim=1) for pair in zip(extra.chunk(len(cameras)), tokens, strict=True)]
         return tokens
@@ -103,20 +141,35 @@ class Seam:
         self._unseen.difference_update(cameras)
 
     def _reduce(
-        self, reducer: Any, maps: Tensor, context: dict[str, Tensor], cameras: list[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """(Tokens, coordinates) of each camera, from maps that are stacked camera by camera."""
-        counts = [reducer.tokens_of(camera) for camera in cameras]
-        if len({(count, reducer.region_of(camera)) for count, camera in zip(counts, cameras, strict=True)}) == 1:
-            sampled = reducer(maps, context, counts[0], cameras[0])
-            return list(sampled.tokens.chunk(len(cameras))), list(sampled.coordinates.chunk(len(cameras)))
-        size = len(maps) // len(cameras)
-        each = []
-        for place, (camera, count) in enumerate(zip(cameras, counts, strict=True)):
-            part = slice(place * size, (place + 1) * size)
+        self,
+        reducer: Any,
+        stack: Tensor,
+        read: Callable[[Tensor, "Sampling"], Tensor],
+        context: dict[str, Tensor],
+        cameras: list[int],
+    ) -> list[Tensor]:
+        """Tokens of each camera.
+
+        Args:
+            reducer: The reducer.
+            stack: Maps or images, camera by camera.
+            read: Gives the tokens of a part of the stack, by a `Sampling`.
+            context: The reducer's context, stacked in the same way.
+            cameras: Numbers of the cameras.
+        """
+        alike = len({(reducer.tokens_of(camera), reducer.region_of(camera)) for camera in cameras}) == 1
+        tokens: list[Tensor] = []
+        coordinates: list[Tensor] = []
+        start = 0
+        for group in [cameras] if alike else [[camera] for camera in cameras]:
+            part = slice(start, start + len(stack) // len(cameras) * len(group))
+            start = part.stop
             own = {name: value[part] for name, value in context.items()}
-            each.append(reducer(maps[part], own, count, camera))
-        return [sampled.tokens for sampled in each], [sampled.coordinates for sampled in each]
+            sample = Sampling(reducer, (self.inside or self.layout).map_grid, own, group[0])
+            tokens += read(stack[part], sample).chunk(len(group))
+            coordinates += sample.coordinates.chunk(len(group))
+        self._remember(coordinates)
+        return tokens
 
     def remember_coordinates(self) -> None:
         """From now on `coordinates` holds those of the last call, of each camera."""
@@ -137,6 +190,18 @@ class Seam:
         """What a `TrunkReducer` keeps of a `reducers.attention.Prefix`; None for everything."""
         reducer: Any = self._get_reducer()
         return None if reducer is None else reducer(prefix, cameras)
+
+    @contextmanager
+    def sampling(self, sample: "Sampling | None") -> Iterator[None]:
+        """In this block the vision tower goes on with what `sample` makes of its states between two of its layers.
+
+        Entered in the function that gradient checkpointing runs again, so that it samples again.
+        """
+        self.between = sample
+        try:
+            yield
+        finally:
+            self.between = None
 
     @contextmanager
     def share_vision(self) -> Iterator[None]:

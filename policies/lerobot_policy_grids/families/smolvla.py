@@ -44,7 +44,8 @@ from .base import (
 from .distances import action_distance
 from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
-from .seam import Seam
+from .seam import Sampling, Seam
+from .tower import Tower, release_tower
 
 MODELS = frozenset(
     {
@@ -112,6 +113,8 @@ class SmolVLA(Family):
         vars(policy).pop("prepare_images", None)
         for name in (*LAYERS, "embed_image"):
             vars(vlm).pop(name, None)
+        release_tower(vlm.get_vlm_model().vision_model.encoder)
+        vars(vlm.get_vlm_model().connector).pop("pixel_shuffle", None)
 
     def feature_source(self, policy: DensePolicy) -> nn.Module:
         connector: nn.Module = policy.model.vlm_with_expert.get_vlm_model().connector
@@ -126,6 +129,17 @@ class SmolVLA(Family):
     def keep_positions(self, policy: DensePolicy, seam: Seam) -> None:
         keep_positions(policy.model.vlm_with_expert, seam, *_special_tokens(policy))
 
+    def tower(self, policy: DensePolicy) -> Tower:
+        vlm = policy.model.vlm_with_expert
+        return Tower(
+            vlm.get_vlm_model().vision_model.encoder, vlm.config.vision_config.hidden_size, vlm.config.scale_factor
+        )
+
+    def attach_to_tower(self, policy: Any, seam: Seam, after: int) -> None:
+        super().attach_to_tower(policy, seam, after)
+        connector = policy.model.vlm_with_expert.get_vlm_model().connector
+        connector.pixel_shuffle = partial(_pixel_shuffle, connector, seam)
+
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         vlm = policy.model.vlm_with_expert
         pruning = TrunkPruning(seam, vlm.num_vlm_layers)
@@ -135,6 +149,10 @@ class SmolVLA(Family):
 
     def target(self, policy: DensePolicy) -> Target:
         return Target(policy.model.action_out_proj, action_distance)
+
+    def flow(self, policy: DensePolicy) -> nn.Module:
+        model: nn.Module = policy.model
+        return model
 
     def stages(self, policy: DensePolicy) -> Stages:
         vlm = policy.model.vlm_with_expert.get_vlm_model()
@@ -204,8 +222,22 @@ def _special_tokens(policy: Any) -> tuple[int, int]:
 def _prepare_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     images, masks = type(policy).prepare_images(policy, batch)
     vlm = policy.model.vlm_with_expert
-    tokens = seam.tokens(images, batch, partial(type(vlm).embed_image, vlm), vlm.embed_language_tokens)
+    tokens = seam.tokens(images, batch, partial(_encode, vlm, seam), vlm.embed_language_tokens)
     return tokens, masks[: len(tokens)]
+
+
+def _encode(vlm: Any, seam: Seam, images: Tensor, sample: Sampling | None = None) -> Tensor:
+    with seam.sampling(sample):
+        tokens: Tensor = type(vlm).embed_image(vlm, images)
+    return tokens
+
+
+def _pixel_shuffle(connector: Any, seam: Seam, states: Tensor, scale: int) -> Tensor:
+    """Merge the patches of each token, which lie one after the other where they were sampled in the tower."""
+    if seam.between is not None:
+        return states.unflatten(1, (-1, scale * scale)).flatten(2)
+    merged: Tensor = type(connector).pixel_shuffle(connector, states, scale)
+    return merged
 
 
 def _embed_image(vlm: Any, image: Tensor) -> Tensor:

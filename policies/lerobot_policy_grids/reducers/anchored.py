@@ -1,5 +1,6 @@
 """What samplers share: anchors in the picture of each camera, and the order of the tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,6 +18,10 @@ from .layout import TokenLayout
 class AnchoredSamplerConfig(CameraBudgetConfig):
     """Base of the configurations of samplers whose coordinates depend on some context.
 
+    Such a sampler may also work inside the vision tower: coordinates are predicted from the hidden states after some
+    layers and tokens are read there, so that the later layers, and the last norm, run on the tokens alone. The
+    position of a patch is part of its state by then.
+
     Attributes:
         contexts: What they may depend on.
     """
@@ -24,12 +29,26 @@ class AnchoredSamplerConfig(CameraBudgetConfig):
     contexts: ClassVar[tuple[str, ...]] = ()
 
     condition_on: list[str] = field(default_factory=list, metadata={"help": "What the coordinates depend on."})
+    sample_after_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "L: sample inside the vision tower, after its first L layers, from 0 (after the embeddings) to all "
+            "(before the last norm). Defaults to none, after the whole tower and its last norm."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        layer = self.sample_after_layer
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+            raise GridsError(f"sample_after_layer={layer!r}; give a number of layers, 0 or more, or drop it")
         unknown = sorted(set(self.condition_on) - set(self.contexts))
         if unknown:
             raise GridsError(f"condition_on holds {unknown}; choose any of {', '.join(self.contexts)}")
+
+    @property
+    def inside(self) -> int | None:
+        return self.sample_after_layer
 
     def arguments(self, layout: TokenLayout) -> dict[str, Any]:
         return {
@@ -39,6 +58,7 @@ class AnchoredSamplerConfig(CameraBudgetConfig):
             "language_width": layout.language_width,
             "state_width": layout.state_width,
             "num_cameras": len(layout.cameras),
+            "block": layout.block,
         }
 
 
@@ -74,9 +94,15 @@ class AnchoredSampler(MapReducer):
             self.register_buffer(name, value, persistent=False)
 
     def image_of(self, feature_map: Tensor, region: Region) -> tuple[Tensor, Tensor]:
-        """(The camera's image without padding [b, h, w, c], its first cell [2], (column, row))."""
-        rows, columns = region_cells(*self.token_grid, region)
+        """(The camera's image without padding [b, h * block, w * block, c], its first cell [2], (column, row))."""
+        rows, columns = (
+            slice(self.block * part.start, self.block * part.stop) for part in region_cells(*self.token_grid, region)
+        )
         return feature_map[:, rows, columns], self.image_corners[self._number_of[region]]
+
+    def reach(self, image: Tensor, k: int) -> float:
+        """Distance in cells between k tokens that are spread over an image [b, h * block, w * block, c]."""
+        return math.sqrt(image.shape[1] * image.shape[2] / k) / self.block
 
     def cells_of(self, region: Region) -> Tensor:
         """Anchors int64 [num_tokens_max, 2], (column, row), of an image that lies in `region`."""

@@ -51,6 +51,11 @@ class ReducerConfig(draccus.ChoiceRegistry):
         """Largest K that can be set at run time."""
         return 0
 
+    @property
+    def inside(self) -> int | None:
+        """Layers of the vision tower that see every patch, if tokens are sampled inside the tower."""
+        return None
+
     def build(self, layout: TokenLayout) -> "Reducer":
         """Build the reducer for a policy with these visual tokens.
 
@@ -123,7 +128,7 @@ class Sampled(NamedTuple):
     """The tokens that a reducer returns for the trunk.
 
     Attributes:
-        tokens: [b, k, c], in raster order.
+        tokens: [b, k, c], in raster order; [b, k * s * s, c] where tokens are blocks of s x s patches (`blocks`).
         coordinates: float32 [b, k, 2], (x, y) in [0, 1] of each token.
     """
 
@@ -211,6 +216,7 @@ class MapReducer(Reducer):
         camera_limits: Largest number of tokens of some cameras, by camera number, whatever the budget.
         regions: Where the image of each camera lies in the vision tower's input; the rest is letterbox padding. One
             region is every camera's.
+        block: Patches along a side of a cell in the feature maps.
     """
 
     def __init__(
@@ -221,7 +227,9 @@ class MapReducer(Reducer):
         num_tokens_max: int | None = None,
         camera_limits: Mapping[int, int] | None = None,
         regions: Sequence[Region] = (WHOLE,),
+        block: int = 1,
     ) -> None:
+        self.block = block
         # Set first, because some reducers check a budget against them.
         self.regions = tuple(regions)
         self.camera_limits = dict(camera_limits or {})
@@ -245,7 +253,8 @@ class MapReducer(Reducer):
         """Reduce each feature map to k tokens.
 
         Args:
-            feature_map: [b, h, w, c], the dense visual tokens of an image as a map.
+            feature_map: [b, h, w, c], the dense visual tokens of an image as a map, or the patches that become them,
+                [b, h * block, w * block, c].
             context: The inputs in `condition_on`: "language" [b, l], "state" [b, s], "camera" int64 [b], the index of
                 the camera.
             num_tokens: k for this call. Defaults to the budget.
@@ -258,10 +267,11 @@ class MapReducer(Reducer):
             TokenGridError: If the map's grid is not `token_grid`.
             BudgetError: If the reducer cannot serve k.
         """
-        if tuple(feature_map.shape[1:3]) != self.token_grid:
+        expected = tuple(self.block * size for size in self.token_grid)
+        if tuple(feature_map.shape[1:3]) != expected:
             raise TokenGridError(
                 f"feature map of {tuple(feature_map.shape[1:3])} tokens, but this reducer was built for "
-                f"{self.token_grid}; use the image size the checkpoint was trained with"
+                f"{expected}; use the image size the checkpoint was trained with"
             )
         return self.reduce(feature_map, context or {}, num_tokens or self.num_tokens, self.region_of(camera))
 

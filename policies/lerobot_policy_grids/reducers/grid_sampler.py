@@ -5,7 +5,8 @@ differentiable sampling with geometry injection. `base` defines the axes in shap
 
 Each token has a query, made of its anchor, the instruction, the robot's state and the camera. The query scores the
 cells in a window around the anchor. The mean of the cells' places, weighted by the scores, is the token's coordinate.
-The map is read sharply at that coordinate.
+The map is read sharply at that coordinate. Where a token is a block of patches (`blocks`), cells are the means of their
+patches, each patch of the token is read sharply, and what else goes into the token goes into each of them.
 
 Differs from the published reference:
 - The reference predicts coordinates from the mean of the map (`mean_sampler` does too). A mean does not know where
@@ -30,7 +31,8 @@ from ..errors import GridsError
 from .anchored import AnchoredSampler, AnchoredSamplerConfig, Float32MLP, linear32, norm32
 from .anchors import Region
 from .base import ReducerConfig, Sampled, in_float32
-from .interpolation import bilinear, tent
+from .blocks import block_means, patch_positions, spread
+from .interpolation import antialiased, bilinear, tent
 from .layout import TokenLayout
 
 # What queries may depend on besides their anchors: the pooled instruction, the robot's state, the camera.
@@ -146,7 +148,7 @@ class GridSampler(AnchoredSampler):
             cells = self.cells_of(region)[:k]
             order = self.raster_order(cells)
             image, corner = self.image_of(feature_map, region)
-            reach = math.sqrt(image.shape[1] * image.shape[2] / k)
+            reach = self.reach(image, k)
             if reach > 1:
                 queries = self._queries(context, order)
                 tokens, pixels = self._find(image, queries, cells[order] - corner, reach)
@@ -154,10 +156,10 @@ class GridSampler(AnchoredSampler):
             else:
                 # Each window holds its anchor alone.
                 pixels = cells[order].float().expand(len(feature_map), -1, -1)
-                tokens = bilinear(feature_map, pixels)
+                tokens = bilinear(feature_map, patch_positions(pixels, self.block))
             coordinates = (pixels + 0.5) / self.grid_size
             if self.geometry is not None:
-                tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
+                tokens = tokens + spread(self.geometry(coordinates), self.block).to(tokens.dtype)
         return Sampled(tokens.to(feature_map.dtype), coordinates)
 
     def _queries(self, context: Mapping[str, Tensor], order: Tensor) -> Tensor:
@@ -173,9 +175,10 @@ class GridSampler(AnchoredSampler):
         return linear32(self.query, nn.functional.gelu(hidden))
 
     def _find(self, image: Tensor, queries: Tensor, anchors: Tensor, reach: float) -> tuple[Tensor, Tensor]:
-        """Read tokens float32 [b, k, c] at the cells [b, k, 2] that queries find in windows around their anchors."""
-        height, width = image.shape[1:3]
-        flat = image.flatten(1, 2).float()
+        """Read tokens float32 [b, k * block * block, c] at the cells [b, k, 2] that queries find around anchors."""
+        cells = block_means(image, self.block)
+        height, width = cells.shape[1:3]
+        flat = cells.flatten(1, 2)
         axes = [torch.arange(count, device=flat.device, dtype=torch.float32) for count in (width, height)]
         places = torch.stack(torch.meshgrid(*axes, indexing="xy"), dim=-1).flatten(0, 1)
         window = _joined(tent(anchors[:, 0], width, reach), tent(anchors[:, 1], height, reach))
@@ -188,9 +191,12 @@ class GridSampler(AnchoredSampler):
         pixels = torch.stack([pixels[..., 0].clamp(0, width - 1), pixels[..., 1].clamp(0, height - 1)], dim=-1)
         sharp = max(1.0, min(reach, self.reading_width))
         read = _joined(tent(pixels[..., 0], width, sharp), tent(pixels[..., 1], height, sharp))
-        tokens = read @ flat
+        if self.block == 1:
+            tokens = read @ flat
+        else:
+            tokens = antialiased(image.float(), patch_positions(pixels, self.block), sharp)
         if self.value is not None:
-            tokens = tokens + self.value((weights - read) @ flat)
+            tokens = tokens + spread(self.value((weights - read) @ flat), self.block)
         return tokens, pixels
 
 

@@ -20,6 +20,8 @@ class TokenLayout:
         state_width: Dimensions of the (padded) robot state; 0 for a policy without one.
         regions: For each camera, the part of the vision tower's input that holds its image; the rest is padding.
         extra_tokens: Tokens per camera in front of the grid that are not cells of it; they are not reduced.
+        block: Patches along a side of a cell in the map that is sampled: more than 1 inside a vision tower whose
+            connector merges patches.
     """
 
     token_grid: tuple[int, int]
@@ -29,11 +31,17 @@ class TokenLayout:
     state_width: int
     regions: tuple[Region, ...]
     extra_tokens: int = 0
+    block: int = 1
 
     @property
     def num_dense_tokens(self) -> int:
         """N = H * W, visual tokens per camera of the dense policy."""
         return self.token_grid[0] * self.token_grid[1]
+
+    @property
+    def map_grid(self) -> tuple[int, int]:
+        """Rows and columns of the map that is sampled: the token grid, or its patches."""
+        return self.token_grid[0] * self.block, self.token_grid[1] * self.block
 
 
 def cell_coordinates(

@@ -19,7 +19,6 @@ Differences from the published reference:
 - The geometry embedding starts at zero, so at k = n the output equals the dense tokens exactly.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -31,6 +30,7 @@ from ..errors import GridsError
 from .anchored import AnchoredSampler, AnchoredSamplerConfig, Float32MLP, norm32
 from .anchors import Region
 from .base import ReducerConfig, Sampled, in_float32
+from .blocks import patch_positions, spread
 from .interpolation import INTERPOLATIONS, antialiased, bilinear
 from .layout import TokenLayout
 
@@ -157,17 +157,18 @@ class MeanSampler(AnchoredSampler):
             pixels, coordinates = self._predict(feature_map, context, k, region)
             tokens = self._read(feature_map, pixels, region)
             if self.geometry is not None:
-                tokens = tokens + self.geometry(coordinates).to(tokens.dtype)
+                tokens = tokens + spread(self.geometry(coordinates), self.block).to(tokens.dtype)
         return Sampled(tokens, coordinates)
 
     def _read(self, feature_map: Tensor, pixels: Tensor, region: Region) -> Tensor:
-        """Read tokens [b, k, c] at pixels [b, k, 2]."""
+        """Read tokens [b, k * block * block, c] at pixels [b, k, 2]."""
         # Each token covers an equal share of the picture.
         image, corner = self.image_of(feature_map, region)
-        reach = math.sqrt(image.shape[1] * image.shape[2] / pixels.shape[1])
+        reach = self.reach(image, pixels.shape[1])
         if self.interpolation == "antialiased" and reach > 1:
-            return antialiased(image, pixels - corner, reach)
-        return bilinear(feature_map, pixels.round() if self.interpolation == "nearest" else pixels)
+            return antialiased(image, patch_positions(pixels - corner, self.block), reach)
+        patches = patch_positions(pixels, self.block)
+        return bilinear(feature_map, patches.round() if self.interpolation == "nearest" else patches)
 
     def _predict(
         self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region
