@@ -8,7 +8,7 @@ import signal
 import sys
 from importlib import import_module
 
-from .messages import fail
+from .messages import OptionError, fail
 
 # Subcommand -> (module with `main(arguments)`, description).
 COMMANDS = {
@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         module.main(rest)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except OptionError as error:
+        return fail(str(error))
     except Exception as error:
         # Imported here, because only a failed command needs it.
         from lerobot_policy_grids.errors import GridsError

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from .messages import one_line
+from .messages import OptionError, one_line
 
 # Use the string under a dataclass field as the help of its option.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -80,10 +80,8 @@ def require_at_least(least: float, **values: float | None) -> None:
     """Refuse options below a minimum; None means that the option was not given.
 
     Raises:
-        GridsError: If a value is too small; the message names the first.
+        OptionError: If a value is too small; the message names the first.
     """
-    from lerobot_policy_grids.errors import GridsError
-
     for name, value in values.items():
         if value is not None and value < least:
-            raise GridsError(f"--{name} {value}; give at least {least}")
+            raise OptionError(f"--{name} {value}; give at least {least}")
