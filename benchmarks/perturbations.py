@@ -13,9 +13,10 @@ import numpy as np
 import results
 from PIL import Image, ImageDraw
 
+from lerobot_grids.choices import SEVERITIES
 from lerobot_grids.evaluation.films import contact_sheet
 from lerobot_grids.simulation.metaworld import DEFAULT_TASKS, MetaworldEnv
-from lerobot_grids.simulation.perturbations import KINDS, SEVERITIES, Perturbation
+from lerobot_grids.simulation.perturbations import KINDS, Perturbation
 from lerobot_grids.simulation.recording import demonstrate
 
 SHOWN = {"push-v3": 100_000, "coffee-push-v3": 100_002}

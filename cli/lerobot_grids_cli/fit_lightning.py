@@ -26,6 +26,7 @@ from lerobot_policy_grids.errors import GridsError, OutputExistsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
+from .fit_checks import check_values
 from .fit_options import FitOptions
 from .parser import OneLineErrors, require_at_least
 
@@ -64,8 +65,10 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self.config
         tokens = None if options.tokens is None else parse_tokens(options.tokens)
-        require_at_least(1, steps=options.steps, batch_size=options.batch_size, save_every=options.save_every)
-        check_push(options)
+        # Again, because a --config file may have set them.
+        check_values(options)
+        if options.push is not None:
+            check_login(options.push)
         recipe = get_family(source_type(options.policy)).recipe
         reducer = options.reducer.get("type") if isinstance(options.reducer, dict) else options.reducer
         parts = [reducer, None if reducer == "blind" else tokens, options.resolution]
@@ -148,26 +151,6 @@ def _as_list(given: Any) -> list[Any]:
     if given in (None, True, False):
         return []
     return list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def check_push(options: Any) -> None:
-    """Check the options of a push before training.
-
-    Raises:
-        GridsError: If --push_every does not fit --push and --save_every.
-        HubError: If --push is not the name of a repository, or the user is not logged in.
-    """
-    every = options.push_every
-    require_at_least(1, push_every=every)
-    if every is not None and options.push is None:
-        raise GridsError(f"--push_every {every} without --push; give --push user/name, or drop it")
-    if every is not None and every % options.save_every:
-        raise GridsError(
-            f"--push_every {every} with --save_every {options.save_every}: a checkpoint must be saved before the "
-            "push; give a multiple"
-        )
-    if options.push is not None:
-        check_login(options.push)
 
 
 def dataset_on_hub(options: Any) -> str | None:
