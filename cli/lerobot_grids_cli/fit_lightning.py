@@ -20,8 +20,10 @@ from lerobot_grids.preflight.disk import check_disk
 from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.callbacks import Speed, TrainingProgress
 from lerobot_grids.training.checkpoints import PushCheckpoint, RunCheckpoint
+from lerobot_grids.training.memory_advice import advise, is_out_of_memory
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.state import STATE_FILES, find_state
+from lerobot_grids.training.trainable import device_memory
 from lerobot_policy_grids.errors import GridsError, OutputExistsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import GridsPolicy
@@ -265,6 +267,11 @@ def _run(arguments: list[str]) -> None:
     except SystemExit as stop:
         # Lightning turns Ctrl-C into an exit without a message.
         raise KeyboardInterrupt from stop
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        device = device_memory(cli.config.trainer.accelerator)
+        raise GridsError(advise(cli.model, cli.datamodule.batch_size, *device)) from error
     if not cli.trainer.is_global_zero:
         return
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}

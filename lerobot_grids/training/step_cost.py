@@ -126,7 +126,7 @@ def predict_step(
     if gradient_checkpointing:
         config.gradient_checkpointing = True
     dense = instantiate(config, "meta")
-    policy = dense if tokens is None else compress(dense, tokens, reducer or "grids")
+    policy = dense if tokens is None else compress(dense, tokens, deepcopy(reducer) or "grids")
     train_only(policy, train, lora_rank)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise GridsError("this reducer has no weights to train")
