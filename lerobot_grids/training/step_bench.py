@@ -97,7 +97,7 @@ def bench_steps(
         BudgetError: If a budget exceeds the dense tokens.
         UnsupportedPolicyError: If the policy is unknown.
     """
-    config = make_config(policy, cameras, None, dtype) if policy in architectures() else _config_of(policy)
+    config = make_config(policy, cameras, None, dtype) if policy in architectures() else dense_config(policy)
     family = get_family(config.type)
     result = StepBench(
         policy,
@@ -128,7 +128,7 @@ def bench_steps(
     return result
 
 
-def _config_of(policy: str) -> Any:
+def dense_config(policy: str) -> Any:
     """The configuration of the dense policy of a checkpoint; its weights are not fetched."""
     folder = find_source(policy, weights=False)
     if folder is None:
