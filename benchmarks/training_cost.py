@@ -4,7 +4,7 @@
 
 DATASET is a folder made by `lerobot-grids record`; DENSE is a dense tiny policy trained on it. Each command runs for a
 few steps and for more steps, and the time per step follows from the difference, so that the start-up time cancels.
-Repeats alternate between the commands.
+Repeats alternate between the commands. Beside each time are the FLOPs that `lerobot-grids bench --train` predicts.
 """
 
 import os
@@ -19,6 +19,9 @@ from pathlib import Path
 
 import results as kept
 from jsonargparse import auto_cli
+
+from lerobot_grids.training.step_bench import dense_config
+from lerobot_grids.training.step_cost import predict_step
 
 SHORT, LONG, BATCH = 10, 70, 32
 
@@ -48,6 +51,24 @@ def rows(dataset: str, dense: str) -> dict[str, list[str]]:
     }
 
 
+def predicted_gflops(dense: str) -> dict[str, float]:
+    """Name of a row -> GFLOPs of one training step."""
+    config = dense_config(dense)
+
+    def gflops(train: str, distill: bool = False) -> float:
+        return predict_step(config, train, tokens=16, batch_size=BATCH, distill=distill).flops / 1e9
+
+    whole = gflops("all")
+    return {
+        "lerobot-train": whole,
+        "fit": whole,
+        "fit, frames not cached": whole,
+        "fit, a teacher of its own": gflops("all", distill=True),
+        "fit reducer+lora": gflops("reducer+lora"),
+        "fit reducer+lora, self-teacher": gflops("reducer+lora", distill=True),
+    }
+
+
 def run(command: list[str], steps: int) -> tuple[float, float]:
     """Run a command and return (seconds, peak resident MiB)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +86,7 @@ def run(command: list[str], steps: int) -> tuple[float, float]:
 
 def main(dataset: str, dense: str, repeats: int = 3, results: str | None = None) -> None:
     """Measure, print and save."""
-    commands = rows(dataset, dense)
+    commands, gflops = rows(dataset, dense), predicted_gflops(dense)
     steps: dict[str, list[float]] = {name: [] for name in commands}
     memory: dict[str, float] = dict.fromkeys(commands, 0.0)
     for _ in range(repeats):
@@ -76,7 +97,8 @@ def main(dataset: str, dense: str, repeats: int = 3, results: str | None = None)
             print(f"{name}: {1000 * steps[name][-1]:.0f} ms per step", flush=True)
     seconds = {name: statistics.median(values) for name, values in steps.items()}
     for name, value in seconds.items():
-        print(f"{name}: {1000 * value:.0f} ms per step, {BATCH / value:.0f} samples/s", flush=True)
+        speed = f"{1000 * value:.0f} ms per step, {BATCH / value:.0f} samples/s"
+        print(f"{name}: {speed}, {gflops[name]:.1f} GFLOPs per step predicted", flush=True)
     print(f"lerobot-train / fit: {seconds['lerobot-train'] / seconds['fit']:.2f}")
     what = {
         "batch": BATCH,
@@ -85,7 +107,7 @@ def main(dataset: str, dense: str, repeats: int = 3, results: str | None = None)
     }
     lines = [
         {"kind": "training-cost", "command": name, "run": "main", "seconds_per_step": values}
-        | {"peak_resident_mib": memory[name]}
+        | {"peak_resident_mib": memory[name], "predicted_gflops": gflops[name]}
         | what
         for name, values in steps.items()
     ]

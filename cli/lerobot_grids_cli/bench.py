@@ -1,7 +1,8 @@
 """lerobot-grids bench."""
 
-from typing import Literal
+from typing import Any, Literal
 
+from .messages import OptionError
 from .parser import require_at_least, run
 
 
@@ -19,6 +20,9 @@ def bench(
     warmup: int = 2,
     repeats: int = 5,
     threads: int | None = None,
+    train: bool = False,
+    batch_size: int | None = None,
+    distill: bool = False,
     picture: str | None = None,
     json: str | None = None,
 ) -> None:
@@ -26,6 +30,11 @@ def bench(
 
     The costs are those of one action chunk at batch 1, with all its denoising or decoding steps. Architectures are
     built at their real size with random weights and need no download. Without --device, most need no memory either.
+
+    With --train: the FLOPs and the memory of one training step, by what is trained, with and without gradient
+    checkpointing, and the largest batch that fits common GPUs. Nothing is downloaded or trained. Examples:
+    `lerobot-grids bench --policy tiny --tokens 4,16 --device cpu`, and
+    `lerobot-grids bench --train --policy tiny --tokens 16 --batch_size 8`.
 
     Args:
         policy: Name of a family, for its default architecture, or the checkpoint of a trained policy.
@@ -42,32 +51,42 @@ def bench(
         warmup: Number of runs before timing starts.
         repeats: Number of timed runs.
         threads: Number of CPU threads. Defaults to torch's choice.
+        train: Whether to predict a training step instead of acting, on the meta device, without weights or a GPU.
+        batch_size: With --train, frames of the step. Defaults to the micro-batch of the family's recipe.
+        distill: With --train, whether the step of a policy with K tokens also runs a dense teacher.
         picture: PNG file for a plot with stacked bars.
         json: JSON file for all results.
     """
+    require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens, batch_size=batch_size)
+    require_at_least(1, threads=threads)
+    require_at_least(0, warmup=warmup)
+    options: dict[str, Any] = {
+        "reducers": [name.strip() for name in reducer.split(",")],
+        "cameras": cameras,
+        "language_tokens": language_tokens,
+        "dtype": dtype,
+    }
+    budgets, resolutions = _numbers("tokens", tokens), _numbers("resolution", resolution)
+    layers, steps = _numbers("sample_after_layer", sample_after_layer, least=0), _numbers("num_steps", num_steps)
+    if train:
+        of_acting = {"device": device, "resolution": resolution, "picture": picture, "num_steps": num_steps}
+        for name, value in (of_acting | {"sample_after_layer": sample_after_layer}).items():
+            if value is not None:
+                raise OptionError(f"--{name} {value} with --train: a training step is only predicted; drop one of them")
+        _predict_steps(policy, budgets, options | {"batch_size": batch_size, "distill": distill}, json)
+        return
+    for name, given in (("batch_size", batch_size is not None), ("distill", distill)):
+        if given:
+            raise OptionError(f"--{name} without --train: one action chunk has batch 1 and no teacher; add --train")
     from pathlib import Path
 
+    import torch
     from rich.console import Console
 
     from lerobot_grids.console import write_json
+    from lerobot_grids.policies import checked_device
     from lerobot_grids.profiling.bench import bench as run_bench
     from lerobot_grids.profiling.tables import draw_bench, print_bench
-    from lerobot_policy_grids.errors import BudgetError
-
-    def numbers(option: str, text: str | int | None, least: int = 1) -> list[int]:
-        parts = [part.strip() for part in ("" if text is None else str(text)).split(",") if part.strip()]
-        if not all(part.isdigit() and int(part) >= least for part in parts):
-            kind = "positive numbers" if least else "numbers of layers"
-            raise BudgetError(f"--{option} {text} is not a list of {kind}; give one or several, such as 4,16,64")
-        return [int(part) for part in parts]
-
-    require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens)
-    require_at_least(0, warmup=warmup)
-    budgets, resolutions = numbers("tokens", tokens), numbers("resolution", resolution)
-    layers, steps = numbers("sample_after_layer", sample_after_layer, least=0), numbers("num_steps", num_steps)
-    import torch
-
-    from lerobot_grids.policies import checked_device
 
     if device is not None:
         checked_device(device)
@@ -77,13 +96,10 @@ def bench(
         result = run_bench(
             policy,
             budgets,
-            reducers=[name.strip() for name in reducer.split(",")],
+            **options,
             layers=layers,
             steps=steps,
-            cameras=cameras,
-            language_tokens=language_tokens,
             resolutions=resolutions,
-            dtype=dtype,
             device=device,
             warmup=warmup,
             repeats=repeats,
@@ -94,6 +110,29 @@ def bench(
     if picture is not None:
         draw_bench(result, Path(picture))
         print(f"picture: {picture}")
+
+
+def _predict_steps(policy: str, budgets: list[int], options: dict[str, Any], json: str | None) -> None:
+    """Predict training steps, and show and save them."""
+    from rich.console import Console
+
+    from lerobot_grids.console import write_json
+    from lerobot_grids.training.step_bench import bench_steps
+    from lerobot_grids.training.step_table import print_steps
+
+    with Console(stderr=True).status("building") as status:
+        result = bench_steps(policy, budgets, **options, on_progress=lambda name: status.update(f"predicting {name}"))
+    print_steps(result)
+    write_json(json, result.to_dict())
+
+
+def _numbers(option: str, text: str | int | None, least: int = 1) -> list[int]:
+    """The numbers in a list such as 4,16,64."""
+    parts = [part.strip() for part in ("" if text is None else str(text)).split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        kind = "positive numbers" if least else "numbers of layers"
+        raise OptionError(f"--{option} {text} is not a list of {kind}; give one or several, such as 4,16,64")
+    return [int(part) for part in parts]
 
 
 def main(arguments: list[str]) -> None:

@@ -1,8 +1,15 @@
 """lerobot-grids compare."""
 
+import re
 from typing import Any, Literal
 
-from .parser import require_at_least, run
+from lerobot_grids.choices import perturbation_fault, tampering_fault
+
+from .messages import OptionError
+from .parser import refuse, require_at_least, run
+
+# Of a method in a --config file.
+FIELDS = ("policies", "tokens", "reducer", "resolution", "num_steps")
 
 
 def compare(
@@ -48,7 +55,9 @@ def compare(
             or dealt anew by each episode's seed, the same for every policy. Defaults to official.
         tamper: Remove or shuffle inputs of the policies, as in `eval`.
     """
-    import re
+    require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
+    refuse(tampering_fault(tamper) or perturbation_fault(perturb))
+    named = _named(policies or [], methods or {})
     from functools import partial
     from pathlib import Path
 
@@ -58,33 +67,8 @@ def compare(
     from lerobot_grids.evaluation.tables import draw_methods, markdown, print_methods
     from lerobot_grids.evaluation.tampering import parse_tamperings
     from lerobot_grids.simulation.environments import make_env_config, task_names
-    from lerobot_policy_grids.errors import GridsError
 
-    require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
-    chosen: dict[str, Method] = {}
-    for text in policies or []:
-        name, _, paths = text.partition("=")
-        if name in chosen:
-            raise GridsError(f"'{name}' is given twice; give each method its own name")
-        if not name or not paths:
-            raise GridsError(f"--policies {text}; give NAME=CHECKPOINT, such as dense=outputs/base")
-        chosen[name] = Method(paths.split(","))
-    for name, options in (methods or {}).items():
-        if name in chosen:
-            raise GridsError(f"'{name}' is given twice; give each method its own name")
-        try:
-            chosen[name] = Method(**options)
-        except TypeError as error:
-            raise GridsError(
-                f"methods: '{name}' has {', '.join(options)}; the fields are "
-                "policies, tokens, reducer, resolution, num_steps"
-            ) from error
-    if odd := [name for name in chosen if not re.fullmatch(r"[\w.-]+", name)]:
-        raise GridsError(f"method '{odd[0]}': names become file names; use letters, digits, dots and dashes")
-    if len(chosen) < 2:
-        raise GridsError(
-            f"{len(chosen)} policies given; give at least two, such as dense=outputs/base grids=outputs/grids16"
-        )
+    chosen = {name: Method(**options) for name, options in named.items()}
     folder = Path(output)
     for path in (*([Path(json)] if json else []), folder / "compare.json"):
         require_writable(path)
@@ -114,6 +98,37 @@ def compare(
     draw_methods(result, folder / "compare.png")
     print_methods(result)
     print(f"result:  {folder / 'compare.json'}, compare.md\npicture: {folder / 'compare.png'}")
+
+
+def _named(policies: list[str], methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The methods to compare by name, each with its options.
+
+    Raises:
+        OptionError: If a name is given twice or is no file name, an option is unknown, or there is only one method.
+    """
+    given = []
+    for text in policies:
+        name, _, paths = text.partition("=")
+        if not name or not paths:
+            raise OptionError(f"--policies {text}; give NAME=CHECKPOINT, such as dense=outputs/base")
+        given.append((name, {"policies": paths.split(",")}))
+    for name, options in methods.items():
+        if "policies" not in options or set(options) - set(FIELDS):
+            raise OptionError(f"methods: '{name}' has {', '.join(options)}; the fields are {', '.join(FIELDS)}")
+        numbers = ("tokens", "resolution", "num_steps")
+        require_at_least(1, **{key: options.get(key) for key in numbers})
+        given.append((name, options))
+    names = [name for name, _ in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionError(f"'{name}' is given twice; give each method its own name")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise OptionError(f"method '{name}': names become file names; use letters, digits, dots and dashes")
+    if len(names) < 2:
+        raise OptionError(
+            f"{len(names)} policies given; give at least two, such as dense=outputs/base grids=outputs/grids16"
+        )
+    return dict(given)
 
 
 def main(arguments: list[str]) -> None:

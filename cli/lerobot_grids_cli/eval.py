@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from .parser import require_at_least, run
+from lerobot_grids.choices import perturbation_fault, tampering_fault
+
+from .parser import refuse, require_at_least, run
 
 
 def evaluate(
@@ -62,6 +64,10 @@ def evaluate(
         num_steps: Integration steps of the flow for one action chunk. Defaults to the checkpoint's.
         verify: Hash the checkpoint's files, and an adapter's base, again.
     """
+    require_at_least(1, episodes=episodes, batch_size=batch_size, tokens=tokens, resolution=resolution)
+    require_at_least(1, n_action_steps=n_action_steps, num_steps=num_steps)
+    require_at_least(0, videos=videos)
+    refuse(tampering_fault(tamper) or perturbation_fault(perturb))
     from pathlib import Path
 
     from lerobot_grids.console import counting_bar, require_writable
@@ -73,8 +79,6 @@ def evaluate(
     from lerobot_grids.policies import load, peek, short_name
     from lerobot_grids.simulation.environments import make_env_config
 
-    require_at_least(1, episodes=episodes, batch_size=batch_size)
-    require_at_least(0, videos=videos)
     tampering = parse_tamperings(tamper)
     steps = None if num_steps is None else f"{num_steps}steps"
     options = (short_name(policy, reducer, tokens, resolution), steps, perturb, layout, tamper)

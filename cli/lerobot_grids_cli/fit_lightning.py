@@ -20,12 +20,15 @@ from lerobot_grids.preflight.disk import check_disk
 from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.callbacks import Speed, TrainingProgress
 from lerobot_grids.training.checkpoints import PushCheckpoint, RunCheckpoint
+from lerobot_grids.training.memory_advice import advise, is_out_of_memory
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.state import STATE_FILES, find_state
+from lerobot_grids.training.trainable import device_memory
 from lerobot_policy_grids.errors import GridsError, OutputExistsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import GridsPolicy
 
+from .fit_checks import check_values
 from .fit_options import FitOptions
 from .parser import OneLineErrors, require_at_least
 
@@ -64,8 +67,10 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self.config
         tokens = None if options.tokens is None else parse_tokens(options.tokens)
-        require_at_least(1, steps=options.steps, batch_size=options.batch_size, save_every=options.save_every)
-        check_push(options)
+        # Again, because a --config file may have set them.
+        check_values(options)
+        if options.push is not None:
+            check_login(options.push)
         recipe = get_family(source_type(options.policy)).recipe
         reducer = options.reducer.get("type") if isinstance(options.reducer, dict) else options.reducer
         parts = [reducer, None if reducer == "blind" else tokens, options.resolution]
@@ -148,26 +153,6 @@ def _as_list(given: Any) -> list[Any]:
     if given in (None, True, False):
         return []
     return list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def check_push(options: Any) -> None:
-    """Check the options of a push before training.
-
-    Raises:
-        GridsError: If --push_every does not fit --push and --save_every.
-        HubError: If --push is not the name of a repository, or the user is not logged in.
-    """
-    every = options.push_every
-    require_at_least(1, push_every=every)
-    if every is not None and options.push is None:
-        raise GridsError(f"--push_every {every} without --push; give --push user/name, or drop it")
-    if every is not None and every % options.save_every:
-        raise GridsError(
-            f"--push_every {every} with --save_every {options.save_every}: a checkpoint must be saved before the "
-            "push; give a multiple"
-        )
-    if options.push is not None:
-        check_login(options.push)
 
 
 def dataset_on_hub(options: Any) -> str | None:
@@ -282,6 +267,11 @@ def _run(arguments: list[str]) -> None:
     except SystemExit as stop:
         # Lightning turns Ctrl-C into an exit without a message.
         raise KeyboardInterrupt from stop
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        device = device_memory(cli.config.trainer.accelerator)
+        raise GridsError(advise(cli.model, cli.datamodule.batch_size, *device)) from error
     if not cli.trainer.is_global_zero:
         return
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}

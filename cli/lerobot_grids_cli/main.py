@@ -6,9 +6,10 @@ Large packages are imported only when a subcommand needs them, so `--help` is fa
 import logging
 import signal
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
-from .messages import fail
+from .messages import OptionError, fail
 
 # Subcommand -> (module with `main(arguments)`, description).
 COMMANDS = {
@@ -62,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return fail(f"'{name}' is not a command; choose one of {', '.join(COMMANDS)}", 2)
+        near = get_close_matches(name, COMMANDS, 1)
+        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        return fail(f"'{name}' is not a command; {advice}", 2)
     # LeRobot logs dozens of lines where torchcodec finds no FFmpeg, also for data without videos.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
     module = import_module(f".{COMMANDS[name][0]}", __package__)
@@ -72,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         module.main(rest)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except OptionError as error:
+        return fail(str(error))
     except Exception as error:
         # Imported here, because only a failed command needs it.
         from lerobot_policy_grids.errors import GridsError

@@ -8,6 +8,10 @@ START, END = 1000, 480
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
+class OptionError(Exception):
+    """An option that cannot be used, found without heavy imports. The message says what to give instead."""
+
+
 def one_line(message: str) -> str:
     """A message without line breaks and control characters; the middle of a long one is left out."""
     plain = "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", message))

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from inspect import signature
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from .messages import one_line
+from .messages import OptionError, one_line
 
 # Use the string under a dataclass field as the help of its option.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -17,11 +18,24 @@ class OneLineErrors:
     """Mixin for a jsonargparse parser: an error in the command line prints one line and exits with code 2."""
 
     prog: str
+    _option_string_actions: dict[str, Any]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit."""
+        prefix, _, given = message.partition("unrecognized arguments: ")
+        if given and not prefix:
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            message = unknown_option(given.split()[0].partition("=")[0], known)
         print(f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def unknown_option(given: str, known: list[str]) -> str:
+    """Say that there is no such option, and which is nearest."""
+    near = get_close_matches(given, known, 1)
+    if not given.startswith("-"):
+        return f"'{given}' is not expected here; options begin with --"
+    return f"{given} is not an option" + (f"; did you mean {near[0]}?" if near else "")
 
 
 class Parser(OneLineErrors, ArgumentParser):
@@ -76,14 +90,22 @@ def switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]
     return [switched(given, value) for given, value in zip(arguments, following, strict=True)]
 
 
+def refuse(fault: str | None) -> None:
+    """Refuse what is wrong with an option, in words.
+
+    Raises:
+        OptionError: If something is.
+    """
+    if fault is not None:
+        raise OptionError(fault)
+
+
 def require_at_least(least: float, **values: float | None) -> None:
     """Refuse options below a minimum; None means that the option was not given.
 
     Raises:
-        GridsError: If a value is too small; the message names the first.
+        OptionError: If a value is too small; the message names the first.
     """
-    from lerobot_policy_grids.errors import GridsError
-
     for name, value in values.items():
         if value is not None and value < least:
-            raise GridsError(f"--{name} {value}; give at least {least}")
+            raise OptionError(f"--{name} {value}; give at least {least}")

@@ -37,13 +37,13 @@ def record(
         workers: Number of processes that simulate.
         json: JSON file for the counts and times.
     """
+    require_at_least(1, episodes=episodes, workers=workers)
+    require_at_least(16, size=size)
+    require_at_least(0, noise=noise)
     from lerobot_grids.console import counting_bar, write_json
     from lerobot_grids.simulation.environments import make_demonstrator
     from lerobot_grids.simulation.recording import record as record_dataset
 
-    require_at_least(1, episodes=episodes, workers=workers)
-    require_at_least(16, size=size)
-    require_at_least(0, **({} if noise is None else {"noise": noise}))
     demonstrator = make_demonstrator(env, tasks, size=size, noise=noise, layout=layout)
     with counting_bar("recording", len(demonstrator.tasks) * episodes, "episodes") as bar:
         count = record_dataset(

@@ -1,6 +1,9 @@
 """lerobot-grids validate."""
 
-from .parser import require_at_least, run
+from lerobot_grids.budgets import budget_fault
+
+from .messages import OptionError
+from .parser import refuse, require_at_least, run
 
 
 def validate(
@@ -40,6 +43,8 @@ def validate(
         tolerance_s: How far in seconds a video's frame may be from its time stamp.
         video_backend: Decoder of videos, "torchcodec" or "pyav". Defaults to the one that works here.
     """
+    require_at_least(1, frames=frames, batch_size=batch_size)
+    asked = None if tokens is None else [_budget(part) for part in str(tokens).split(",")]
     from pathlib import Path
 
     from lerobot_grids.console import counting_bar, report, require_writable
@@ -53,20 +58,10 @@ def validate(
     )
     from lerobot_grids.evaluation.open_loop import validate as run_validation
     from lerobot_grids.evaluation.tables import print_validation
-    from lerobot_grids.policies import flow_steps, load, parse_tokens, peek, token_counts
+    from lerobot_grids.policies import flow_steps, load, peek, token_counts
     from lerobot_grids.preflight.robot import check_acting
     from lerobot_grids.training.distillation import require_alike
-    from lerobot_policy_grids.errors import BudgetError
 
-    require_at_least(1, frames=frames, batch_size=batch_size)
-    asked: list[int] | None = None
-    if tokens is not None:
-        asked = []
-        for part in str(tokens).split(","):
-            count = parse_tokens(part)
-            if count == "dense":
-                raise BudgetError(f"--tokens {tokens}: a budget is a number; give a dense policy as --policy")
-            asked.append(count)
     for path in (json, picture):
         if path is not None:
             require_writable(Path(path))
@@ -104,6 +99,14 @@ def validate(
     if picture is not None:
         draw_validation(result, Path(picture))
         print(f"picture: {picture}")
+
+
+def _budget(text: str) -> int:
+    """A number of tokens in a list."""
+    refuse(budget_fault(text.strip()))
+    if text.strip() == "dense":
+        raise OptionError("--tokens dense: a budget is a number; give a dense policy as --policy")
+    return int(text)
 
 
 def main(arguments: list[str]) -> None:

@@ -150,7 +150,7 @@ def compare(
         seed: Seed of the first episode.
         batch_size: Number of episodes that run in parallel.
         device: Device of the policies; None keeps the device of each checkpoint.
-        tampering: Changes to the policies' input, from `tampering.TAMPERINGS`.
+        tampering: Changes to the policies' input, from `choices.TAMPERINGS`.
         workers: Number of policies that are evaluated at the same time, each in its own process.
         costs: Whether to count FLOPs and measure milliseconds after the evaluations.
         protocol: Further options that must be equal for a saved evaluation to be used.

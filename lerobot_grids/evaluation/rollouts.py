@@ -68,7 +68,7 @@ def evaluate(
         seed: Seed of the first episode; the others have the next seeds. Recordings should use other seeds.
         batch_size: Number of episodes that run in parallel.
         source: Name of the policy to write into the result.
-        tampering: Changes to the policy's input, from `tampering.TAMPERINGS`.
+        tampering: Changes to the policy's input, from `choices.TAMPERINGS`.
         on_start: Called once with the number of episodes over all tasks.
         on_progress: Called with (task, episodes done, successes) after each batch.
 

@@ -16,16 +16,10 @@ from lerobot_policy_grids.errors import SimulationError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
 
+from ..choices import parts, tampering_fault
+
 Observation = dict[str, Any]
 
-# Name -> effect, as in `eval --help`.
-TAMPERINGS = {
-    "image": "every camera is black",
-    "patches": "the 8 x 8 patches of every image are shuffled, differently at each step",
-    "tokens": "the visual tokens are shuffled over the token grid before reduction, differently at each forward pass",
-    "instruction": "the instruction is that of the next evaluated task",
-    "state": "the robot state is always the mean of the training data",
-}
 PATCHES = 8
 
 
@@ -35,11 +29,10 @@ def parse_tamperings(text: str | None) -> list[str]:
     Raises:
         SimulationError: If a name is unknown.
     """
-    names = [part.strip() for part in (text or "").split(",") if part.strip()]
-    unknown = [name for name in names if name not in TAMPERINGS]
-    if unknown:
-        raise SimulationError(f"tampering '{unknown[0]}' is unknown; choose from {', '.join(TAMPERINGS)}")
-    return list(dict.fromkeys(names))
+    fault = tampering_fault(text)
+    if fault is not None:
+        raise SimulationError(fault)
+    return list(dict.fromkeys(parts(text)))
 
 
 def other_instructions(instructions: list[str]) -> list[str]:
@@ -65,7 +58,7 @@ def tamper(
     """Tamper with a policy's input while the block runs.
 
     Args:
-        names: Names from `TAMPERINGS`.
+        names: Names from `choices.TAMPERINGS`.
         policy: The policy, dense or grids.
         preprocessor: The policy's pre-processor, which holds the mean state.
         instruction: Text that replaces the task's instruction.

@@ -4,12 +4,20 @@ On the "meta" device they need no memory and compute no values, which is enough 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.constants import (
+    ACTION,
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    OBS_STATE,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,7 +67,8 @@ def instantiate(config: PreTrainedConfig, device: str) -> Any:
     """
     config.device = device
     family = get_family(config.type)
-    with family.offline(config), torch.device(device), cheap_construction(config):
+    # Some of LeRobot's policies print while they are constructed.
+    with family.offline(config), torch.device(device), cheap_construction(config), redirect_stdout(StringIO()):
         policy = build(config).eval()
     family.finish(policy)
     if device != "meta":
@@ -76,6 +85,25 @@ def make_batch(policy: Any, language_tokens: int, device: str) -> dict[str, Tens
     batch[OBS_STATE] = torch.randn(1, STATE_SIZE, device=device)
     batch[OBS_LANGUAGE_TOKENS] = torch.full((1, language_tokens), 7, device=device)
     batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.ones(1, language_tokens, dtype=torch.bool, device=device)
+    return batch
+
+
+def make_training_batch(policy: Any, size: int, language_tokens: int, device: str) -> dict[str, Tensor]:
+    """Make a random batch of `size` frames for the policy's `forward`: as many cameras, joints and steps as it has."""
+    config = policy.config
+    batch: dict[str, Tensor] = {
+        key: torch.rand(size, *feature.shape, device=device) for key, feature in config.image_features.items()
+    }
+    if config.robot_state_feature is not None:
+        batch[OBS_STATE] = torch.randn(size, *config.robot_state_feature.shape, device=device)
+    batch[OBS_LANGUAGE_TOKENS] = torch.full((size, language_tokens), 7, device=device)
+    batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.ones(size, language_tokens, dtype=torch.bool, device=device)
+    batch[ACTION] = torch.randn(size, config.chunk_size, *config.action_feature.shape, device=device)
+    batch["action_is_pad"] = torch.zeros(size, config.chunk_size, dtype=torch.bool, device=device)
+    # Of policies that write actions as tokens; others do not read them.
+    count = getattr(config, "max_action_tokens", 1)
+    batch[ACTION_TOKENS] = torch.full((size, count), 7, device=device)
+    batch[ACTION_TOKEN_MASK] = torch.ones(size, count, dtype=torch.bool, device=device)
     return batch
 
 

@@ -4,7 +4,8 @@ The perturbation of an episode depends only on (kind, severity, episode seed). E
 results can be paired. The seed chooses the direction and the severity chooses the distance, so a higher severity is a
 larger change in the same direction.
 
-To add a kind, write one function (environment, perturbation, random) -> None and add one line to `KINDS`.
+To add a kind, write one function (environment, perturbation, random) -> None, add one line to `KINDS`, and its name to
+`choices.PERTURBATIONS`.
 """
 
 import zlib
@@ -19,10 +20,9 @@ from PIL import Image, ImageFilter
 
 from lerobot_policy_grids.errors import SimulationError
 
+from ..choices import SEVERITIES, parts, perturbation_fault
 from .camera import CAMERA_TARGET, look_at
 from .paraphrases import paraphrase
-
-SEVERITIES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,10 @@ def parse_perturbations(text: str) -> list[Perturbation]:
     Raises:
         SimulationError: If a kind or a severity is unknown, or a kind is given twice.
     """
-    found: list[Perturbation] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        kind, _, severity = part.partition(":")
-        if kind not in KINDS:
-            raise SimulationError(f"perturbation '{kind}' is unknown; choose from {', '.join(KINDS)}")
-        if severity not in map(str, SEVERITIES):
-            raise SimulationError(
-                f"perturbation '{part}' has {'an unknown' if severity else 'no'} severity; "
-                f"write {kind}: and one of {', '.join(map(str, SEVERITIES))}, such as {kind}:2"
-            )
-        found.append(Perturbation(kind, int(severity)))
-    kinds = [perturbation.kind for perturbation in found]
-    for kind in kinds:
-        if kinds.count(kind) > 1:
-            raise SimulationError(f"perturbation '{kind}' is given twice in '{text}'; give each kind once")
-    return found
+    fault = perturbation_fault(text)
+    if fault is not None:
+        raise SimulationError(fault)
+    return [Perturbation(kind, int(severity)) for kind, severity in (part.split(":") for part in parts(text))]
 
 
 class Perturber:

@@ -25,10 +25,9 @@ from .distillation import Distillation, choose_teacher
 from .finite import require_finite_gradients, require_finite_loss
 from .flow import OneStep, biased_time
 from .identity import identity_of, require_same_run
-from .lora import add_lora
 from .optimisation import parameter_groups, warmup_cosine
 from .position_loss import PositionLoss
-from .trainable import TrainableChoice, choose_trainable, device_memory
+from .trainable import TrainableChoice, choose_trainable, device_memory, train_only
 
 # Policies draw noise and time of the flow themselves; this seed makes them equal in every validation.
 VALIDATION_SEED = 0
@@ -180,13 +179,8 @@ class GridsModule(lightning.LightningModule):
             choice = choose_trainable(self.policy, *device_memory(accelerator), with_teacher=max(self.distill) > 0)
         else:
             choice = TrainableChoice(train, f"training {train}")  # type: ignore[arg-type]
-        if choice.train == "reducer+lora":
-            # Frozen weights need no float32, and bfloat16 saves memory.
-            if self.family.to_bfloat16(self.policy.base):
-                choice = replace(choice, reason=f"{choice.reason}; frozen weights in bfloat16")
-            add_lora(self.policy.base, lora_rank)
-        elif choice.train == "reducer":
-            self.policy.base.requires_grad_(False)
+        if train_only(self.policy, choice.train, lora_rank):
+            choice = replace(choice, reason=f"{choice.reason}; frozen weights in bfloat16")
         return choice
 
     def _freeze_vision(self) -> None:

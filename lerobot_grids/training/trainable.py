@@ -7,6 +7,11 @@ import psutil
 import torch
 from torch import nn
 
+from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.modeling_grids import dense_policy
+
+from .lora import add_lora
+
 Trained = Literal["all", "reducer+lora", "reducer"]
 # Share of the memory for weights, gradients and optimiser states; activations need the rest.
 MEMORY_SHARE = 0.6
@@ -18,6 +23,28 @@ class TrainableChoice:
 
     train: Trained
     reason: str
+
+
+def train_only(policy: Any, train: Trained, lora_rank: int) -> bool:
+    """Freeze the weights that are not trained, and add LoRA if it is.
+
+    Args:
+        policy: A grids policy, or a dense one, which has no reducer.
+        train: Weights to train.
+        lora_rank: Rank of the low-rank adaptation.
+
+    Returns:
+        Whether the frozen weights were converted to bfloat16.
+    """
+    base = dense_policy(policy)
+    if train == "reducer+lora":
+        # Frozen weights need no float32, and bfloat16 saves memory.
+        converted = get_family(base.config.type).to_bfloat16(base)
+        add_lora(base, lora_rank)
+        return converted
+    if train == "reducer":
+        base.requires_grad_(False)
+    return False
 
 
 def training_bytes(policy: nn.Module) -> int:

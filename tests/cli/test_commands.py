@@ -72,11 +72,10 @@ def test_help_is_quick_and_complete(arguments):
 
 
 def test_help_teaches_every_perturbation_and_tampering():
-    from lerobot_grids.evaluation.tampering import TAMPERINGS
-    from lerobot_grids.simulation.perturbations import KINDS
+    from lerobot_grids.choices import PERTURBATIONS, TAMPERINGS
 
     words = re.findall(r"[a-z]+", shell("eval", "--help").stdout)
-    assert {*KINDS, *TAMPERINGS} <= set(words)
+    assert {*PERTURBATIONS, *TAMPERINGS} <= set(words)
 
 
 @pytest.mark.parametrize(

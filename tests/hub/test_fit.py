@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from comparing import BASE, assert_same_bits
 from lerobot_grids.policies import load
 from lerobot_grids_cli.fit_lightning import fit
+from lerobot_grids_cli.messages import OptionError
 from lerobot_policy_grids.checkpoint.manifest import read_manifest
 from lerobot_policy_grids.errors import GridsError, HubError
 
@@ -124,6 +125,6 @@ def test_a_failed_push_on_the_way_is_a_line(hub, train, capsys):
     ],
 )
 def test_a_push_that_cannot_be_done_as_asked_is_refused(hub, train, tmp_path, options, message):
-    with pytest.raises(GridsError, match=message):
+    with pytest.raises(OptionError, match=message):
         train("tiny", tokens=4, **options)
     assert not [path for path in tmp_path.iterdir() if path.name != "cache"]

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from lerobot_grids.choices import PERTURBATIONS, SEVERITIES
 from lerobot_grids.evaluation.films import film
 from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
 from lerobot_grids.simulation.paraphrases import paraphrase
-from lerobot_grids.simulation.perturbations import KINDS, SEVERITIES, Perturbation, parse_perturbations
+from lerobot_grids.simulation.perturbations import KINDS, Perturbation, parse_perturbations
 from lerobot_policy_grids.errors import SimulationError
 
 SEED = 100_000
@@ -52,6 +53,10 @@ def distance(kind, a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_command_line_knows_every_kind():
+    assert tuple(KINDS) == PERTURBATIONS
+
+
 def test_severity_is_monotone(kind, nominal, perturbed):
     distances = [distance(kind, perturbed[kind, severity], nominal) for severity in SEVERITIES]
     assert 0 < distances[0] < distances[1] < distances[2]

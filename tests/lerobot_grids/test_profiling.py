@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from formulas import gemma, linear, siglip
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
 from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
@@ -13,22 +14,6 @@ from lerobot_grids_cli.main import main
 from lerobot_policy_grids import compress
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.reducers import reducer_config
-
-
-def linear(tokens, *widths):
-    """FLOPs of a chain of linear layers."""
-    return sum(2 * tokens * a * b for a, b in itertools.pairwise(widths))
-
-
-def siglip(images, tokens=256, width=1152, mlp=4304, layers=27, patch=14):
-    block = 4 * linear(tokens, width, width) + linear(tokens, width, mlp, width) + 4 * tokens**2 * width
-    return images * (layers * block + linear(tokens, 3 * patch**2, width))
-
-
-def gemma(tokens, keys, width, mlp, heads=8, head=256, layers=18):
-    inner = heads * head
-    attention = linear(tokens, width, inner, width) + 2 * linear(tokens, width, head) + 4 * tokens * keys * inner
-    return layers * (attention + 3 * linear(tokens, width, mlp))
 
 
 def sampler(images, k, cells=256, width=1152, language=2048, state=32, cameras=2):

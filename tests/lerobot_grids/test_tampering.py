@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from lerobot_grids.choices import TAMPERINGS
 from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.evaluation.tampering import (
-    TAMPERINGS,
     mean_state,
     other_instructions,
     parse_tamperings,

@@ -500,7 +500,7 @@ def _forward_transformer(transformer: Any, *args: Any, positions: Tensor | None 
 def _prepare_images_on_meta(policy: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     images, masks = type(policy)._prepare_images(policy, batch)
     real = sum(key in batch for key in policy.config.image_features)
-    return images, (torch.arange(masks.shape[1], device="cpu") < real).expand(masks.shape[0], -1)
+    return images, (torch.arange(masks.shape[1], device="cpu") < real).repeat(masks.shape[0], 1)
 
 
 def _without_mask(encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

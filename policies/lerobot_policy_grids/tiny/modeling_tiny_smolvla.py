@@ -5,7 +5,7 @@ linear patch embedding, and the last layer of the language model is trainable, b
 and values.
 """
 
-from dataclasses import replace
+from copy import copy
 from typing import Any, Self
 
 import torch
@@ -83,8 +83,10 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
     name = "tiny_smolvla"
 
     def __init__(self, config: TinySmolVLAConfig, **kwargs: Any) -> None:
-        local: dict[str, Any] = {"vlm_model_name": str(VLM_FOLDER), "load_vlm_weights": False}
-        super().__init__(replace(config, **local), **kwargs)
+        # Not `replace`, which checks the device again and knows no "meta".
+        local = copy(config)
+        local.vlm_model_name, local.load_vlm_weights = str(VLM_FOLDER), False
+        super().__init__(local, **kwargs)
         # The path is valid on this machine only, so the saved configuration keeps the name.
         self.config = self.model.config = config
         vlm = self.model.vlm_with_expert.get_vlm_model()

@@ -1,0 +1,41 @@
+"""Names that a command line may choose from. Without heavy imports, so that a mistake is answered at once."""
+
+# Tampering -> effect, as in `eval --help`.
+TAMPERINGS = {
+    "image": "every camera is black",
+    "patches": "the 8 x 8 patches of every image are shuffled, differently at each step",
+    "tokens": "the visual tokens are shuffled over the token grid before reduction, differently at each forward pass",
+    "instruction": "the instruction is that of the next evaluated task",
+    "state": "the robot state is always the mean of the training data",
+}
+PERTURBATIONS = ("camera", "light", "background", "noise", "robot", "layout", "instruction")
+SEVERITIES = (1, 2, 3)
+
+
+def parts(text: str | None) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def tampering_fault(text: str | None) -> str | None:
+    """What is wrong with a list of tamperings, in words; None if nothing is."""
+    unknown = [name for name in parts(text) if name not in TAMPERINGS]
+    return f"tampering '{unknown[0]}' is unknown; choose from {', '.join(TAMPERINGS)}" if unknown else None
+
+
+def perturbation_fault(text: str | None) -> str | None:
+    """What is wrong with a list such as "camera:2,light:1", in words; None if nothing is."""
+    kinds = []
+    for part in parts(text):
+        kind, _, severity = part.partition(":")
+        if kind not in PERTURBATIONS:
+            return f"perturbation '{kind}' is unknown; choose from {', '.join(PERTURBATIONS)}"
+        if severity not in map(str, SEVERITIES):
+            return (
+                f"perturbation '{part}' has {'an unknown' if severity else 'no'} severity; "
+                f"write {kind}: and one of {', '.join(map(str, SEVERITIES))}, such as {kind}:2"
+            )
+        if kind in kinds:
+            return f"perturbation '{kind}' is given twice in '{text}'; give each kind once"
+        kinds.append(kind)
+    return None
