@@ -12,6 +12,7 @@ from torch import Tensor
 from ..reducers import Reducer, TokenLayout
 from ..reducers.anchors import Region
 from ..reducers.layout import masked_mean
+from ..runtime import FastRuntime
 
 # A border of the image may be this far from where it was in training, as a share of the vision tower's input.
 SAME_PLACE = 0.02
@@ -41,6 +42,8 @@ class Seam:
         self._kept: list[Tensor] | None = None
         # Coordinates of each camera in the last call, once they are to be remembered.
         self.coordinates: list[Tensor] | None = None
+        # Acts in place of the policy's own loop, if there is one.
+        self.runtime: FastRuntime | None = None
 
     def tokens(
         self,
@@ -61,18 +64,63 @@ class Seam:
             [b, k, c] for each camera in the batch. Nothing attends to the blank images of missing ones, so they cost
             no vision and no tokens.
         """
-        cameras = present_cameras(self.layout.cameras, batch)
-        if not self._unseen.isdisjoint(cameras):
-            self._warn_of_other_shapes(batch, cameras)
+        cameras = self.cameras_of(batch)
         images = images[: len(cameras)]
-        reducer: Any = self._get_reducer()
+        reducer: Any = self.reducer
         self._remember([])
         if reducer is not None and reducer.num_tokens == 0:
             self._remember([image.new_zeros(len(image), 0, 2) for image in images])
             return [image.new_zeros(len(image), 0, self.layout.width) for image in images]
-        dense = self._encode(encode, images)
+        tokens, coordinates = self.reduce(reducer, self._encode(encode, images), batch, cameras, embed_language)
+        self._remember(coordinates)
+        return tokens
+
+    @property
+    def reducer(self) -> Reducer | None:
+        """The reducer at the moment; None for all tokens."""
+        return self._get_reducer()
+
+    @property
+    def acts_in_phases(self) -> bool:
+        """Whether a runtime is about to take the policy's images as they are."""
+        return self.runtime is not None and self.runtime.acting
+
+    def cameras_of(self, batch: Mapping[str, Any]) -> list[int]:
+        """Numbers of the cameras in a batch, whose images lie where they did in training, or a warning says so."""
+        cameras = present_cameras(self.layout.cameras, batch)
+        if not self._unseen.isdisjoint(cameras):
+            self._warn_of_other_shapes(batch, cameras)
+        return cameras
+
+    def budget(self, cameras: list[int]) -> tuple[int, tuple[int, ...]] | None:
+        """The reducer, by its identity, and its tokens for each of these cameras; None for all tokens."""
+        reducer: Any = self.reducer
+        if reducer is None:
+            return None
+        return id(reducer), tuple(reducer.tokens_of(camera) for camera in cameras)
+
+    def reduce(
+        self,
+        reducer: Any,
+        dense: Tensor,
+        batch: Mapping[str, Any],
+        cameras: list[int],
+        embed_language: Callable[[Tensor], Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Reduce dense tokens, a function of tensors alone.
+
+        Args:
+            reducer: Reduces them; None keeps all.
+            dense: [cameras * b, extra + H * W, c], stacked camera by camera.
+            batch: The policy's batch; only what the reducer is conditioned on is read.
+            cameras: Their numbers.
+            embed_language: Token ids [b, l] to [b, l, c].
+
+        Returns:
+            (Tokens [b, k, c] of each camera, their coordinates [b, k, 2]; none where all tokens are kept).
+        """
         if reducer is None or reducer.in_trunk:
-            return list(dense.chunk(len(cameras)))
+            return list(dense.chunk(len(cameras))), []
         extra, cells = dense.split([self.layout.extra_tokens, self.layout.num_dense_tokens], dim=1)
         context = gather_context(
             reducer.condition_on,
@@ -82,10 +130,9 @@ class Seam:
             cameras=cameras,
         )
         tokens, coordinates = self._reduce(reducer, cells.unflatten(1, self.layout.token_grid), context, cameras)
-        self._remember(coordinates)
         if self.layout.extra_tokens:
             tokens = [torch.cat(pair, dim=1) for pair in zip(extra.chunk(len(cameras)), tokens, strict=True)]
-        return tokens
+        return tokens, coordinates
 
     def _warn_of_other_shapes(self, batch: Mapping[str, Any], cameras: list[int]) -> None:
         """Say, once for each camera, that its images lie elsewhere than those for which the points were placed."""
@@ -192,6 +239,6 @@ def gather_context(
         context["state"] = torch.nn.functional.pad(state, (0, state_width - state.shape[-1]))
     context = {name: value.repeat(len(cameras), 1) for name, value in context.items()}
     if "camera" in condition_on:
-        numbers = torch.tensor(cameras, device=tokens.device)
-        context["camera"] = numbers.repeat_interleave(len(tokens))
+        # Filled on the device: a list of numbers would be copied there, and waited for.
+        context["camera"] = torch.cat([tokens.new_full(tokens.shape[:1], number) for number in cameras])
     return context
