@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lerobot
@@ -180,6 +181,16 @@ def _chosen(request: Any, tmp_path_factory: Any) -> Row:
         pytest.skip(f"{row.policy_type} needs LeRobot {row.since}")
     row.folder = row.folder or tmp_path_factory.mktemp("tokenizers")
     return row
+
+
+@pytest.fixture
+def family_row(tmp_path_factory) -> Any:
+    """Gives a row by its name."""
+
+    def choose(name: str) -> Row:
+        return _chosen(SimpleNamespace(param=name), tmp_path_factory)
+
+    return choose
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
