@@ -27,6 +27,7 @@ REFUSED_PUSH = (
 TYPES: dict[str, Any] = {
     "base": PreTrainedConfig | None,
     "reducer": ReducerConfig,
+    "runtime": str,
     "schedule": str,
     "schedule_steps": int,
     "version": int,

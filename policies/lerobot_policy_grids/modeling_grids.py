@@ -491,7 +491,12 @@ def _modules(policy: GridsPolicy) -> list[nn.Module]:
 
 def _not_acting(policy: GridsPolicy) -> str | None:
     """Why the policy must not act through its fast runtime at the moment."""
-    return "it is being trained, and its weights change; call eval()" if policy.training else None
+    if policy.training:
+        return "it is being trained, and its weights change; call eval()"
+    fixed = policy.config.runtime == "compiled" or next(policy.parameters()).is_cuda
+    if fixed and any(module._forward_hooks for module in policy.reducer.modules()):
+        return "something watches the sampler with a hook, which neither a compiled nor a recorded path calls"
+    return None
 
 
 def dense_policy(policy: Any) -> Any:

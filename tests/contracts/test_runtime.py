@@ -19,7 +19,7 @@ from lerobot_policy_grids.runtime import buckets, fast, flow, graphs, layers, pr
 # Share of the range of the actions. Both paths are float32 and round in other places; 2e-7 was measured.
 ROUNDING = 3e-6
 # Operations of one action chunk with 2 cameras and 10 steps, at most. LeRobot's own loop has 10 453 to 11 717.
-OPERATIONS = {"pi0": 3400, "pi05": 4100, "smolvla": 2900}
+OPERATIONS = {"pi0": 3400, "pi05": 3950, "smolvla": 2900}
 IMAGE, LONGEST = 112, 200
 
 
@@ -371,6 +371,48 @@ def test_fast_path_in_other_situations(phased, family_row, situation):
         assert apart(expected, act(policy, batch)) < ROUNDING
     else:
         assert apart(expected, act(policy, batch)) < ROUNDING
+
+
+VARIANTS = {
+    "special tokens": {"add_image_special_tokens": True},
+    "layers that all attend to the actions": {"attention_mode": "self_attn"},
+    "layers that attend to the prefix alone": {"self_attn_every_n_layers": 0},
+    "fewer layers in the expert": {"num_expert_layers": 1},
+    "half precision in the trunk": {},
+    "a masked image": {},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_one_family(family_row, variant):
+    row = family_row("tiny_smolvla")
+    base = row.policy(2, **VARIANTS[variant])
+    policy, batch, bound = train_offsets(wrap(base, 5)), row.batch(base), ROUNDING
+    if variant == "half precision in the trunk":
+        base.model.vlm_with_expert.vlm.to(torch.bfloat16)
+        bound = fast.BOUNDS[torch.bfloat16] / 2
+    if variant == "a masked image":
+        unmasked = act(policy, batch)
+        batch["observation.images.1_padding_mask"] = torch.tensor([True, False, True])
+        assert apart(unmasked, act(policy, batch)) > 10 * ROUNDING
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    assert all(isinstance(found, float) for found in policy.seam.runtime.differences.values())
+    assert apart(expected, act(policy, batch)) < bound
+
+
+def test_a_watched_sampler_is_called(pi0, caplog):
+    policy, batch = pi0
+    seen = []
+    policy.reducer.register_forward_hook(lambda *call: seen.append(call))
+    policy.use_runtime("fast")
+    for count in (2, 3):
+        act(policy, batch)
+        assert len(seen) == count
+    policy.use_runtime("compiled")
+    act(policy, batch)
+    assert "a hook, which neither" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])

@@ -490,7 +490,10 @@ class _StepTimedByInput(_Step):
 class _StepTimedByNorms(_Step):
     """π0.5's: the time sets scale, shift and gate of each norm."""
 
-    modulations: Tensor
+    tables: tuple[str, ...] = ("scales", "shifts", "biases", "gates")
+    scales: Tensor
+    shifts: Tensor
+    biases: Tensor
     gates: Tensor
 
     def __init__(self, policy: Any, steps: int) -> None:
@@ -500,21 +503,25 @@ class _StepTimedByNorms(_Step):
         hidden = nn.functional.silu(model.time_mlp_in(_embedded_times(policy, steps)))
         condition = nn.functional.silu(model.time_mlp_out(hidden))
         expert = model.paligemma_with_expert.gemma_expert.model
-        norms = [norm for layer in expert.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        norms.append(expert.norm)
-        wide = [norm.dense(condition.to(norm.dense.weight.dtype)).float().chunk(3, dim=-1) for norm in norms]
-        self.register_buffer(
-            "modulations",
-            torch.stack([torch.stack([1 + scale, shift], dim=1) for scale, shift, _ in wide], dim=1),
-            persistent=False,
-        )
-        self.register_buffer("gates", torch.stack([gate for *_, gate in wide], dim=1).to(self.dtype), persistent=False)
+        norms = [*(layer.input_layernorm for layer in expert.layers)]
+        norms += [*(layer.post_attention_layernorm for layer in expert.layers), expert.norm]
+        modulations = [norm.dense(condition.to(norm.dense.weight.dtype)).float().chunk(3, dim=-1) for norm in norms]
+        scales, shifts, gates = (torch.stack(parts, dim=1) for parts in zip(*modulations, strict=True))
+        first: Any = self.layers
+        pairs = zip(shifts.to(self.dtype).unbind(1), first, strict=False)
+        biases = torch.stack([nn.functional.linear(shift, layer.weight, layer.bias) for shift, layer in pairs], dim=1)
+        values = {"scales": 1 + scales, "shifts": shifts, "biases": biases, "gates": gates.to(self.dtype)}
+        for name in self.tables:
+            self.register_buffer(name, values[name], persistent=False)
 
     def forward(self, cache: Cache, x_t: Tensor, step: Tensor) -> Tensor:
         """See `runtime.phases`."""
-        modulations, gates = self.modulations.index_select(0, step)[0], self.gates.index_select(0, step)[0]
-        norms = [Norm(pair[0], pair[1], gate) for pair, gate in zip(modulations.unbind(), gates.unbind(), strict=True)]
-        return self.run(cache, self.project(x_t), norms[:-1:2], [*norms[1::2], norms[-1]])
+        rows = (getattr(self, name).index_select(0, step)[0].unbind() for name in self.tables)
+        scales, shifts, biases, gates = rows
+        count = len(biases)
+        before = [Norm(scales[i], bias=biases[i], gate=gates[i]) for i in range(count)]
+        after = [Norm(scales[i], shifts[i], gate=gates[i]) for i in range(count, len(scales))]
+        return self.run(cache, self.project(x_t), before, after)
 
 
 # Dropping tokens inside the trunk.

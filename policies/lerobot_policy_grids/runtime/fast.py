@@ -43,6 +43,7 @@ class FastRuntime:
         acting: Whether the policy is asked for actions, and not for a loss.
         differences: What was found of each shape of observation: the share of the range of the actions, or why the
             policy acts without the fast path.
+        programs: What acts for each shape; None where the slow path does.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class FastRuntime:
         self.acting = False
         self.differences: dict[Any, float | str] = {}
         self._phases: dict[Any, Phases] = {}
-        self._programs: dict[Any, Program | None] = {}
+        self.programs: dict[Any, Program | None] = {}
         self._mark: Mark | None = None
         self._parked: dict[nn.Module, torch.device] = {}
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own weights, and graphs cannot be copied.
-        empty: dict[str, Any] = {name: {} for name in ("_phases", "_programs", "differences", "_parked")}
+        empty: dict[str, Any] = {name: {} for name in ("_phases", "programs", "differences", "_parked")}
         return vars(self) | empty | {"_mark": None, "acting": False}
 
     @contextmanager
@@ -108,9 +109,9 @@ class FastRuntime:
         # Tensors of inference mode cannot be written to outside it, and graphs keep some.
         with torch.inference_mode(False), torch.no_grad():
             observation, noise = Observation(*map(_own, observation)), _own(noise)
-            if key not in self._programs:
+            if key not in self.programs:
                 return self._first(key, observation, noise, cameras, steps, eager, loop)
-            program = self._programs[key]
+            program = self.programs[key]
             if program is not None:
                 return program(observation, noise, loop)
         return eager()
@@ -144,7 +145,7 @@ class FastRuntime:
             apart = f"{difference:.1e} of the range of the actions"
             self._refuse(key, f"its first action chunk differs by {apart}, more than {bound:.0e}")
             return expected
-        self._programs[key] = program
+        self.programs[key] = program
         self.differences[key] = difference
         print(
             f"runtime={self.name}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual tokens, "
@@ -171,7 +172,7 @@ class FastRuntime:
         return max(bound, TF32_BOUND) if rounds else bound
 
     def _refuse(self, key: Any, reason: str) -> None:
-        self._programs[key] = None
+        self.programs[key] = None
         self.differences[key] = reason
         self._warn(reason)
 
@@ -189,7 +190,7 @@ class FastRuntime:
 
     def forget(self) -> None:
         """Drop what was computed from weights; the next observation is computed both ways again."""
-        for stored in (self._phases, self._programs, self.differences, self._said):
+        for stored in (self._phases, self.programs, self.differences, self._said):
             stored.clear()
         self._mark = None
         for module, device in self._parked.items():

@@ -26,11 +26,13 @@ class Norm(NamedTuple):
     Attributes:
         scale: float32 [c]; None where the projection behind it has it in its weights.
         shift: float32 [c], added to the result.
+        bias: [heads * d], in place of a shift before an attention: what becomes of it in the projection behind it.
         gate: [c], a factor on what the block behind it adds.
     """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
+    bias: Tensor | None = None
     gate: Tensor | None = None
 
 
@@ -123,7 +125,8 @@ class DecoderLayer(nn.Module):
         """Queries, keys and values [b, t, heads, d], from the head with number `first` on."""
         inner = normalise(hidden, before, self.eps).to(self.weight.dtype)
         start = first * self.heads.width
-        bias = None if self.bias is None else self.bias[start:]
+        bias = self.bias if before.bias is None else before.bias
+        bias = None if bias is None else bias[start:]
         heads = F.linear(inner, self.weight[start:], bias).unflatten(-1, (-1, self.heads.width))
         rows = slice(first if rotation.cos.shape[2] > 1 else 0, None)
         return rotate(heads, Rotation(rotation.cos[:, :, rows], rotation.sin[:, :, rows]))
