@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     noise = torch.randn(shape, device=options.device)
     rows: list[Row] = []
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def add(name: str, policy: Any, expected: torch.Tensor | None = None) -> torch.Tensor:
         row, chunk = measure(name, policy, lambda: policy.predict_action_chunk(dict(batch), noise=noise), options)
         if expected is not None:

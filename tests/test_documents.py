@@ -323,6 +323,9 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
+    elif name == "latency":
+        known = set(re.findall(r'add_argument\("(--[\w-]+)"', text))
+        assert {word for word in arguments if word.startswith("--")} <= known, arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments
     elif name == "perturbations":
@@ -417,7 +420,9 @@ def test_options_in_prose_exist():
 
 def test_python_lines_in_prose_point_to_programs():
     spans = [
-        (path, span) for path, span in SPANS if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py "))
+        (path, span)
+        for path, span in SPANS
+        if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py ", "latency.py "))
     ]
     assert len(spans) > 20
     for _, span in spans:

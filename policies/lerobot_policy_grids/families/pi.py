@@ -596,7 +596,7 @@ VOCABULARY = ("<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS, "Action", *(f"w{i
 
 
 @contextmanager
-def small_sizes(policy_type: str, depth: int, vision_depth: int) -> Iterator[None]:
+def small_sizes(policy_type: str, depth: int = SMALL_DEPTHS[0], vision_depth: int = SMALL_DEPTHS[1]) -> Iterator[None]:
     """In this block a π policy of this type is constructed small, with so many layers."""
     module = modeling(policy_type)
     # LeRobot reshapes by a literal 8 heads.
