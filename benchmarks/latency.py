@@ -1,6 +1,6 @@
 """Measure how long a policy takes for one action chunk: LeRobot's own loop beside the fast path, stage by stage.
 
-    python benchmarks/latency.py --family pi0 --tokens 16 --narrow      under a minute; full depth, few channels
+    python benchmarks/latency.py --family pi0 --tokens 16 --narrow      in a minute; full depth, few channels
     python benchmarks/latency.py --family pi0 --tokens 16               real sizes, random weights; 12 GB of memory
 
 Rows: LeRobot's dense policy, the same with K tokens, and the fast path with K tokens; `--compiled` adds what
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lerobot_policy_grids.modeling_grids import dense_policy
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 STAGES = ("vision", "prefill", "steps", "total")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -78,22 +80,22 @@ def build(options: argparse.Namespace) -> Any:
     return policy.to(options.device).eval()
 
 
-def synchronised(device: str) -> float:
-    """Seconds, after all that was asked of the device is done."""
+def synchronised(device: str, clock: str) -> float:
+    """Seconds of a clock, after all that was asked of the device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return CLOCKS[clock]()
 
 
 @contextmanager
-def timed(owner: Any, name: str, device: str, spent: list[float]) -> Iterator[None]:
+def timed(owner: Any, name: str, now: Callable[[], float], spent: list[float]) -> Iterator[None]:
     """In this block add up the time that a method of an object takes."""
     run, own = getattr(owner, name), name in vars(owner)
 
     def method(*args: Any, **kwargs: Any) -> Any:
-        start = synchronised(device)
+        start = now()
         result = run(*args, **kwargs)
-        spent.append(synchronised(device) - start)
+        spent.append(now() - start)
         return result
 
     setattr(owner, name, method)
@@ -145,15 +147,16 @@ def repeat(
     act: Callable[[], torch.Tensor], stages: list[tuple[Any, str, str]], options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Seconds of each repetition, of the stages and in total."""
+    now = partial(synchronised, options.device, options.clock)
     seconds: dict[str, list[float]] = {stage: [] for stage in (*(stage for *_, stage in stages), "total")}
     for _ in range(options.repeats):
         with ExitStack() as stack:
             spent: dict[str, list[float]] = {stage: [] for *_, stage in stages}
             for owner, method, stage in stages:
-                stack.enter_context(timed(owner, method, options.device, spent[stage]))
-            start = synchronised(options.device)
+                stack.enter_context(timed(owner, method, now, spent[stage]))
+            start = now()
             act()
-            seconds["total"].append(synchronised(options.device) - start)
+            seconds["total"].append(now() - start)
         for stage, values in spent.items():
             seconds[stage].append(sum(values))
     return seconds
@@ -204,6 +207,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "words": options.words,
         "device": device_name(options.device),
         "threads": torch.get_num_threads(),
+        "clock": options.clock,
         "versions": {
             "torch": torch.__version__,
             "lerobot": lerobot.__version__,
@@ -233,6 +237,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: of all threads, without other load")
     parser.add_argument("--warmup", type=int, default=1, help="runs before the first time is read")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile, which takes minutes")
