@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from driving import act, train_offsets, wrap
 from lerobot_grids.profiling.operations import count_operations
@@ -322,8 +324,6 @@ def test_warming_up_draws_nothing(pi0):
 
 
 def test_real_time_chunking_guides_the_fast_velocities(phased):
-    from lerobot.policies.rtc.configuration_rtc import RTCConfig
-
     policy, batch = phased
     policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=4)
     policy.init_rtc_processor()
@@ -475,6 +475,47 @@ def test_runtime_is_an_option(family_row, tmp_path):
     assert GridsConfig.from_pretrained(tmp_path).runtime == "fast"
     with pytest.raises(GridsError, match="runtime 'quick' is unknown; choose one of eager, fast, compiled"):
         policy.use_runtime("quick")
+
+
+class Overwriting:
+    """`RecordedFunction` without a GPU: inputs and outputs stay at their places, and each call overwrites them."""
+
+    def __init__(self, function, fixed, examples):
+        self.places = tree_map(torch.clone, examples)
+        self.run = lambda: function(*fixed, *self.places)
+        self.result = tree_map(torch.clone, self.run())
+
+    def __call__(self, *arguments):
+        for place, value in zip(tree_leaves(self.places), tree_leaves(arguments), strict=True):
+            place.copy_(value)
+        for place, value in zip(tree_leaves(self.result), tree_leaves(self.run()), strict=True):
+            place.copy_(value)
+        return self.result
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_results_that_the_next_call_overwrites_are_used_before(phased, guided, monkeypatch):
+    policy, batch = phased
+    other = batch | {"observation.state": batch["observation.state"] + 1}
+    if guided:
+        policy.config.rtc_config = RTCConfig(enabled=True, debug=True)
+        policy.init_rtc_processor()
+    expected = [act(policy, given) for given in (batch, other)]
+    make = program.Program.__init__
+
+    def recorded(self, phases, steps, observation, noise, **options):
+        make(self, phases, steps, observation, noise, **options)
+        self._record(observation, noise)
+
+    monkeypatch.setattr(program, "RecordedFunction", Overwriting)
+    monkeypatch.setattr(program.Program, "__init__", recorded)
+    policy.use_runtime("fast")
+    act(policy, other)
+    found = [act(policy, given) for given in (batch, other)]
+    assert len(policy.seam.runtime.programs) == 1
+    for one, two in zip(expected, found, strict=True):
+        assert apart(one, two) < ROUNDING
+    assert apart(*expected) > 10 * ROUNDING
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
