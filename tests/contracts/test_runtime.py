@@ -402,6 +402,23 @@ def test_variants_of_one_family(family_row, variant):
     assert apart(expected, act(policy, batch)) < bound
 
 
+@pytest.mark.parametrize("reducer", ["grids", "mean", "uniform", "pool", "tome", "random"])
+def test_every_reducer_before_the_trunk(pi0, reducer):
+    policy, batch = pi0
+    options = {"camera_tokens": {"observation.images.1": 2}} if reducer == "grids" else {}
+    policy = train_offsets(wrap(policy.detach(), 4, reducer, **options))
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    (found,) = policy.seam.runtime.differences.values()
+    if reducer == "random":
+        # It draws anew at each look, so no two ways to act can be compared.
+        assert "more than" in found
+    else:
+        assert found < ROUNDING
+        assert apart(expected, act(policy, batch)) < ROUNDING
+
+
 def test_a_watched_sampler_is_called(pi0, caplog):
     policy, batch = pi0
     seen = []
