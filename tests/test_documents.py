@@ -312,17 +312,23 @@ def check_python(arguments):
         check_script(ROOT / arguments[0], arguments[1:])
 
 
+def arguments_of(path):
+    """Options that a script gives to argparse."""
+    return set(re.findall(r'add_argument\("(--[\w-]+)"', path.read_text()))
+
+
 def check_script(path, arguments):
     assert path.is_file(), path
     name, text = path.stem, path.read_text()
     if name == "study":
         assert (ROOT / "benchmarks" / "studies" / f"{arguments[0]}.yaml").is_file(), arguments
-        known = set(re.findall(r'add_argument\("(--[\w-]+)"', text))
-        assert {word for word in arguments if word.startswith("--")} <= known, arguments
+        assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
         content = yaml.safe_load((ROOT / "benchmarks" / "studies" / f"{arguments[0]}.yaml").read_text())
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
+    elif name == "latency":
+        assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments
     elif name == "perturbations":
@@ -393,6 +399,7 @@ def known_options():
     options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
+    options |= arguments_of(ROOT / "benchmarks" / "latency.py")
     return options | {"--reducer.type", "--dry-run"} | FOREIGN
 
 
@@ -417,7 +424,9 @@ def test_options_in_prose_exist():
 
 def test_python_lines_in_prose_point_to_programs():
     spans = [
-        (path, span) for path, span in SPANS if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py "))
+        (path, span)
+        for path, span in SPANS
+        if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py ", "latency.py "))
     ]
     assert len(spans) > 20
     for _, span in spans:

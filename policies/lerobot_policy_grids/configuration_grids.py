@@ -14,6 +14,7 @@ from lerobot.configs.types import NormalizationMode
 from .base_options import add_base_options, base_options, hand_to_base, hide_from_instances, take_defaults_from
 from .errors import BudgetError, CheckpointError, GridsError
 from .reducers import ReducerConfig, reducer_config
+from .runtime import RUNTIMES
 from .schedule import GRAMMAR, TokenSchedule
 
 GRIDS_TYPE = "grids"
@@ -26,6 +27,7 @@ REFUSED_PUSH = (
 TYPES: dict[str, Any] = {
     "base": PreTrainedConfig | None,
     "reducer": ReducerConfig,
+    "runtime": str,
     "schedule": str,
     "schedule_steps": int,
     "version": int,
@@ -92,6 +94,13 @@ class GridsConfig(PreTrainedConfig):
         default=0,
         metadata={"help": "Training steps over which a linear, cosine or exponential schedule goes down."},
     )
+    runtime: str = field(
+        default="eager",
+        metadata={
+            "help": f"How actions are computed: one of {RUNTIMES}. fast skips what does not change them, and uses CUDA "
+            "graphs on a GPU; compiled also has torch compile it. Both are checked against eager first."
+        },
+    )
     base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})
     base_revision: str | None = field(default=None, metadata={"help": "Commit of base_repo_id that was used."})
     # Version of this format; raised when a field changes its meaning.
@@ -119,6 +128,7 @@ class GridsConfig(PreTrainedConfig):
         if self.num_tokens is not None:
             self.set_num_tokens(self.num_tokens)
             self.num_tokens = None
+        self.set_runtime(self.runtime)
         if self.position_ids not in (None, *POSITION_IDS):
             raise GridsError(f"position_ids '{self.position_ids}' is unknown; choose one of {', '.join(POSITION_IDS)}")
         if self.position_ids == "dense" and self.reducer.in_trunk:
@@ -160,6 +170,16 @@ class GridsConfig(PreTrainedConfig):
             raise BudgetError(f"num_tokens={num_tokens}, but reducer '{reducer.type}' keeps none; drop num_tokens")
         reducer.num_tokens = num_tokens
         reducer.__post_init__()
+
+    def set_runtime(self, runtime: str) -> None:
+        """Have actions computed in this way.
+
+        Raises:
+            GridsError: If there is no such way.
+        """
+        if runtime not in RUNTIMES:
+            raise GridsError(f"runtime '{runtime}' is unknown; choose one of {', '.join(RUNTIMES)}")
+        self.runtime = runtime
 
     @property
     def token_schedule(self) -> TokenSchedule:

@@ -1,7 +1,7 @@
 """GridsPolicy: a base policy and the reducer between its vision tower and its trunk."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint.atomic import atomic_files
 from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
@@ -25,6 +25,8 @@ from .families import DensePolicy, Seam, get_family
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
+from .reducers.base import MapReducer
+from .runtime import FastRuntime
 from .versions import warn_of_unknown_lerobot
 
 warn_of_unknown_lerobot()
@@ -41,7 +43,11 @@ PLACES = {"index": "frame", "episode_index": "episode"}
 
 
 def compress(
-    policy: DensePolicy, num_tokens: int | None = None, reducer: str | ReducerConfig = "grids"
+    policy: DensePolicy,
+    num_tokens: int | None = None,
+    reducer: str | ReducerConfig = "grids",
+    *,
+    runtime: str = "eager",
 ) -> "GridsPolicy":
     """Give a dense policy K visual tokens per camera, by an untrained reducer.
 
@@ -50,6 +56,7 @@ def compress(
             bit-identical to what it was.
         num_tokens: K. Defaults to the reducer's own, 16.
         reducer: The name of a reducer, or its configuration.
+        runtime: How it acts: "eager", "fast" or "compiled" (`GridsPolicy.use_runtime`).
 
     Returns:
         The grids policy, on the same device and in evaluation mode.
@@ -65,7 +72,7 @@ def compress(
     device = next(policy.parameters()).device
     chosen = reducer_config(reducer) if isinstance(reducer, str) else reducer
     # LeRobot's configurations check that their device exists, and "meta" is not a device that exists.
-    config = GridsConfig(base=policy.config, reducer=chosen, num_tokens=num_tokens, device="cpu")
+    config = GridsConfig(base=policy.config, reducer=chosen, num_tokens=num_tokens, device="cpu", runtime=runtime)
     config.device = str(device)
     with torch.device(device):
         return GridsPolicy(config, base=policy).eval()
@@ -129,6 +136,55 @@ class GridsPolicy(PreTrainedPolicy):
             if config.position_ids == "dense":
                 self.family.keep_positions(base, self.seam)
         self.to(config.device)
+        self.use_runtime(config.runtime)
+
+    def use_runtime(self, runtime: str) -> None:
+        """Act in another way from now on; for the same observation and noise the actions are the same up to rounding.
+
+        Args:
+            runtime: "eager" runs LeRobot's own loop. "fast" runs a prefill and denoising steps without what does not
+                change the actions, on a GPU as CUDA graphs. "compiled" lets torch compile these first. Both are held
+                against the eager way at the first observation, and say how far they are apart.
+
+        Raises:
+            UnsupportedPolicyError: If the base policy, or the reducer, cannot act in that way.
+        """
+        base = self.require_attached()
+        before = self.config.runtime
+        self.config.set_runtime(runtime)
+        self.family.act_eagerly(base, self.seam)
+        if runtime == "eager":
+            return
+        fast = FastRuntime(
+            runtime,
+            build=partial(self.family.phases, base, self.seam),
+            budget=self.seam.budget,
+            weights=partial(_modules, self),
+            blocked=partial(_not_acting, self),
+        )
+        try:
+            if not isinstance(self._reducers()[0], MapReducer):
+                raise UnsupportedPolicyError(
+                    f"runtime={runtime} is not available with reducer '{self.config.reducer.type}', which does not "
+                    "work between vision tower and trunk; use runtime=eager"
+                )
+            self.family.act_through(base, self.seam, fast)
+        except UnsupportedPolicyError:
+            self.config.set_runtime("eager" if before == runtime else before)
+            raise
+
+    def warm_up(self, batch: dict[str, Tensor]) -> None:
+        """Prepare for observations like this one, outside the control loop: compile, record, compare with eager.
+
+        What differs from the first observation in its cameras, shapes or length of the instruction is prepared for when
+        it first comes.
+
+        Args:
+            batch: A pre-processed batch.
+        """
+        device = next(self.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self.predict_action_chunk(dict(batch))
 
     @property
     def num_tokens(self) -> int:
@@ -180,6 +236,8 @@ class GridsPolicy(PreTrainedPolicy):
     def train(self, mode: bool = True) -> Self:
         """Set the training mode. In training the budget is that of the step, otherwise `config.reducer.num_tokens`."""
         super().train(mode)
+        if mode and self.seam.runtime is not None:
+            self.seam.runtime.forget()
         self._advance_schedule(0)
         return self
 
@@ -217,6 +275,7 @@ class GridsPolicy(PreTrainedPolicy):
         This policy then refuses to act and to be trained.
         """
         base = self.require_attached()
+        self.family.act_eagerly(base, self.seam)
         self.family.detach(base)
         self._is_attached = False
         return base
@@ -257,7 +316,8 @@ class GridsPolicy(PreTrainedPolicy):
             GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
         state = batch.get(OBS_STATE)
-        return _finite(self.require_attached().predict_action_chunk(batch, **kwargs), state)
+        with self._acting():
+            return _finite(self.require_attached().predict_action_chunk(batch, **kwargs), state)
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Next action [b, action_dim], from the base policy's queue.
@@ -266,7 +326,11 @@ class GridsPolicy(PreTrainedPolicy):
             GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
         state = batch.get(OBS_STATE)
-        return _finite(self.require_attached().select_action(batch, **kwargs), state)
+        with self._acting():
+            return _finite(self.require_attached().select_action(batch, **kwargs), state)
+
+    def _acting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.seam.runtime is None else self.seam.runtime.act()
 
     def reset(self) -> None:
         self.base.reset()
@@ -423,6 +487,20 @@ def _require_finite_batch(batch: dict[str, Any]) -> None:
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:
     reducer: Reducer = policy.reducer
     return None if policy._looks_everywhere else reducer
+
+
+def _modules(policy: GridsPolicy) -> list[nn.Module]:
+    return [policy]
+
+
+def _not_acting(policy: GridsPolicy) -> str | None:
+    """Why the policy must not act through its fast runtime at the moment."""
+    if policy.training:
+        return "it is being trained, and its weights change; call eval()"
+    fixed = policy.config.runtime == "compiled" or next(policy.parameters()).is_cuda
+    if fixed and any(module._forward_hooks for module in policy.reducer.modules()):
+        return "something watches the sampler with a hook, which neither a compiled nor a recorded path calls"
+    return None
 
 
 def dense_policy(policy: Any) -> Any:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lerobot
@@ -221,6 +222,16 @@ def _chosen(request: Any, tmp_path_factory: Any, rows: Mapping[str, Row] = FAMIL
         pytest.skip(f"{row.policy_type} needs LeRobot {row.since}")
     row.folder = row.folder or tmp_path_factory.mktemp("tokenizers")
     return row
+
+
+@pytest.fixture
+def family_row(tmp_path_factory) -> Any:
+    """Gives a row by its name."""
+
+    def choose(name: str) -> Row:
+        return _chosen(SimpleNamespace(param=name), tmp_path_factory)
+
+    return choose
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

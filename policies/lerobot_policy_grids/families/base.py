@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
+from ..runtime import FastRuntime, Phases
 from .seam import Seam
 from .tower import Tower, sample_between
 
@@ -266,6 +267,28 @@ class Family(ABC):
             UnsupportedPolicyError: If LeRobot trains the trunk in a way that `attach_to_trunk` does not reach.
         """
 
+    def act_through(self, policy: DensePolicy, seam: Seam, runtime: FastRuntime) -> None:
+        """From now on `policy` acts through a runtime, whose phases are those of `phases`.
+
+        Raises:
+            UnsupportedPolicyError: If this family has none, or the policy is made in a way that keeps it from that.
+        """
+        raise UnsupportedPolicyError(
+            f"runtime={runtime.name} is not available for a '{self.policy_type}' policy, whose family declares no "
+            "phases; use runtime=eager"
+        )
+
+    def act_eagerly(self, policy: DensePolicy, seam: Seam) -> None:  # noqa: B027 (as above)
+        """Undo `act_through`. Harmless when it was not done."""
+
+    def phases(self, policy: DensePolicy, seam: Seam, cameras: list[int], steps: int) -> Phases:
+        """The two phases of `policy` for these cameras, by number, and denoising steps, with the reducer as it is now.
+
+        Raises:
+            UnavailableError: If they could not stand for the policy as it is.
+        """
+        raise NotImplementedError
+
     def to_bfloat16(self, policy: DensePolicy) -> bool:
         """Bring the policy to its family's own bfloat16 form, where it has one, and say whether it did."""
         return False
@@ -341,6 +364,16 @@ class Family(ABC):
             folder: For files that the policy wants to read, such as a tokenizer's.
             **options: Further fields of the configuration.
         """
+
+    def narrow(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> DensePolicy:
+        """`small` with all layers and steps of the real architecture: few channels, but as many operations.
+
+        Raises:
+            UnsupportedPolicyError: If there is no such instance.
+        """
+        raise UnsupportedPolicyError(
+            f"there is no narrow '{self.policy_type}' policy of full depth; measure it as it is"
+        )
 
 
 def image_size(shape: Sequence[int]) -> tuple[int, int]:

@@ -9,6 +9,10 @@ Modifications, from outside, of `lerobot/policies/{pi0,pi05,pi0_fast}`, which sh
   nothing attends to them and they advance no position, so the result is the same.
 Everything after that follows from the number of tokens: masks, positions, key-value cache, FAST decoding.
 
+A fast runtime acts in two phases (`Pi.phases`), made of the modules of the policy: Gemma's layers and the action
+expert's are `runtime.layers`. π0 gives the time to the expert's input and π0.5 to its norms; both are known for each
+step.
+
 To drop tokens inside the trunk of π0 and π0.5 (`attach_to_trunk`), hooks in front of each layer of the language model
 and of the action expert shorten what they get. In training LeRobot runs both through a function of its own, which
 nothing from outside reaches, so such a policy acts and has no loss.
@@ -23,19 +27,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
+from ..runtime import Cache, FastRuntime, Phases
+from ..runtime.flow import NoisyActions, step_times
+from ..runtime.layers import DecoderLayer, Heads, Norm, normalise, prefix_keys_values, rotation_tables, score_mask
+from ..runtime.phases import Rotation
 from ..tiny import VLM_FOLDER
+from .acting import Prepared, act_eagerly, act_through
 from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
-from .positions import keep_positions, release_positions
+from .positions import dense_positions, keep_positions, numbering_of, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
 from .seam import Sampling, Seam
-from .tower import Tower, release_tower
+from .tower import Tower, release_tower, run_between
 
 # The paper's (its openpi configurations): 30 k steps of 128 frames, peak 5e-5 after 10 k steps of warm-up.
 RECIPE = Recipe(steps=30_000, batch=128, micro_batch=8, lr=5e-5, warmup=1 / 3)
@@ -104,6 +114,20 @@ class Pi(Family):
     def tower(self, policy: DensePolicy) -> Tower:
         return Tower(_vision(policy).encoder, _vision(policy).config.hidden_size)
 
+    def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
+        act_through(policy, seam, runtime, self.stages(policy).steps_field, partial(_reduce, policy, seam))
+
+    def act_eagerly(self, policy: Any, seam: Seam) -> None:
+        act_eagerly(policy, seam)
+
+    @torch.no_grad()
+    def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
+        model = policy.model.paligemma_with_expert
+        step = _StepTimedByNorms if hasattr(policy.model, "time_mlp_in") else _StepTimedByInput
+        return Phases(
+            _Prefill(policy, seam, cameras), step(policy, steps), (model.paligemma.lm_head, model.gemma_expert.lm_head)
+        )
+
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         model = policy.model.paligemma_with_expert
         trunk, expert = model.paligemma.model.language_model.layers, model.gemma_expert.model.layers
@@ -161,15 +185,23 @@ class Pi(Family):
                 module.float()
 
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
+        return self._small(inputs, outputs, SMALL_DEPTHS, {"chunk_size": 8, "n_action_steps": 8} | options)
+
+    def narrow(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
+        return self._small(inputs, outputs, FULL_DEPTHS, options)
+
+    def _small(
+        self, inputs: dict[str, Any], outputs: dict[str, Any], depths: tuple[int, int], options: dict[str, Any]
+    ) -> Any:
         from lerobot.configs import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class
 
         size = (SMALL_IMAGE, SMALL_IMAGE)
-        fields = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8} | options
+        fields = {"max_state_dim": 8, "max_action_dim": 8} | options
         config = PreTrainedConfig.get_choice_class(self.policy_type)(
             input_features=inputs, output_features=outputs, image_resolution=size, device="cpu", **fields
         )
-        with small_sizes(self.policy_type):
+        with small_sizes(self.policy_type, *depths):
             policy: Any = get_policy_class(self.policy_type)(config)
         # π0.5's time conditioning starts at zero, which closes every gate: the policy would be nearly blind.
         for name, parameter in policy.named_parameters():
@@ -201,6 +233,12 @@ class PiFast(Pi):
         # It comes with its own code, which LeRobot runs: these two are LeRobot's and the authors'.
         "action_tokenizer_name": frozenset({"lerobot/fast-action-tokenizer", "physical-intelligence/fast"}),
     }
+
+    def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
+        raise UnsupportedPolicyError(
+            f"runtime={runtime.name} is not available for a '{self.policy_type}' policy: it decodes tokens one by one, "
+            "and its phases are written for denoising; use runtime=eager"
+        )
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         # Decoding runs the layers of the prefix again for each token.
@@ -279,13 +317,19 @@ def modeling(policy_type: str) -> Any:
 # The seam.
 
 
-def _preprocess_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _preprocess_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
     images, masks = type(policy)._preprocess_images(policy, batch)
+    if seam.acts_in_phases:
+        return Prepared(images, batch), masks
+    tokens = _reduce(policy, seam, Prepared(images, batch))
+    return tokens, masks[: len(tokens)]
+
+
+def _reduce(policy: Any, seam: Seam, prepared: Prepared) -> list[Tensor]:
     model = policy.model
     # As in the dense policy, the tower's activations are recomputed in backward if checkpointing is on.
     encode = partial(model._apply_checkpoint, partial(_run_tower, _paligemma(policy).vision_tower, seam))
-    tokens = seam.tokens(images, batch, encode, model.paligemma_with_expert.embed_language_tokens)
-    return tokens, masks[: len(tokens)]
+    return seam.tokens(prepared.images, prepared.batch, encode, model.paligemma_with_expert.embed_language_tokens)
 
 
 def _run_tower(tower: nn.Module, seam: Seam, images: Tensor, sample: Sampling | None = None) -> Tensor:
@@ -301,6 +345,209 @@ def _get_image_features(paligemma: Any, pixel_values: Tensor, **kwargs: Any) -> 
 
         return BaseModelOutputWithPooling(pooler_output=paligemma.multi_modal_projector(pixel_values))
     return type(paligemma).get_image_features(paligemma, pixel_values, **kwargs)
+
+
+# Acting in two phases.
+
+
+def _decoder(model: Any) -> tuple[list[DecoderLayer], Heads]:
+    """The layers of Gemma or of the action expert, and their heads."""
+    config = model.config
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    layers = [
+        DecoderLayer(layer, heads, layer.input_layernorm.eps, scale=_scale(layer.input_layernorm))
+        for layer in model.layers
+    ]
+    return layers, heads
+
+
+def _scale(norm: Any) -> Tensor | None:
+    """Scale float32 [c] of a norm; None if it depends on time."""
+    return 1.0 + norm.weight.float() if norm.dense is None else None
+
+
+def _later_scales(model: Any) -> Tensor:
+    """Scales float32 [layers + 1, c] of the norms before the MLPs, and of the last."""
+    norms = [*(layer.post_attention_layernorm for layer in model.layers), model.norm]
+    return torch.stack([1.0 + norm.weight.float() for norm in norms])
+
+
+def _embedded_times(policy: Any, steps: int) -> Tensor:
+    """Times float32 [steps, c], as LeRobot embeds them."""
+    project, config = policy.model.action_in_proj, policy.config
+    times = step_times(steps, project.weight.device)
+    embedded: Tensor = modeling(config.type).create_sinusoidal_pos_embedding(
+        times, project.out_features, min_period=config.min_period, max_period=config.max_period, device=times.device
+    )
+    return embedded.to(times.dtype)
+
+
+class _Prefill(nn.Module):
+    """Vision tower, sampler, projector and Gemma."""
+
+    scales: Tensor
+    projector: Any
+    state_proj: Any
+
+    def __init__(self, policy: Any, seam: Seam, cameras: list[int]) -> None:
+        super().__init__()
+        model = policy.model.paligemma_with_expert
+        paligemma, expert = model.paligemma.model, model.gemma_expert.model
+        trunk = paligemma.language_model
+        tower = getattr(paligemma.vision_tower, "vision_model", paligemma.vision_tower)
+        self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
+        self.embed_patches, self.encoder, self.tower_norm = tower.embeddings, tower.encoder, tower.post_layernorm
+        self.projector, self.embed_tokens = paligemma.multi_modal_projector, trunk.get_input_embeddings()
+        layers, self.heads = _decoder(trunk)
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("scales", _later_scales(trunk), persistent=False)
+        self.rotary, self.expert_rotary = trunk.rotary_emb, expert.rotary_emb
+        self.numbering = numbering_of(model)
+        self.dtype = trunk.layers[0].self_attn.q_proj.weight.dtype
+        self.chunk_size, self.state_proj = policy.config.chunk_size, getattr(policy.model, "state_proj", None)
+
+    def forward(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Cache:
+        """See `runtime.phases`."""
+        batch = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: token_mask, OBS_STATE: state}
+        visual, coordinates = self.seam.reduce(
+            self.reducer, images, batch, self.cameras, self._encode, self.embed_tokens
+        )
+        hidden = torch.cat([self.projector(torch.cat(visual, dim=1)), self.embed_tokens(tokens)], dim=1)
+        hidden = hidden.to(self.dtype)
+        real = [mask.expand(-1, camera.shape[1]) for mask, camera in zip(image_mask.split(1, 1), visual, strict=True)]
+        seen = torch.cat([*real, token_mask], dim=1)
+
+        positions = seen.cumsum(1) - 1
+        following = seen.sum(1, keepdim=True) + torch.arange(self._following, device=seen.device)
+        if self.numbering is not None and coordinates:
+            grid = self.seam.layout.token_grid
+            positions, moved = dense_positions(positions, coordinates, grid, 0, 0)
+            following = following + moved
+
+        visible = score_mask(seen[:, None], self.heads.keys, self.dtype)
+        rotation = self._rotation(self.rotary, hidden, positions)
+        return Cache(
+            tuple(prefix_keys_values(self.layers, hidden, rotation, visible, self.scales)),
+            score_mask(self._visible_later(seen), self.heads.keys, self.dtype),
+            self._rotation(self.expert_rotary, hidden, following),
+            () if self.state_proj is None else (self._embed_state(state),),
+        )
+
+    def _encode(self, images: Tensor, sample: Sampling | None = None) -> Tensor:
+        states = self.embed_patches(images)
+        if sample is None:
+            states = self.encoder(inputs_embeds=states).last_hidden_state
+        else:
+            states = run_between(self.encoder, self.seam.after, sample, states)
+        normed: Tensor = self.tower_norm(states)
+        return normed
+
+    @property
+    def _following(self) -> int:
+        """Tokens of the action expert."""
+        return self.chunk_size + (self.state_proj is not None)
+
+    def _rotation(self, rotary: Any, hidden: Tensor, positions: Tensor) -> Rotation:
+        cos, sin = rotary(hidden, positions)
+        return rotation_tables(cos, sin, self.heads.queries + self.heads.keys, self.heads.keys)
+
+    def _visible_later(self, seen: Tensor) -> Tensor:
+        """What the expert's tokens see: all that is real, but the state's token sees no action."""
+        own = seen.new_ones(len(seen), self._following)
+        visible = torch.cat([seen, own], dim=1)[:, None]
+        if self.state_proj is None:
+            return visible
+        number = torch.arange(visible.shape[-1], device=seen.device)
+        is_state = torch.arange(self._following, device=seen.device)[:, None] == 0
+        return visible & ~(is_state & (number > seen.shape[1]))
+
+    def _embed_state(self, state: Tensor) -> Tensor:
+        project = self.state_proj
+        padded = nn.functional.pad(state, (0, project.in_features - state.shape[-1]))
+        embedded: Tensor = project(padded.to(project.weight.dtype))
+        return embedded[:, None]
+
+
+class _Step(nn.Module):
+    """The action expert on noisy actions."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        expert = policy.model.paligemma_with_expert.gemma_expert.model
+        layers, _ = _decoder(expert)
+        self.layers = nn.ModuleList(layers)
+        self.dtype, self.eps = expert.layers[0].self_attn.q_proj.weight.dtype, expert.norm.eps
+        self.project_out, self.chunk_size = policy.model.action_out_proj, policy.config.chunk_size
+
+    def run(self, cache: Cache, hidden: Tensor, before: list[Norm], after: list[Norm]) -> Tensor:
+        """Tokens [b, t, c] through all layers, to the velocity of the actions.
+
+        Args:
+            cache: Of the prefill.
+            hidden: The tokens.
+            before: Norms before the attentions.
+            after: Norms before the MLPs, and the last.
+        """
+        hidden = hidden.to(self.dtype)
+        for layer, cached, first, second in zip(self.layers, cache.keys_values, before, after[:-1], strict=True):
+            hidden, _ = layer(hidden, cache.rotation, cache.mask, first, second, cached)
+        velocity: Tensor = self.project_out(normalise(hidden[:, -self.chunk_size :], after[-1], self.eps))
+        return velocity
+
+
+class _StepTimedByInput(_Step):
+    """π0's: the time is part of what each action is embedded as."""
+
+    scales: Tensor
+
+    def __init__(self, policy: Any, steps: int) -> None:
+        super().__init__(policy)
+        model = policy.model
+        times = _embedded_times(policy, steps)
+        self.actions = NoisyActions(model.action_in_proj, model.action_time_mlp_in, model.action_time_mlp_out, times)
+        self.register_buffer("scales", _later_scales(model.paligemma_with_expert.gemma_expert.model), persistent=False)
+
+    def forward(self, cache: Cache, x_t: Tensor, step: Tensor) -> Tensor:
+        """See `runtime.phases`."""
+        hidden = torch.cat([cache.extra[0], self.actions(x_t, step)], dim=1)
+        return self.run(cache, hidden, [Norm()] * len(self.layers), [Norm(scale) for scale in self.scales.unbind()])
+
+
+class _StepTimedByNorms(_Step):
+    """π0.5's: the time sets scale, shift and gate of each norm."""
+
+    tables: tuple[str, ...] = ("scales", "shifts", "biases", "gates")
+    scales: Tensor
+    shifts: Tensor
+    biases: Tensor
+    gates: Tensor
+
+    def __init__(self, policy: Any, steps: int) -> None:
+        super().__init__(policy)
+        model = policy.model
+        self.project = model.action_in_proj
+        hidden = nn.functional.silu(model.time_mlp_in(_embedded_times(policy, steps)))
+        condition = nn.functional.silu(model.time_mlp_out(hidden))
+        expert = model.paligemma_with_expert.gemma_expert.model
+        norms = [*(layer.input_layernorm for layer in expert.layers)]
+        norms += [*(layer.post_attention_layernorm for layer in expert.layers), expert.norm]
+        modulations = [norm.dense(condition.to(norm.dense.weight.dtype)).float().chunk(3, dim=-1) for norm in norms]
+        scales, shifts, gates = (torch.stack(parts, dim=1) for parts in zip(*modulations, strict=True))
+        first: Any = self.layers
+        pairs = zip(shifts.to(self.dtype).unbind(1), first, strict=False)
+        biases = torch.stack([nn.functional.linear(shift, layer.weight, layer.bias) for shift, layer in pairs], dim=1)
+        values = {"scales": 1 + scales, "shifts": shifts, "biases": biases, "gates": gates.to(self.dtype)}
+        for name in self.tables:
+            self.register_buffer(name, values[name], persistent=False)
+
+    def forward(self, cache: Cache, x_t: Tensor, step: Tensor) -> Tensor:
+        """See `runtime.phases`."""
+        rows = (getattr(self, name).index_select(0, step)[0].unbind() for name in self.tables)
+        scales, shifts, biases, gates = rows
+        count = len(biases)
+        before = [Norm(scales[i], bias=biases[i], gate=gates[i]) for i in range(count)]
+        after = [Norm(scales[i], shifts[i], gate=gates[i]) for i in range(count, len(scales))]
+        return self.run(cache, self.project(x_t), before, after)
 
 
 # Dropping tokens inside the trunk.
@@ -368,32 +615,36 @@ def _no_actions(tokens: Tensor, action_horizon: int, action_dim: int) -> Tensor:
 # projector and vision width. Globals of its module, replaced while a policy is constructed, make it small.
 
 SMALL_WIDTH, SMALL_VISION, SMALL_IMAGE, SMALL_PATCH = 32, 24, 112, 14
+# Layers of Gemma and of the vision tower.
+SMALL_DEPTHS, FULL_DEPTHS = (2, 2), (18, 27)
 # Characters, a few named tokens and spares: ids that stand for FAST's action tokens.
 VOCABULARY = ("<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS, "Action", *(f"w{i}" for i in range(100)))
 
 
 @contextmanager
-def small_sizes(policy_type: str) -> Iterator[None]:
-    """In this block a π policy of this type is constructed small."""
+def small_sizes(policy_type: str, depth: int = SMALL_DEPTHS[0], vision_depth: int = SMALL_DEPTHS[1]) -> Iterator[None]:
+    """In this block a π policy of this type is constructed small, with so many layers."""
     module = modeling(policy_type)
     # LeRobot reshapes by a literal 8 heads.
     gemma = module.GemmaConfig(
-        width=SMALL_WIDTH, depth=2, mlp_dim=2 * SMALL_WIDTH, num_heads=8, num_kv_heads=1, head_dim=8
+        width=SMALL_WIDTH, depth=depth, mlp_dim=2 * SMALL_WIDTH, num_heads=8, num_kv_heads=1, head_dim=8
     )
     names = ("PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")
-    models = {name: partial(_small_model, getattr(module, name)) for name in names if hasattr(module, name)}
+    models = {
+        name: partial(_small_model, getattr(module, name), vision_depth) for name in names if hasattr(module, name)
+    }
     with replaced(module, get_gemma_config=lambda variant: gemma, **models):
         yield
 
 
-def _small_model(make: Any, config: Any) -> Any:
+def _small_model(make: Any, vision_depth: int, config: Any) -> Any:
     """Construct one of transformers' models with what LeRobot's variants do not reach."""
     text = getattr(config, "text_config", config)
     text.vocab_size = len(VOCABULARY)
     if hasattr(config, "vision_config"):
         config.projection_dim = SMALL_WIDTH
         sizes = {"hidden_size": SMALL_VISION, "intermediate_size": 2 * SMALL_VISION, "projection_dim": SMALL_WIDTH}
-        counts = {"num_hidden_layers": 2, "num_attention_heads": 2}
+        counts = {"num_hidden_layers": vision_depth, "num_attention_heads": 2}
         image = {"image_size": SMALL_IMAGE, "patch_size": SMALL_PATCH}
         config.vision_config.update(sizes | counts | image)
     return make(config=config)

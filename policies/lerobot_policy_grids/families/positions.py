@@ -51,6 +51,12 @@ def release_positions(trunk: nn.Module) -> None:
     vars(trunk).pop("forward", None)
 
 
+def numbering_of(trunk: nn.Module) -> DenseNumbering | None:
+    """How `keep_positions` has a trunk number its tokens; None where it was not done."""
+    forward = vars(trunk).get("forward")
+    return next((part for part in getattr(forward, "args", ()) if isinstance(part, DenseNumbering)), None)
+
+
 def dense_positions(
     positions: Tensor, coordinates: list[Tensor], token_grid: tuple[int, int], before: int, after: int
 ) -> tuple[Tensor, Tensor]:

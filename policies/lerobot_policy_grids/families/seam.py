@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..reducers import Reducer, TokenLayout
 from ..reducers.anchors import Region
 from ..reducers.layout import masked_mean
+from ..runtime import FastRuntime
 
 # A border of the image may be this far from where it was in training, as a share of the vision tower's input.
 SAME_PLACE = 0.02
@@ -68,6 +70,8 @@ class Seam:
         self._get_reducer = get_reducer
         self.layout = layout
         self.inside = inside
+        # Layers of the vision tower that see all patches, once it is sampled inside.
+        self.after = 0
         # What the vision tower does between two of its layers in the call that is running, if anything.
         self.between: Sampling | None = None
         self._image_region = image_region
@@ -76,6 +80,8 @@ class Seam:
         self._kept: list[Tensor] | None = None
         # Coordinates of each camera in the last call, once they are to be remembered.
         self.coordinates: list[Tensor] | None = None
+        # Acts in place of the policy's own loop, if there is one.
+        self.runtime: FastRuntime | None = None
 
     def tokens(
         self,
@@ -98,17 +104,66 @@ class Seam:
             [b, k, c] for each camera in the batch. Nothing attends to the blank images of missing ones, so they cost
             no vision and no tokens.
         """
-        cameras = present_cameras(self.layout.cameras, batch)
-        if not self._unseen.isdisjoint(cameras):
-            self._warn_of_other_shapes(batch, cameras)
+        cameras = self.cameras_of(batch)
         images = images[: len(cameras)]
-        reducer: Any = self._get_reducer()
+        reducer: Any = self.reducer
         self._remember([])
         if reducer is not None and reducer.num_tokens == 0:
             self._remember([image.new_zeros(len(image), 0, 2) for image in images])
             return [image.new_zeros(len(image), 0, self.layout.width) for image in images]
+        stack, encode = torch.cat(images), partial(self._encode, encode)
+        tokens, coordinates = self.reduce(reducer, stack, batch, cameras, encode, embed_language)
+        self._remember(coordinates)
+        return tokens
+
+    @property
+    def reducer(self) -> Reducer | None:
+        """The reducer at the moment; None for all tokens."""
+        return self._get_reducer()
+
+    @property
+    def acts_in_phases(self) -> bool:
+        """Whether a runtime is about to take the policy's images as they are."""
+        return self.runtime is not None and self.runtime.acting
+
+    def cameras_of(self, batch: Mapping[str, Any]) -> list[int]:
+        """Numbers of the cameras in a batch, whose images lie where they did in training, or a warning says so."""
+        cameras = present_cameras(self.layout.cameras, batch)
+        if not self._unseen.isdisjoint(cameras):
+            self._warn_of_other_shapes(batch, cameras)
+        return cameras
+
+    def budget(self, cameras: list[int]) -> tuple[int, tuple[int, ...]] | None:
+        """The reducer, by its identity, and its tokens for each of these cameras; None for all tokens."""
+        reducer: Any = self.reducer
+        if reducer is None:
+            return None
+        return id(reducer), tuple(reducer.tokens_of(camera) for camera in cameras)
+
+    def reduce(
+        self,
+        reducer: Any,
+        images: Tensor,
+        batch: Mapping[str, Any],
+        cameras: list[int],
+        encode: Callable[..., Tensor],
+        embed_language: Callable[[Tensor], Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Encode images and reduce what becomes of them, a function of tensors alone.
+
+        Args:
+            reducer: Reduces them; None keeps all.
+            images: Prepared images, stacked camera by camera.
+            batch: The policy's batch; only what the reducer is conditioned on is read.
+            cameras: Their numbers.
+            encode: As in `tokens`.
+            embed_language: Token ids [b, l] to [b, l, c].
+
+        Returns:
+            (Tokens [b, k, c] of each camera, their coordinates [b, k, 2]; none where all tokens are kept).
+        """
         if reducer is None or reducer.in_trunk:
-            return list(self._encode(encode, images).chunk(len(cameras)))
+            return list(encode(images).chunk(len(cameras))), []
         context = gather_context(
             reducer.condition_on,
             batch,
@@ -117,13 +172,12 @@ class Seam:
             cameras=cameras,
         )
         if self.inside is not None:
-            return self._reduce(reducer, torch.cat(images), encode, context, cameras)
-        dense = self._encode(encode, images)
-        extra, cells = dense.split([self.layout.extra_tokens, self.layout.num_dense_tokens], dim=1)
-        tokens = self._reduce(reducer, cells, _sample, context, cameras)
+            return self._reduce(reducer, images, encode, context, cameras)
+        extra, cells = encode(images).split([self.layout.extra_tokens, self.layout.num_dense_tokens], dim=1)
+        tokens, coordinates = self._reduce(reducer, cells, _sample, context, cameras)
         if self.layout.extra_tokens:
             tokens = [torch.cat(pair, dim=1) for pair in zip(extra.chunk(len(cameras)), tokens, strict=True)]
-        return tokens
+        return tokens, coordinates
 
     def _warn_of_other_shapes(self, batch: Mapping[str, Any], cameras: list[int]) -> None:
         """Say, once for each camera, that its images lie elsewhere than those for which the points were placed."""
@@ -147,8 +201,8 @@ class Seam:
         read: Callable[[Tensor, "Sampling"], Tensor],
         context: dict[str, Tensor],
         cameras: list[int],
-    ) -> list[Tensor]:
-        """Tokens of each camera.
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(Tokens, coordinates) of each camera.
 
         Args:
             reducer: The reducer.
@@ -168,8 +222,7 @@ class Seam:
             sample = Sampling(reducer, (self.inside or self.layout).map_grid, own, group[0])
             tokens += read(stack[part], sample).chunk(len(group))
             coordinates += sample.coordinates.chunk(len(group))
-        self._remember(coordinates)
-        return tokens
+        return tokens, coordinates
 
     def remember_coordinates(self) -> None:
         """From now on `coordinates` holds those of the last call, of each camera."""
@@ -212,10 +265,12 @@ class Seam:
         finally:
             self._kept = None
 
-    def _encode(self, encode: Callable[[Tensor], Tensor], images: list[Tensor]) -> Tensor:
+    def _encode(self, encode: Callable[..., Tensor], images: Tensor, sample: Sampling | None = None) -> Tensor:
+        if sample is not None:
+            return encode(images, sample)
         if self._kept:
             return self._kept[0]
-        dense = encode(torch.cat(images))
+        dense = encode(images)
         if self._kept is not None:
             self._kept.append(dense)
         return dense
@@ -257,6 +312,6 @@ def gather_context(
         context["state"] = torch.nn.functional.pad(state, (0, state_width - state.shape[-1]))
     context = {name: value.repeat(len(cameras), 1) for name, value in context.items()}
     if "camera" in condition_on:
-        numbers = torch.tensor(cameras, device=tokens.device)
-        context["camera"] = numbers.repeat_interleave(len(tokens))
+        # Filled on the device: a list of numbers would be copied there, and waited for.
+        context["camera"] = torch.cat([tokens.new_full(tokens.shape[:1], number) for number in cameras])
     return context

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
-from .seam import Seam
+from .seam import Sampling, Seam
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Tower:
 
 def sample_between(encoder: nn.Module, seam: Seam, after: int) -> None:
     """From now on an encoder goes on, after some layers, with what `seam.between` makes of its states."""
-    encoder.forward = partial(_forward, encoder, seam, after)
+    seam.after = after
+    encoder.forward = partial(_forward, encoder, seam)
 
 
 def release_tower(encoder: nn.Module) -> None:
@@ -53,13 +54,20 @@ def release_tower(encoder: nn.Module) -> None:
     vars(encoder).pop("forward", None)
 
 
-def _forward(encoder: Any, seam: Seam, after: int, inputs_embeds: Tensor, attention_mask: Any = None, **kw: Any) -> Any:
+def _forward(encoder: Any, seam: Seam, inputs_embeds: Tensor, attention_mask: Any = None, **kw: Any) -> Any:
     from transformers.modeling_outputs import BaseModelOutput
 
     sample = seam.between
     if sample is None:
         return type(encoder).forward(encoder, inputs_embeds, attention_mask, **kw)
-    states = inputs_embeds
+    states = run_between(encoder, seam.after, sample, inputs_embeds, attention_mask, **kw)
+    return BaseModelOutput(last_hidden_state=states)
+
+
+def run_between(
+    encoder: Any, after: int, sample: Sampling, states: Tensor, attention_mask: Tensor | None = None, **kw: Any
+) -> Tensor:
+    """What the layers of a tower make of states [n, t, c], sampled after some of them: [n, k, c]."""
     for layer in encoder.layers[:after]:
         states = layer(states, attention_mask, **kw)
     states = sample(states)
@@ -68,4 +76,4 @@ def _forward(encoder: Any, seam: Seam, after: int, inputs_embeds: Tensor, attent
         attention_mask = attention_mask[..., : states.shape[1], : states.shape[1]]
     for layer in encoder.layers[after:]:
         states = layer(states, attention_mask, **kw)
-    return BaseModelOutput(last_hidden_state=states)
+    return states

@@ -168,7 +168,7 @@ class GridSampler(AnchoredSampler):
         for name in self.condition_on:
             given = context[name]
             if name == "camera":
-                given = nn.functional.one_hot(given, self.num_cameras)
+                given = given[:, None] == torch.arange(self.num_cameras, device=given.device)
             elif self.language_norm is not None and name == "language":
                 given = norm32(self.language_norm, given)
             hidden = hidden + linear32(self.inputs[name], given)[:, None]  # type: ignore[arg-type]

@@ -196,7 +196,7 @@ class MeanSampler(AnchoredSampler):
                 # Global average pooling (paper, coordinate prediction), in float32.
                 part = feature_map.float().mean(dim=(1, 2))
             elif name == "camera":
-                part = nn.functional.one_hot(context[name], self.num_cameras).float()
+                part = (context[name][:, None] == torch.arange(self.num_cameras, device=context[name].device)).float()
             else:
                 part = context[name].float()
             if name in self.norms:

@@ -1,0 +1,9 @@
+"""How a policy's action chunks are computed: prefill and denoising step as plain modules, and a fast path of them.
+
+It knows torch and no policy: each family says in its own file what its phases are made of.
+"""
+
+from .fast import RUNTIMES, FastRuntime
+from .phases import Cache, Observation, Phases, UnavailableError
+
+__all__ = ["RUNTIMES", "Cache", "FastRuntime", "Observation", "Phases", "UnavailableError"]

@@ -1,0 +1,227 @@
+"""The fast path of a policy, which is held against the slow one before it acts.
+
+The first observation of each shape is computed both ways from the same noise. How far the two are apart is printed. Up
+to a bound the fast path acts from then on; beyond it, or where it cannot be built, the policy goes on as before and
+a warning says why.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GridsError, first_line
+from .flow import integrate
+from .phases import Observation, Phases, UnavailableError
+from .program import Loop, Program
+from .weights import Mark, mark
+
+RUNTIMES = ("eager", "fast", "compiled")
+
+# Largest difference between the two paths, as a share of the range of the actions. Both round in other places. In
+# float32 that was 2e-6 at most (docs/speed.md); in the others it is about what rounding the weights to them changes.
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Of float32 where matrix products round their inputs to 10 bits.
+TF32_BOUND = 2e-2
+
+
+class FastRuntime:
+    """Runs a policy's two phases in place of its own loop, where that gives the same actions.
+
+    Args:
+        name: "fast" or "compiled".
+        build: (numbers of the cameras, denoising steps) to the phases; raises UnavailableError.
+        budget: Numbers of the cameras to what says how their tokens are reduced at the moment.
+        weights: The modules whose weights the phases use.
+        blocked: Why the phases must not be used at the moment; None if they may.
+
+    Attributes:
+        acting: Whether the policy is asked for actions, and not for a loss.
+        differences: What was found of each shape of observation: the share of the range of the actions, or why the
+            policy acts without the fast path.
+        programs: What acts for each shape; None where the slow path does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        build: Callable[[list[int], int], Phases],
+        budget: Callable[[list[int]], Any],
+        weights: Callable[[], Iterable[nn.Module]],
+        blocked: Callable[[], str | None],
+    ) -> None:
+        self.name = name
+        self._build, self._budget, self._weights, self._blocked = build, budget, weights, blocked
+        self.acting = False
+        self.differences: dict[Any, float | str] = {}
+        self._phases: dict[Any, Phases] = {}
+        self.programs: dict[Any, Program | None] = {}
+        self._mark: Mark | None = None
+        self._parked: dict[nn.Module, torch.device] = {}
+        self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has its own weights, and graphs cannot be copied.
+        empty: dict[str, Any] = {name: {} for name in ("_phases", "programs", "differences", "_parked")}
+        return vars(self) | empty | {"_mark": None, "acting": False}
+
+    @contextmanager
+    def act(self) -> Iterator[None]:
+        """In this block the policy is asked for actions."""
+        before, self.acting = self.acting, True
+        try:
+            yield
+        finally:
+            self.acting = before
+
+    def chunk(
+        self,
+        observation: Observation,
+        noise: Tensor,
+        *,
+        cameras: list[int],
+        steps: int,
+        eager: Callable[[], Tensor],
+        loop: Loop = integrate,
+    ) -> Tensor:
+        """An action chunk [b, t, a].
+
+        Args:
+            observation: What the policy sees.
+            noise: What it starts from, [b, t, a].
+            cameras: Numbers of the cameras whose images these are.
+            steps: Denoising steps.
+            eager: The slow path, from the same observation and noise.
+            loop: Runs the denoising steps.
+        """
+        reason = self._blocked() or _blocked_by_torch(noise)
+        if reason is not None:
+            self._warn(reason)
+            return eager()
+        self._notice_changes()
+        shapes = tuple((value.shape, value.dtype) for value in (*observation, noise))
+        key = (shapes, noise.device, tuple(cameras), self._budget(cameras), steps)
+        # Tensors of inference mode cannot be written to outside it, and graphs keep some.
+        with torch.inference_mode(False), torch.no_grad():
+            observation, noise = Observation(*map(_own, observation)), _own(noise)
+            if key not in self.programs:
+                return self._first(key, observation, noise, cameras, steps, eager, loop)
+            program = self.programs[key]
+            if program is not None:
+                return program(observation, noise, loop)
+        return eager()
+
+    def _first(
+        self,
+        key: Any,
+        observation: Observation,
+        noise: Tensor,
+        cameras: list[int],
+        steps: int,
+        eager: Callable[[], Tensor],
+        loop: Loop,
+    ) -> Tensor:
+        """Build the program for observations of a shape, and hold it against the slow path."""
+        expected = eager()
+        try:
+            phases = self._phases_of(cameras, steps)
+            program = Program(phases, steps, observation, noise, compiled=self.name == "compiled")
+            found = program(observation, noise, loop)
+        except Exception as error:  # whatever it is, the robot can act without
+            kind = "" if isinstance(error, GridsError) else f"{type(error).__name__}: "
+            self._refuse(key, f"{kind}{first_line(error)}")
+            return expected
+        if not bool(expected.isfinite().all()):
+            # Nothing can be learnt from it, and whoever asked refuses it.
+            return expected
+        difference = float((found - expected).abs().max() / (expected.max() - expected.min()).clamp_min(1e-9))
+        bound = self._bound(noise.device)
+        if not difference <= bound:
+            apart = f"{difference:.1e} of the range of the actions"
+            self._refuse(key, f"its first action chunk differs by {apart}, more than {bound:.0e}")
+            return expected
+        self.programs[key] = program
+        self.differences[key] = difference
+        print(
+            f"runtime={self.name}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual tokens, "
+            f"{observation.tokens.shape[1]} language tokens on {noise.device}: the first action chunk differs from the "
+            f"eager one by {difference:.1e} of the range of the actions (at most {bound:.0e})",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._park(phases)
+        return expected
+
+    def _phases_of(self, cameras: list[int], steps: int) -> Phases:
+        """Phases do not depend on K or the length of instructions, and hold copies of weights: they are shared."""
+        budget = self._budget(cameras)
+        key = (tuple(cameras), steps, None if budget is None else budget[0])
+        if key not in self._phases:
+            self._phases[key] = self._build(cameras, steps)
+        return self._phases[key]
+
+    def _bound(self, device: torch.device) -> float:
+        dtypes = {weight.dtype for module in self._weights() for weight in module.parameters()}
+        bound = max(BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes)
+        rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        return max(bound, TF32_BOUND) if rounds else bound
+
+    def _refuse(self, key: Any, reason: str) -> None:
+        self.programs[key] = None
+        self.differences[key] = reason
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logging.getLogger(__name__).warning(f"runtime={self.name} is not used, the policy acts eagerly: {reason}")
+
+    def _notice_changes(self) -> None:
+        now = mark(self._weights(), self._parked)
+        if self._mark is not None and now != self._mark:
+            self.forget()
+            now = mark(self._weights())
+        self._mark = now
+
+    def forget(self) -> None:
+        """Drop what was computed from weights; the next observation is computed both ways again."""
+        for stored in (self._phases, self.programs, self.differences, self._said):
+            stored.clear()
+        self._mark = None
+        for module, device in self._parked.items():
+            module.to(device)
+        self._parked.clear()
+
+    def _park(self, phases: Phases) -> None:
+        """Keep weights that no phase reads out of the GPU's memory; `forget` brings them back."""
+        used = {id(weight) for phase in (phases.prefill, phases.denoise_step) for weight in phase.parameters()}
+        for module in phases.unused:
+            weights = list(module.parameters())
+            if weights and weights[0].is_cuda and used.isdisjoint(map(id, weights)):
+                self._parked[module] = weights[0].device
+                module.cpu()
+        self._mark = mark(self._weights(), self._parked)
+
+
+def _blocked_by_torch(noise: Tensor) -> str | None:
+    if noise.is_meta:
+        return "meta tensors have no values to compare"
+    if torch.is_autocast_enabled(noise.device.type):
+        return "autocast is on, which the phases would not follow; give the policy a dtype instead"
+    return None
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.clone() if value.is_inference() else value
+
+
+def _described(budget: Any) -> str:
+    return "all" if budget is None else " + ".join(str(count) for count in budget[1])
+
+
+__all__ = ["RUNTIMES", "FastRuntime", "UnavailableError"]

@@ -1,0 +1,80 @@
+"""What a policy does for one action chunk, in two phases: a prefill, and a denoising step that is repeated.
+
+Both are plain modules, functions of tensors alone. Their shapes follow from the batch, the cameras, K and the bucket of
+the language's length. Nothing in them reads a value back to the CPU, so that they can be compiled, recorded as a
+CUDA graph, exported and timed one by one.
+
+Axes used in shapes: b batch, n cameras that sent an image, l language tokens, p tokens of the prefix, t actions of the
+chunk, a action dimensions, h query heads, g key heads, d channels of a head.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import GridsError
+
+
+class UnavailableError(GridsError):
+    """The two phases cannot stand for this policy as it is; its message says why."""
+
+
+class Observation(NamedTuple):
+    """What the prefill gets.
+
+    Attributes:
+        images: float32 [n * b, 3, height, width], prepared as the vision tower wants them, camera by camera.
+        image_mask: bool [b, n], which images are real.
+        tokens: int64 [b, l], the instruction.
+        token_mask: bool [b, l], false for padding.
+        state: float32 [b, s], the robot's state.
+    """
+
+    images: Tensor
+    image_mask: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+    state: Tensor
+
+
+class Rotation(NamedTuple):
+    """Tables of rotary position embeddings, broadcast to [b, t, heads, d]; see `layers.rotate`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Cache(NamedTuple):
+    """What the prefill leaves for the denoising steps; they change none of it.
+
+    Attributes:
+        keys_values: For each layer of the action expert, keys and then values of the prefix, [b, 2 * g, p, d].
+        mask: Added to the scores of the chunk's tokens, broadcast to [b * g, 1, t, p + t]; 0 or hugely negative.
+        rotation: Of the chunk's tokens.
+        extra: What else does not change from step to step.
+    """
+
+    keys_values: tuple[Tensor, ...]
+    mask: Tensor
+    rotation: Rotation
+    extra: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class Phases:
+    """The two phases of a policy, for fixed cameras, K and number of steps.
+
+    They hold the policy's own modules, and tensors that were computed from its weights: after the weights changed, new
+    phases must be built.
+
+    Attributes:
+        prefill: `prefill(*Observation) -> Cache`: vision tower, sampler and trunk.
+        denoise_step: `denoise_step(cache, x_t, step) -> velocity`: x_t and the velocity float32 [b, t, a], step
+            int64 [1], the number of a step; its time is 1 - step / steps.
+        unused: Modules with weights that no phase reads.
+    """
+
+    prefill: nn.Module
+    denoise_step: nn.Module
+    unused: tuple[nn.Module, ...] = ()
