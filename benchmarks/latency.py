@@ -35,6 +35,7 @@ from lerobot_grids.profiling.operations import count_operations
 from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
+from lerobot_policy_grids.reducers import reducer_config
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 STAGES = ("vision", "prefill", "steps", "total")
@@ -119,8 +120,8 @@ def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     (program,) = runtime.programs.values()
     if program is None:
         raise SystemExit(f"the fast path does not act: {runtime.differences}")
-    inside = [] if runtime.name == "compiled" or next(base.parameters()).is_cuda else [(encoder, "forward", "vision")]
-    return [*inside, (program, "denoise_step", "steps")]
+    whole = runtime.name == "compiled" or next(base.parameters()).is_cuda or policy.seam.inside is not None
+    return [*([] if whole else [(encoder, "forward", "vision")]), (program, "denoise_step", "steps")]
 
 
 def measure(name: str, policy: Any, act: Callable[[], torch.Tensor], options: argparse.Namespace) -> tuple[Row, Any]:
@@ -190,12 +191,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         dense.model.sample_actions = torch.compile(dense.model.sample_actions, mode=dense.config.compile_mode)
         add("LeRobot dense compiled", dense)
         del dense.model.sample_actions
-    policy = compress(dense, options.tokens)
-    expected = add(f"K={options.tokens}", policy)
-    for runtime in ("fast", *(["compiled"] if options.compiled else [])):
-        policy.use_runtime(runtime)
-        policy.warm_up(batch)
-        add(f"K={options.tokens} {runtime}", policy, expected)
+    for layer in (None, *options.sample_after_layer):
+        inside = {} if layer is None else {"sample_after_layer": layer}
+        policy = compress(dense, reducer=reducer_config("grids", num_tokens=options.tokens, **inside))
+        name = f"K={options.tokens}" + ("" if layer is None else f" L={layer}")
+        expected = add(name, policy)
+        for runtime in ("fast", *(["compiled"] if options.compiled else [])):
+            policy.use_runtime(runtime)
+            policy.warm_up(batch)
+            add(f"{name} {runtime}", policy, expected)
+        dense = policy.detach()
     return {
         "kind": "latency",
         "family": options.family,
@@ -203,6 +208,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "cameras": options.cameras,
         "tokens": options.tokens,
+        "sample_after_layer": options.sample_after_layer,
         "dense_tokens": family.layout(dense).num_dense_tokens,
         "words": options.words,
         "device": device_name(options.device),
@@ -230,6 +236,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, help="pi0, pi05 or smolvla")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
+    parser.add_argument(
+        "--sample_after_layer",
+        type=int,
+        nargs="+",
+        default=[],
+        help="layers of the vision tower after which tokens are sampled inside it, for more rows",
+    )
     parser.add_argument("--narrow", action="store_true", help="all layers and steps, but few channels and 112 px")
     parser.add_argument("--cameras", type=int, default=2)
     parser.add_argument("--words", type=int, default=16, help="tokens of the instruction, before padding")

@@ -265,7 +265,7 @@ def test_eval_verify_hashes_again(grids_checkpoint, tmp_path, capsys, monkeypatc
         (["--tasks=push-v2"], "no task push-v2"),
         (["--env=gazebo"], "'gazebo' is unknown"),
         (["--tokens=37"], "1 .. 36"),
-        (["--tokens=0"], "1 .. 36"),
+        (["--tokens=0"], "--tokens 0; give at least 1"),
         (["--episodes=0"], "--episodes 0"),
         (["--device=foo"], "device 'foo' is not available"),
         (["--env_args={max_steps: 0}"], "max_steps=0"),

@@ -52,11 +52,11 @@ def distance(kind, a, b):
     return len(words.split()) + len(other_words.split()) - 2 * len(kept)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_the_command_line_knows_every_kind():
     assert tuple(KINDS) == PERTURBATIONS
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_severity_is_monotone(kind, nominal, perturbed):
     distances = [distance(kind, perturbed[kind, severity], nominal) for severity in SEVERITIES]
     assert 0 < distances[0] < distances[1] < distances[2]
