@@ -236,13 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, help="pi0, pi05 or smolvla")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
-    parser.add_argument(
-        "--sample_after_layer",
-        type=int,
-        nargs="+",
-        default=[],
-        help="layers of the vision tower after which tokens are sampled inside it, for more rows",
-    )
+    more = "also with tokens sampled inside the vision tower, after so many layers"
+    parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)
     parser.add_argument("--narrow", action="store_true", help="all layers and steps, but few channels and 112 px")
     parser.add_argument("--cameras", type=int, default=2)
     parser.add_argument("--words", type=int, default=16, help="tokens of the instruction, before padding")

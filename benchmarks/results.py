@@ -23,6 +23,7 @@ KEYED = {
     "comparison": ("kind", "perturb", "tamper"),
     "trial": ("kind", "family", "dataset", "command"),
     "fuzz": ("kind", "seed", "number"),
+    "latency": ("kind", "family", "narrow", "dtype", "cameras", "tokens", "device", "threads", "clock"),
     "libero-expert": ("kind", "suite", "task", "layout", "expert"),
 }
 # Fields of `lerobot-grids eval` and `validate` -> names in the lines.
