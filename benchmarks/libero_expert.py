@@ -1,6 +1,6 @@
 """How often the scripted expert succeeds, and how often the same expert does that does not look.
 
-    python benchmarks/libero_expert.py --episodes 3      # 10 minutes on one core
+    python benchmarks/libero_expert.py --suites libero_object      # 10 minutes on one core
 
 The expert that does not look believes that each object is at the mean of its official places. Where it succeeds,
 success does not show that a policy looks. One line of JSON for each task, layout and expert.
@@ -67,13 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", default=["libero_object", "libero_spatial"])
     parser.add_argument("--layouts", nargs="+", default=["official", "dealt"])
+    parser.add_argument("--tasks", nargs="+", type=int, default=range(10), help="numbers of the suites' tasks")
     parser.add_argument("--episodes", type=int, default=3, help="of each task")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "libero-expert.jsonl")
     asked = parser.parse_args()
     for suite in asked.suites:
         for layout in asked.layouts:
             sums = {"looks": "", "blind": ""}
-            for number in range(10):
+            for number in asked.tasks:
                 lines = measure(suite, number, layout, asked.episodes)
                 results.put(asked.results, lines)
                 for line in lines:

@@ -26,6 +26,8 @@ KEYED = {
     "latency": ("kind", "family", "narrow", "dtype", "cameras", "tokens", "device", "threads", "clock"),
     "libero-expert": ("kind", "suite", "task", "layout", "expert"),
 }
+# Costs in the line of a comparison, and their format.
+COSTS = {"gflops": ".3g", "latency_ms": ".1f"}
 # Fields of `lerobot-grids eval` and `validate` -> names in the lines.
 NAMES = {"num_tokens": "tokens", "num_dense_tokens": "dense_tokens"}
 SHARED = ("policy", "policy_type", "num_tokens", "num_dense_tokens")
@@ -166,8 +168,7 @@ def table(lines: list[Line]) -> list[list[str]]:
         successes, episodes, low, high = _interval(ours)
         row = [name, str(ours[0].get("tokens", "?"))]
         if costs:
-            known = name in costs["gflops"]
-            row += [f"{costs['gflops'][name]:.3g}", f"{costs['latency_ms'][name]:.1f}"] if known else ["", ""]
+            row += [f"{costs[kind][name]:{digits}}" if name in costs[kind] else "" for kind, digits in COSTS.items()]
         row += [str(sum(line["outcomes"].get(task, "").count("1") for line in ours)) for task in tasks]
         row += [f"{successes}/{episodes}", f"{100 * low:.0f} \u2013 {100 * high:.0f}"]
         row.append(" ".join(f"{100 * sum(bits) / len(bits):.0f}" for bits in _flat(ours)))

@@ -16,6 +16,8 @@ STUDIES = sorted((BENCHMARKS / "studies").glob("*.yaml"))
 RESULTS = sorted((BENCHMARKS / "results").glob("*.jsonl"))
 MAIN = {
     "dense": "1126/1200",
+    "grids16": "1104/1200",
+    "grids4": "1086/1200",
     "mean24": "1101/1200",
     "mean16": "1103/1200",
     "mean4": "1097/1200",
