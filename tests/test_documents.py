@@ -327,7 +327,7 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
-    elif name == "latency":
+    elif name in ("latency", "libero_expert", "scenes", "tower"):
         assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments
@@ -399,7 +399,8 @@ def known_options():
     options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
-    options |= arguments_of(ROOT / "benchmarks" / "latency.py")
+    for script in ("latency", "libero_expert"):
+        options |= arguments_of(ROOT / "benchmarks" / f"{script}.py")
     return options | {"--reducer.type", "--dry-run"} | FOREIGN
 
 
@@ -426,7 +427,7 @@ def test_python_lines_in_prose_point_to_programs():
     spans = [
         (path, span)
         for path, span in SPANS
-        if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py ", "latency.py "))
+        if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py ", "latency.py ", "libero_expert.py "))
     ]
     assert len(spans) > 20
     for _, span in spans:
