@@ -6,8 +6,10 @@ middle of an evaluation. So everything is checked first, without importing LIBER
 
 import importlib
 import io
+import logging
 import os
 import sys
+import warnings
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,9 +73,16 @@ def import_libero() -> None:
     Its first import asks on the keyboard where datasets should be kept; here the answer is its default. The meshes of
     the extra `libero` are used unless LIBERO finds others.
     """
-    if "libero.libero" not in sys.modules:
-        with patch("sys.stdin", io.StringIO("N\n")), redirect_stdout(io.StringIO()):
-            importlib.import_module("libero.libero")
+    if "libero.libero.envs" not in sys.modules:
+        # Robosuite warns of a file that nobody needs, in every process.
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with patch("sys.stdin", io.StringIO("N\n")), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module("libero.libero.envs")
+        finally:
+            logging.disable(before)
     libero = sys.modules["libero.libero"]
     root = _package_folder("libero.libero")
     assets = None if root is None else find_assets(root)
