@@ -10,7 +10,20 @@ from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 from lerobot_policy_grids.reducers.base import Sampled
 
 
-class CoordinateStatistics(Metric):
+class CellMetric(Metric):
+    """A metric of distances that are counted in cells of a feature map.
+
+    Args:
+        token_grid: (H, W) of the feature map.
+    """
+
+    def __init__(self, token_grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.cells: Tensor
+        self.register_buffer("cells", torch.tensor([token_grid[1], token_grid[0]], dtype=torch.float32))
+
+
+class CoordinateStatistics(CellMetric):
     """Statistics of sampled coordinates over a data set.
 
     `compute` gives, as plain numbers:
@@ -28,9 +41,7 @@ class CoordinateStatistics(Metric):
     """
 
     def __init__(self, token_grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.cells: Tensor
-        self.register_buffer("cells", torch.tensor([token_grid[1], token_grid[0]], dtype=torch.float32))
+        super().__init__(token_grid)
         self.sums: Tensor
         self.add_state("sums", torch.zeros(4), dist_reduce_fx="sum")
         # Per point, in cells from its anchor: sums of x and y, sums of their squares, and the count.

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from .coordinates import CellMetric
 
 # A point within this distance of the object's centre, in cells of the feature map, is on it.
 ON_OBJECT = 1.0
 
 
-class ObjectHits(Metric):
+class ObjectHits(CellMetric):
     """Share of images in which at least one point is on the named object, and what the anchors alone would reach.
 
     Args:
@@ -22,9 +23,7 @@ class ObjectHits(Metric):
     """
 
     def __init__(self, token_grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.cells: Tensor
-        self.register_buffer("cells", torch.tensor([token_grid[1], token_grid[0]], dtype=torch.float32))
+        super().__init__(token_grid)
         # Images with the object in view, those with a point on it, those with an anchor on it.
         self.counts: Tensor
         self.add_state("counts", torch.zeros(3), dist_reduce_fx="sum")
