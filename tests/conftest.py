@@ -4,8 +4,10 @@ import os
 
 # Before anything imports torch, transformers or a Hub client.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Side by side with another worker, each has one core of a small machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Side by side with another worker, each has one core of a small machine. A worker inherits what its controller set.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
