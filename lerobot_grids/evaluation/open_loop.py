@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.files import OPTIONS_FILE
 from lerobot_policy_grids.errors import BudgetError, GridsError
+from lerobot_policy_grids.families.seam import present_cameras
 from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 
 from ..console import write_json
@@ -136,15 +137,17 @@ class _Measures:
             self.hits = ObjectHits(reducer.token_grid).to(device)
             policy.seam.remember_coordinates()
 
-    def count_hits(self, policy: GridsPolicy, raw: dict[str, Any], names: list[str]) -> None:
-        """Count the points of the last call that lie on the named object, of each camera."""
+    def count_looks(self, policy: Any, batch: dict[str, Any], raw: dict[str, Any], names: list[str]) -> None:
+        """Count the points of the last call, of each camera, and those on the named object."""
+        if self.coordinates is None:
+            return
         layout = policy.seam.layout
-        cameras = [camera for camera, name in enumerate(layout.cameras) if name in raw]
-        for camera, points in zip(cameras, policy.seam.coordinates or [], strict=False):
+        for camera, points in zip(present_cameras(layout.cameras, batch), policy.seam.coordinates, strict=True):
+            anchors = policy.reducer.anchors(points.shape[1], camera)
+            self.coordinates.update(points, anchors)
             places = object_places(raw, names, layout.cameras[camera], PLACES)
             if places is not None:
                 corners = torch.tensor(layout.regions[camera]).reshape(2, 2).to(points)
-                anchors = policy.reducer.anchors(points.shape[1], camera)
                 self.hits.update(points, anchors, corners[0] + places.to(points) * (corners[1] - corners[0]))
 
     def result(self, num_tokens: int | None, with_teacher: bool) -> BudgetResult:
@@ -199,14 +202,9 @@ def validate(
         for k, measure in measures.items():
             if k is not None:
                 policy.num_tokens = k
-            hook = None
-            if measure.coordinates is not None:
-                hook = policy.reducer.register_forward_hook(measure.coordinates.count)
             torch.manual_seed(SEED + number)
             loss, _ = policy.forward(dict(batch))
-            if hook is not None:
-                hook.remove()
-                measure.count_hits(policy, raw, place_names)
+            measure.count_looks(policy, batch, raw, place_names)
             measure.loss.update(loss, len(raw["task_index"]))
             normalised, chunk = _chunk(loaded, batch, number)
             steps = ~raw[f"{ACTION}_is_pad"].to(device)
