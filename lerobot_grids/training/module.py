@@ -219,13 +219,11 @@ class GridsModule(lightning.LightningModule):
         prepared = self._prepare(batch, augment=True)
         size = len(batch["task_index"])
         total: Tensor
-        if self.distillation is None:
-            with self._biased_time():
-                loss, _ = self.policy.forward(prepared)
-            total = loss
-        else:
-            with self._biased_time():
-                loss, distance = self.distillation.losses(prepared)
+        with self._biased_time():
+            forward = self.policy.forward if self.distillation is None else self.distillation.losses
+            loss, distance = forward(prepared)
+        total = loss
+        if self.distillation is not None:
             share = self._distill_share()
             self.log("train/distillation", distance.detach(), batch_size=size)
             self.log("train/distill_share", share, batch_size=size)

@@ -22,6 +22,7 @@ from .checkpoint.weights import require_finite
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
 from .errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from .families import DensePolicy, Seam, get_family
+from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
 from .reducers import Reducer, ReducerConfig, reducer_config
@@ -152,7 +153,7 @@ class GridsPolicy(PreTrainedPolicy):
         base = self.require_attached()
         before = self.config.runtime
         self.config.set_runtime(runtime)
-        self.family.act_eagerly(base, self.seam)
+        act_eagerly(base, self.seam)
         if runtime == "eager":
             return
         fast = FastRuntime(
@@ -275,7 +276,7 @@ class GridsPolicy(PreTrainedPolicy):
         This policy then refuses to act and to be trained.
         """
         base = self.require_attached()
-        self.family.act_eagerly(base, self.seam)
+        act_eagerly(base, self.seam)
         self.family.detach(base)
         self._is_attached = False
         return base

@@ -278,9 +278,6 @@ class Family(ABC):
             "phases; use runtime=eager"
         )
 
-    def act_eagerly(self, policy: DensePolicy, seam: Seam) -> None:  # noqa: B027 (as above)
-        """Undo `act_through`. Harmless when it was not done."""
-
     def phases(self, policy: DensePolicy, seam: Seam, cameras: list[int], steps: int) -> Phases:
         """The two phases of `policy` for these cameras, by number, and denoising steps, with the reducer as it is now.
 

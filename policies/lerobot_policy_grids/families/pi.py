@@ -38,7 +38,7 @@ from ..runtime.flow import NoisyActions, step_times
 from ..runtime.layers import DecoderLayer, Heads, Norm, normalise, prefix_keys_values, rotation_tables, score_mask
 from ..runtime.phases import Rotation
 from ..tiny import VLM_FOLDER
-from .acting import Prepared, act_eagerly, act_through
+from .acting import Prepared, act_through
 from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
@@ -116,9 +116,6 @@ class Pi(Family):
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
         act_through(policy, seam, runtime, self.stages(policy).steps_field, partial(_reduce, policy, seam))
-
-    def act_eagerly(self, policy: Any, seam: Seam) -> None:
-        act_eagerly(policy, seam)
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:

@@ -40,7 +40,7 @@ from ..runtime.flow import NoisyActions, step_times
 from ..runtime.layers import DecoderLayer, Heads, Norm, normalise, prefix_keys_values, rotation_tables, score_mask
 from ..runtime.phases import Rotation
 from ..tiny import TINY_FOLDER, VLM_FOLDER, TinySmolVLAConfig
-from .acting import Prepared, act_eagerly, act_through
+from .acting import Prepared, act_through
 from .base import (
     DensePolicy,
     Family,
@@ -153,9 +153,6 @@ class SmolVLA(Family):
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
         act_through(policy, seam, runtime, self.stages(policy).steps_field, partial(_reduce, policy, seam))
-
-    def act_eagerly(self, policy: Any, seam: Seam) -> None:
-        act_eagerly(policy, seam)
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:

@@ -22,8 +22,8 @@ from .weights import Mark, mark
 
 RUNTIMES = ("eager", "fast", "compiled")
 
-# Largest difference between the two paths, as a share of the range of the actions. Both round in other places. In
-# float32 that was 2e-6 at most (docs/speed.md); in the others it is about what rounding the weights to them changes.
+# Largest difference between the two paths, as a share of the range of the actions. Both round in other places:
+# docs/speed.md has how far apart they were found.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Of float32 where matrix products round their inputs to 10 bits.
 TF32_BOUND = 2e-2
