@@ -15,7 +15,7 @@ import numpy as np
 import results
 
 from lerobot_grids.evaluation.statistics import wilson_interval
-from lerobot_grids.simulation.libero.environment import LiberoConfig, LiberoEnv, load_suite
+from lerobot_grids.simulation.libero.environment import LiberoConfig, LiberoEnv
 from lerobot_grids.simulation.libero.expert import Expert
 
 FIRST_SEED = 100_000
@@ -47,7 +47,7 @@ def measure(suite: str, number: int, layout: str, episodes: int) -> list[dict[st
     """Lines of the results of one task: the expert, and the one that does not look."""
     # Nobody sees the images, so none is drawn.
     config = LiberoConfig(task=f"{suite}_{number}", layout=layout, drawing="fast", render_interval=10_000)
-    env = config.make(load_suite(suite), suite, number)
+    env = config.make(suite, number)
     env.reset(seed=0)
     lines = []
     for name, belief in (("looks", None), ("blind", official_places(env))):

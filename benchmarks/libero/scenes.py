@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lerobot_grids.simulation.libero.environment import LiberoConfig, LiberoEnv, load_suite
+from lerobot_grids.simulation.libero.environment import LiberoConfig, LiberoEnv
 from lerobot_grids.simulation.libero.layouts import deal
 
 FIRST_SEED = 900_000
@@ -56,8 +56,7 @@ def scatter(env: LiberoEnv, random: np.random.Generator) -> None:
     """Deal the objects, and put the arm somewhere."""
     data = env.simulation.sim.data
     env._env.set_init_state(env._init_states[random.integers(len(env._init_states))])
-    for name, pose in deal(env.suite, env.poses(), env.base_position(), random).items():
-        data.set_joint_qpos(env.simulation.objects_dict[name].joints[0], np.r_[pose.position, pose.quaternion])
+    env.put(deal(env.suite, env.poses(), env.base_position(), random))
     robot = env.simulation.robots[0]
     data.qpos[robot._ref_joint_pos_indexes] += random.normal(0, ARM, 7)
     data.qpos[robot._ref_gripper_joint_pos_indexes] = np.array([1, -1]) * random.uniform(0, 0.04)
@@ -69,7 +68,7 @@ def draw(suite_name: str, scenes: int, size: int) -> dict[str, Any]:
     config = LiberoConfig(task=suite_name, drawing="fast", observation_height=size, observation_width=size)
     images, masks, classes = [], [], []
     for number in config.chosen[suite_name]:
-        env = config.make(load_suite(suite_name), suite_name, number)
+        env = config.make(suite_name, number)
         env.reset(seed=FIRST_SEED)
         kinds = labels(env)
         classes += [kind for kind in dict.fromkeys(kinds.values()) if kind not in classes]

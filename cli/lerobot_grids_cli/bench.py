@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from lerobot_grids.choices import parts
+
 from .messages import OptionError
 from .parser import require_at_least, run
 
@@ -128,11 +130,11 @@ def _predict_steps(policy: str, budgets: list[int], options: dict[str, Any], jso
 
 def _numbers(option: str, text: str | int | None, least: int = 1) -> list[int]:
     """The numbers in a list such as 4,16,64."""
-    parts = [part.strip() for part in ("" if text is None else str(text)).split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) >= least for part in parts):
+    numbers = parts(None if text is None else str(text))
+    if not all(number.isdecimal() and int(number) >= least for number in numbers):
         kind = "positive numbers" if least else "numbers of layers"
         raise OptionError(f"--{option} {text} is not a list of {kind}; give one or several, such as 4,16,64")
-    return [int(part) for part in parts]
+    return [int(number) for number in numbers]
 
 
 def main(arguments: list[str]) -> None:

@@ -92,7 +92,7 @@ def make_demonstrator(env: str, tasks: str | None, *, size: int, noise: float | 
         env: "metaworld" or "libero".
         tasks: Tasks, comma-separated; None takes a default.
         size: Height and width of the images in pixels.
-        noise: Standard deviation of the noise on executed actions; None takes 0.2 in MetaWorld, 0.15 in LIBERO.
+        noise: Standard deviation of the noise on executed actions; None takes the expert's own.
         layout: Where objects stand in LIBERO, "official" or "dealt".
 
     Raises:
@@ -102,11 +102,13 @@ def make_demonstrator(env: str, tasks: str | None, *, size: int, noise: float | 
         require_libero(env)
         from .libero.demonstrator import LiberoDemonstrator
 
-        return LiberoDemonstrator(tasks or "libero_object", layout, size, 0.15 if noise is None else noise)
+        noise = LiberoDemonstrator.noise if noise is None else noise
+        return LiberoDemonstrator(tasks or "libero_object", layout, size, noise)
     _register(env)
     from .metaworld_expert import MetaworldDemonstrator
 
-    return MetaworldDemonstrator(tasks or "push-v3,coffee-push-v3", size, 0.2 if noise is None else noise)
+    noise = MetaworldDemonstrator.noise if noise is None else noise
+    return MetaworldDemonstrator(tasks or "push-v3,coffee-push-v3", size, noise)
 
 
 def task_names(config: EnvConfig) -> list[str]:
@@ -116,5 +118,5 @@ def task_names(config: EnvConfig) -> list[str]:
 
         return expand_tasks(config.task)
     if config.type == ALIASES["libero"]:
-        return [f"{suite}_{number}" for suite, numbers in config.chosen.items() for number in numbers]
+        return config.names
     return [task for task in (config.task or config.type).split(",") if task]

@@ -32,6 +32,7 @@ from lerobot.envs import utils as lerobot_utils
 
 from lerobot_policy_grids.errors import SimulationError
 
+from ..choices import parts
 from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at
 from .perturbations import Perturbation, Perturber, parse_perturbations
 
@@ -50,7 +51,7 @@ def expand_tasks(tasks: str) -> list[str]:
         SimulationError: If a name is unknown.
     """
     names: list[str] = []
-    for name in filter(None, (part.strip() for part in tasks.split(","))):
+    for name in parts(tasks):
         names += lerobot_metaworld.DIFFICULTY_TO_TASKS.get(name, [name])
     known = lerobot_metaworld.TASK_DESCRIPTIONS
     unknown = [name for name in names if name not in known]

@@ -21,10 +21,10 @@ PIXELS = {"observation_height": SIZE, "observation_width": SIZE}
 
 
 def environment(layout="dealt", drawing="fast", **options):
-    from lerobot_grids.simulation.libero.environment import LiberoConfig, load_suite
+    from lerobot_grids.simulation.libero.environment import LiberoConfig
 
     config = LiberoConfig(task=TASK, layout=layout, drawing=drawing, **PIXELS, **options)
-    return config.make(load_suite("libero_object"), "libero_object", 3)
+    return config.make("libero_object", 3)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,10 @@ def test_names_of_tasks():
     assert parse_tasks("libero_object_3,libero_object_1") == {"libero_object": [1, 3]}
     assert parse_tasks("libero_goal") == {"libero_goal": list(range(10))}
     for wrong in ("libero_object_10", "libero_objects", "", "libero_10_x"):
-        if wrong:
-            with pytest.raises(SimulationError, match=rf"has no task '{wrong}'; give a suite"):
-                parse_tasks(wrong)
+        with pytest.raises(SimulationError, match=rf"has no task '{wrong}'; give a suite"):
+            parse_tasks(wrong)
+    with pytest.raises(SimulationError, match="task_id 10 out of range"):
+        make_env_config("libero", "libero_object", {"task_ids": [10]})
     config = make_env_config("libero", TASK, PIXELS, layout="dealt")
     assert task_names(config) == [TASK]
     with pytest.raises(SimulationError, match="libero_goal cannot be dealt anew"):

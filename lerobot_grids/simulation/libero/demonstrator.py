@@ -10,7 +10,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ...data import PLACES, POSITIONS
 from ..demonstrations import Demonstration, image_feature, vector_feature
-from .environment import LiberoConfig, LiberoEnv, load_suite
+from .environment import LiberoConfig, LiberoEnv
 from .expert import Expert
 
 CAMERAS = {f"{OBS_IMAGES}.image": "agentview_image", f"{OBS_IMAGES}.image2": "robot0_eye_in_hand_image"}
@@ -40,7 +40,7 @@ class LiberoDemonstrator:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks, such as libero_object_3."""
-        return [f"{suite}_{number}" for suite, numbers in self._config(self.names).chosen.items() for number in numbers]
+        return self._config(self.names).names
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
@@ -95,8 +95,7 @@ def _environment(demonstrator: LiberoDemonstrator, task: str) -> tuple[LiberoEnv
             _open.popitem()[1][0].close()
         config = demonstrator._config(task)
         ((suite, (number,)),) = config.chosen.items()
-        env = config.make(load_suite(suite), suite, number)
-        _open[demonstrator, task] = env, config.get_env_processors()[0]
+        _open[demonstrator, task] = config.make(suite, number), config.get_env_processors()[0]
     return _open[demonstrator, task]
 
 

@@ -13,7 +13,7 @@ Use it in LeRobot's own commands with `--env.discover_packages_path=lerobot_grid
 import os
 import re
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from libero.libero.envs import OffScreenRenderEnv
 
 from lerobot_policy_grids.errors import SimulationError
 
+from ...choices import parts
 from .layouts import Pose, deal, require_layout
 
 DRAWINGS = ("libero", "fast")
@@ -50,7 +51,7 @@ def parse_tasks(tasks: str) -> dict[str, list[int]]:
     """
     suites = lerobot_libero.benchmark.get_benchmark_dict()
     chosen: dict[str, list[int]] = {}
-    for name in filter(None, (part.strip() for part in tasks.split(","))):
+    for name in parts(tasks) or [tasks]:
         suite, _, number = name.rpartition("_") if name not in suites else (name, "", "")
         count = len(load_suite(suite).tasks) if suite in suites else 0
         if not count or (number and not (number.isdigit() and int(number) < count)):
@@ -165,12 +166,8 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         """Start an episode from an official state and these poses, whatever came before, and let objects settle."""
         self._env.set_init_state(self._init_states[state % len(self._init_states)])
         data = self.simulation.sim.data
-        for name, pose in poses.items():
-            joint = self.simulation.objects_dict[name].joints[0]
-            data.set_joint_qpos(joint, np.r_[pose.position, pose.quaternion])
-            data.set_joint_qvel(joint, np.zeros(6))
         data.qacc_warmstart[:] = 0
-        self.simulation.sim.forward()
+        self.put(poses)
         for robot in self.simulation.robots:
             # Without building the scene again, the goals of the last episode would stay.
             robot.controller.update(force=True)
@@ -178,6 +175,15 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         for _ in range(self.num_steps_wait):
             self._env.step(lerobot_libero.get_libero_dummy_action())
+
+    def put(self, poses: dict[str, Pose]) -> None:
+        """Put free objects somewhere, at rest."""
+        data = self.simulation.sim.data
+        for name, pose in poses.items():
+            joint = self.simulation.objects_dict[name].joints[0]
+            data.set_joint_qpos(joint, np.r_[pose.position, pose.quaternion])
+            data.set_joint_qvel(joint, np.zeros(6))
+        self.simulation.sim.forward()
 
     def poses(self) -> dict[str, Pose]:
         """Where the free objects are."""
@@ -242,34 +248,42 @@ class LiberoConfig(lerobot_configs.LiberoEnv):
     layout: str = "official"
     drawing: str = "libero"
     render_interval: int = 1
-    chosen: dict[str, list[int]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drawing not in DRAWINGS:
             raise SimulationError(f"drawing '{self.drawing}' is unknown; choose from {', '.join(DRAWINGS)}")
-        self.chosen = parse_tasks(self.task)
-        if self.task_ids is not None:
-            self.chosen = {suite: list(self.task_ids) for suite in self.chosen}
         require_layout(self.layout, list(self.chosen))
+
+    @property
+    def chosen(self) -> dict[str, list[int]]:
+        """{suite: numbers of the tasks}."""
+        chosen = parse_tasks(self.task)
+        if self.task_ids is None:
+            return chosen
+        return {suite: lerobot_libero._select_task_ids(len(load_suite(suite).tasks), self.task_ids) for suite in chosen}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks, such as libero_object_3."""
+        return [f"{suite}_{number}" for suite, numbers in self.chosen.items() for number in numbers]
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
         """Make one vector environment with `n_envs` copies per task: {suite: {number of the task: environment}}."""
         vector = lerobot_configs._make_vec_env_cls(use_async_envs, n_envs)
         envs: dict[str, dict[int, Any]] = {}
-        for suite_name, numbers in self.chosen.items():
-            suite = load_suite(suite_name)
+        for suite, numbers in self.chosen.items():
             for number in numbers:
-                makers = [partial(self.make, suite, suite_name, number, index, n_envs) for index in range(n_envs)]
-                envs.setdefault(suite_name, {})[number] = vector(makers)
+                makers = [partial(self.make, suite, number, index, n_envs) for index in range(n_envs)]
+                envs.setdefault(suite, {})[number] = vector(makers)
         return envs
 
-    def make(self, suite: Any, suite_name: str, number: int, index: int = 0, n_envs: int = 1) -> LiberoEnv:
-        """One environment of a task; `index` of `n_envs` that run together."""
+    def make(self, suite: str, number: int, index: int = 0, n_envs: int = 1) -> LiberoEnv:
+        """One environment of a task of a suite; `index` of `n_envs` that run together."""
         return LiberoEnv(
-            task_suite=suite,
+            task_suite=load_suite(suite),
             task_id=number,
-            task_suite_name=suite_name,
+            task_suite_name=suite,
             episode_index=index,
             n_envs=n_envs,
             episode_length=self.episode_length,
