@@ -210,7 +210,7 @@ def check_values(options):
     if "schedule" in options:
         TokenSchedule(options["schedule"], 256, 16, 100)
     parse_tamperings(options.get("tamper"))
-    parse_perturbations(options.get("perturb") or "")
+    parse_perturbations(options.get("perturb") or "", options.get("env") or "metaworld")
     for method in (options.get("methods") or {}).values():
         check_values({name: value for name, value in method.items() if name != "policies"})
 
