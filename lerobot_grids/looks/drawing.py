@@ -45,7 +45,7 @@ def draw(frame: np.ndarray, points: Points, *, side: int = 240, colour: Colour =
     """Draw what the vision tower sees of a camera, and where it is read.
 
     A disc is as wide as a token reads, and its centre is marked. Discs end at the border of the picture. Padding is
-    hatched, and a point in it is a red cross: it reads nothing of the camera's image.
+    hatched, and a point in it is a red cross: it has left the camera's image.
 
     Args:
         frame: uint8 [h, w, 3], the camera's image.
@@ -66,7 +66,7 @@ def draw(frame: np.ndarray, points: Points, *, side: int = 240, colour: Colour =
     overlay = Image.new("RGBA", large, (*colour, 0))
     pen = ImageDraw.Draw(overlay)
     places = np.asarray(points.coordinates, dtype=float).reshape(-1, 2) * large
-    radius = SMOOTH * max(2.0, side / 90)
+    radius = SMOOTH * max(2.0, side / 72)
     if points.reads is not None:
         area = _area(*(max(1, round(reach * size)) for reach, size in zip(points.reads, large, strict=True)), colour)
         # Areas first, so that none hides a centre.

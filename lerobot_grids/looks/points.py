@@ -69,7 +69,7 @@ def follows_instruction(policy: GridsPolicy) -> bool:
     return "language" in policy.reducer.condition_on or policy.config.reducer.type in TOLD_IN_TRUNK
 
 
-class _Seen(Exception):
+class _LookedError(Exception):
     """The points are known, and what the policy would do next is not needed."""
 
 
@@ -91,9 +91,8 @@ def look(policy: GridsPolicy, batch: dict[str, Any]) -> dict[str, list[Points]]:
     numbers = present_cameras(layout.cameras, batch)
     seen: list[list[np.ndarray]] = []
     watch = _watch_map if isinstance(policy.reducer, MapReducer) else _watch_trunk
-    with watch(policy, len(numbers), seen.append):
-        with suppress(_Seen):
-            policy.predict_action_chunk(dict(batch))
+    with watch(policy, len(numbers), seen.append), suppress(_LookedError):
+        policy.predict_action_chunk(dict(batch))
     policy.reset()
     if not seen:
         raise GridsError("the policy looked at no image of this batch; check its cameras")
@@ -122,7 +121,7 @@ def _watch_map(policy: GridsPolicy, cameras: int, report: Report) -> Iterator[No
         before(*args, **kwargs)
         each = [camera.float().cpu().numpy() for camera in seam.coordinates or []]
         report([[camera[frame] for camera in each] for frame in range(len(each[0]))])
-        raise _Seen
+        raise _LookedError
 
     seam.remember_coordinates()
     seam.tokens = tokens  # type: ignore[method-assign]

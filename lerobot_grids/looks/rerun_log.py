@@ -32,7 +32,6 @@ class RerunLog:
 
     Args:
         recording: rerun's recording stream.
-        token_names: Whether to label points with their numbers.
     """
 
     def __init__(self, recording: Any) -> None:
@@ -52,7 +51,7 @@ class RerunLog:
             left, _, right, _ = points.region
             # rerun draws circles, as wide as a token reads to the side.
             radius = 1.0 if points.reads is None else points.reads[0] / (right - left) * width
-            name = f"{camera}/K={k}" + (" told otherwise" if told else "")
+            name = f"{camera}/K{k}" + ("_told_otherwise" if told else "")
             places, colour = points.in_camera() * (width, height), (TRUE, OTHER)[told]
             log(f"{name}/points", rr.Points2D(places, colors=[*colour, 255], radii=max(1.0, width / 90)))
             log(f"{name}/reads", rr.Points2D(places, colors=[*colour, 40], radii=radius))

@@ -240,7 +240,10 @@ class Panels:
     def film(self, seen: Seen, title: str) -> np.ndarray:
         """A frame of the film: budgets side by side."""
         rows = [
-            Row(self._label(camera, number, seen), [self.picture(seen, camera, k, number, FILM_SIDE) for k in self.budgets])
+            Row(
+                self._label(camera, number, seen),
+                [self.picture(seen, camera, k, number, FILM_SIDE) for k in self.budgets],
+            )
             for camera in seen.images
             for number in range(len(self.told))
         ]

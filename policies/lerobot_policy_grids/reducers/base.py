@@ -202,8 +202,8 @@ class Reducer(nn.Module):
     def reads(self, k: int, camera: int = 0) -> tuple[float, float] | None:
         """How far each of k tokens of a camera reads to the side, and up and down, in cells of the token grid.
 
-        Cells whose centre is that far from the token's coordinate, or farther, do not enter it. None where tokens differ
-        in this.
+        Cells whose centre is that far from the token's coordinate, or farther, do not enter it. None where tokens
+        differ in it.
         """
         return None
 
