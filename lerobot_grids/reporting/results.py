@@ -84,10 +84,8 @@ def _evaluation(line: dict[str, Any], is_own: Callable[[str], bool]) -> list[Suc
     if line.get("kind") != "evaluation":
         return []
     name = line["method"] + (f", seed {line['seed']}" if line.get("seed") is not None else "")
-    seeds = line["episode_seeds"]
-    first, last = (
-        (seeds["first"], seeds["first"] + seeds["count"] - 1) if isinstance(seeds, dict) else (seeds[0], seeds[-1])
-    )
+    given = line["episode_seeds"]
+    seeds = range(given["first"], given["first"] + given["count"]) if isinstance(given, dict) else given
     outcomes = dict(line["outcomes"])
     if len(outcomes) > 1:
         outcomes["all"] = "".join(outcomes.values())
