@@ -104,9 +104,9 @@ def _count(source: str, device: str | None, facts: Any, path: Any) -> None:
     from lerobot_grids.console import write_json
     from lerobot_grids.profiling.bench import bench
 
-    reducers = {"reducers": [facts.reducer]} if facts.num_tokens else {}
     budgets = _budgets(facts.num_tokens, facts.num_tokens_max or 0) if facts.num_tokens else []
-    write_json(path, bench(source, budgets, device=device, **reducers).to_dict())
+    reducers = [facts.reducer] if facts.num_tokens else None
+    write_json(path, bench(source, budgets, reducers=reducers, device=device).to_dict())
 
 
 def main(arguments: list[str]) -> None:

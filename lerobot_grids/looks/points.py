@@ -42,7 +42,8 @@ class Points:
     def in_padding(self) -> np.ndarray:
         """Which points lie in the padding, bool [k]."""
         places = self.in_camera()
-        return ((places < 0) | (places > 1)).any(-1)
+        lost: np.ndarray = np.any((places < 0) | (places > 1), axis=-1)
+        return lost
 
 
 def require_points(policy: Any, source: str) -> GridsPolicy:
@@ -89,7 +90,7 @@ def look(policy: GridsPolicy, batch: dict[str, Any]) -> dict[str, list[Points]]:
     """
     layout = policy.seam.layout
     numbers = present_cameras(layout.cameras, batch)
-    seen: list[list[np.ndarray]] = []
+    seen: list[list[list[np.ndarray]]] = []
     watch = _watch_map if isinstance(policy.reducer, MapReducer) else _watch_trunk
     with watch(policy, len(numbers), seen.append), suppress(_LookedError):
         policy.predict_action_chunk(dict(batch))

@@ -1,6 +1,6 @@
 """Show where a policy looks along an episode: a strip of frames, a film, a rerun recording, and figures."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -318,7 +318,7 @@ def show(
     other: str | None = None,
     frames: int = 6,
     film: bool = True,
-    sinks: list[Sink] | None = None,
+    sinks: Sequence[Sink] = (),
     act: bool = False,
     batch_size: int = 16,
     on_progress: Callable[[], None] = lambda: None,
@@ -351,7 +351,7 @@ def show(
         add = stack.enter_context(movie(folder / FILM_FILE, episode.fps)) if film else None
         watched = watch(loaded, episode, budgets, other, batch_size=batch_size, act=act)
         for place, seen in enumerate(watched):
-            for sink in (figures, *(sinks or [])):
+            for sink in (figures, *sinks):
                 sink.add(seen)
             if add is not None:
                 add(panels.film(seen, title))

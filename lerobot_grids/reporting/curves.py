@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def chart(
     inks = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), PLACEHOLDER)
     # Text stays text; equal pages have equal names inside.
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, **inks}
-    with mpl.rc_context(style):
+    with mpl.rc_context(style):  # type: ignore[arg-type]
         figure = Figure(figsize=SIZE, layout="constrained")
         axis = figure.subplots()
         for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
@@ -146,6 +147,8 @@ def chart(
 
 def _embedded(svg: str, said: str) -> str:
     """An SVG element for a page: its size follows the page, its ink is the page's, and it says what it shows."""
+    # Who made it, in namespaces that are addresses.
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg[svg.index("<svg") :].replace(PLACEHOLDER, "currentColor").split(">", 1)
     view = next(part for part in head.split('"') if part.count(" ") == 3 and part.startswith("0 0 "))
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'

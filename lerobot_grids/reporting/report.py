@@ -162,8 +162,8 @@ def _budget_charts(report: Report) -> list[Chart]:
     own = [row for row in report.results.measured.distances if row.own and row.tokens]
     if len(own) < 2:
         return []
-    charts = [budget_chart("Held-out loss", {"loss": [(row.tokens or 0, row.loss) for row in own]}, "loss")]
-    far = [(row.tokens or 0, row.teacher_distance) for row in own if row.teacher_distance is not None]
+    charts = [budget_chart("Held-out loss", {"loss": [(float(row.tokens or 0), row.loss) for row in own]}, "loss")]
+    far = [(float(row.tokens or 0), row.teacher_distance) for row in own if row.teacher_distance is not None]
     if far:
         charts.append(budget_chart("Distance to the teacher's actions", {"distance": far}, "distance"))
     return charts
