@@ -80,7 +80,7 @@ class Report:
     def own_success(self) -> SuccessRow | None:
         """Success of the checkpoint on all tasks, or on its only one."""
         own = [row for row in self.results.measured.successes if row.own]
-        return own[-1] if own else None
+        return own[0] if own else None
 
     @property
     def dense_success(self) -> SuccessRow | None:
@@ -170,7 +170,11 @@ def _budget_charts(report: Report) -> list[Chart]:
 
 
 def render(report: Report) -> str:
-    """The page. Every text is escaped: names and instructions come from other people's files."""
+    """The page. Every text is escaped: names and instructions come from other people's files.
+
+    Raises:
+        GridsError: If a result has a text in the place of a number.
+    """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -183,7 +187,10 @@ def render(report: Report) -> str:
     environment.filters["percent"] = lambda value, decimals=0: f"{100 * value:.{decimals}f} %"
     environment.filters["change"] = lambda ratio: f"{100 * (ratio - 1):+.1f} %".replace("-", MINUS)
     environment.filters["last_part"] = last_part
-    return environment.get_template(TEMPLATE.name).render(report=report)
+    try:
+        return environment.get_template(TEMPLATE.name).render(report=report)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise GridsError(f"a result holds something that is no number ({error}); make it again") from error
 
 
 def write(report: Report, path: Path) -> None:

@@ -53,30 +53,35 @@ def read_results(paths: list[Path], is_own: Callable[[str], bool]) -> Results:
     Raises:
         GridsError: If a file is none of these; the message names it.
     """
-    results, plain = Results(), []
+    results = Results()
     for path in paths:
         try:
             if path.suffix == ".jsonl":
                 lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-                results.measured.successes += [row for line in lines for row in _evaluation(line, is_own)]
+                for line in lines:
+                    results.measured.successes += _total_first(_evaluation(line, is_own))
             elif isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict) and "methods" in content:
                 results.methods.append([_method(row) for row in content["methods"]])
                 results.protocols.append(", ".join(f"{name} {value}" for name, value in content["protocol"].items()))
             else:
-                plain.append(path)
+                read = read_measurements([path], is_own)
+                results.measured.successes += _total_first(read.successes)
+                results.measured.distances += read.distances
+                results.measured.costs += read.costs
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise GridsError(
-                f"{path} is not a result of eval, compare, validate or bench ({error!r}); give what their --json wrote"
+                f"{path} is not a result of eval, compare, validate or bench ({error.__cause__ or error!r}); give what "
+                "their --json wrote"
             ) from error
-    try:
-        read = read_measurements(plain, is_own)
-    except ValueError as error:
-        raise GridsError(str(error)) from error
-    results.measured.distances += read.distances
-    results.measured.costs += read.costs
     # The page's policy first, then the others as they came.
-    results.measured.successes = sorted([*results.measured.successes, *read.successes], key=lambda row: not row.own)
+    results.measured.successes.sort(key=lambda row: not row.own)
+    results.measured.distances.sort(key=lambda row: not row.own)
     return results
+
+
+def _total_first(rows: list[SuccessRow]) -> list[SuccessRow]:
+    """The sum over tasks, which comes last in a file, in front of the tasks."""
+    return [*rows[-1:], *rows[:-1]]
 
 
 def _evaluation(line: dict[str, Any], is_own: Callable[[str], bool]) -> list[SuccessRow]:

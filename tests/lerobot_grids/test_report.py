@@ -23,7 +23,7 @@ from lerobot_grids.profiling.measure import STAGES, Cost
 from lerobot_grids.reporting.curves import PLACEHOLDER, read_logs, training_charts
 from lerobot_grids.reporting.report import MINUS, gather, last_part, render
 from lerobot_grids_cli.main import COMMANDS, main
-from lerobot_policy_grids.errors import UnsupportedPolicyError
+from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 
 HOSTILE = '<script>alert("x")</script>"><img src=x onerror=alert(1)> {{ 7 * 7 }} ${x}'
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -99,7 +99,7 @@ def run(grids_checkpoint, tmp_path):
 
 def evaluation(policy, tokens, successes, path):
     outcomes = [True] * successes + [False] * (50 - successes)
-    tasks = [summarise(name, outcomes, list(range(100, 150)), 1.0) for name in ("push-v3", "sweep-v3")]
+    tasks = [summarise(name, outcomes, list(range(100, 150)), 1.0, name) for name in ("push-v3", "sweep-v3")]
     Evaluation(str(policy), "grids", tokens, 144, tasks).save(path)
     return path
 
@@ -142,7 +142,7 @@ def test_the_page_holds_every_figure_and_nothing_that_runs(run, results):
         assert text in page.text, text
     assert "/home/me" not in html
     assert str(run.parent) not in html
-    assert "Not here yet" not in page.text
+    assert "not here yet" not in page.text
     # Nothing runs, and nothing is fetched.
     assert not {"script", "link", "iframe", "object", "embed", "form", "base"} & set(page.elements)
     assert "default-src 'none'" in html
@@ -198,7 +198,7 @@ def test_what_is_missing_says_which_command_makes_it(grids_checkpoint, tmp_path)
     assert "it has no points to show" in page.text
     said = re.findall(r"lerobot-grids (\w+)", page.text)
     assert {"eval", "bench", "validate", "report", "fit"} <= set(said) <= set(COMMANDS)
-    assert page.text.count("Not here yet") == 3
+    assert page.text.count("not here yet") == 3
 
 
 def test_logs_of_a_resumed_run_are_one_curve(run):
@@ -261,11 +261,20 @@ def test_report_writes_a_page_with_a_picture_and_costs(run, dataset, tmp_path, c
     assert f"{rows[0]['total_gigaflops']:.4g}" in page.text
 
 
+def test_a_result_with_a_text_for_a_number_is_refused(run, tmp_path):
+    path = evaluation(run, 16, 43, tmp_path / "own.json")
+    content = json.loads(path.read_text())
+    content["total"]["interval"] = ["0", "1"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(GridsError, match="no number"):
+        render(gather(str(run), [path], "no dataset"))
+
+
 def test_report_refuses_what_is_no_result(run, tmp_path, capsys):
     (tmp_path / "other.json").write_text('{"a": 1}')
     arguments = [str(run), f"--results={tmp_path / 'other.json'}", f"--output={tmp_path / 'page.html'}"]
     assert main(["report", *arguments]) == 1
     error = capsys.readouterr().err
-    assert "other.json is not a result of eval, validate or bench" in error
+    assert "other.json is not a result of eval, compare, validate or bench" in error
     assert "Traceback" not in error
     assert not (tmp_path / "page.html").exists()
