@@ -1,6 +1,6 @@
 """The points at which a policy reads the images of a batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -97,15 +97,18 @@ def look(policy: GridsPolicy, batch: dict[str, Any]) -> dict[str, list[Points]]:
     policy.reset()
     if not seen:
         raise GridsError("the policy looked at no image of this batch; check its cameras")
-    width, height = layout.token_grid[1], layout.token_grid[0]
     found: dict[str, list[Points]] = {}
     for number, coordinates in zip(numbers, zip(*seen[0], strict=True), strict=True):
         name = layout.cameras[number]
-        region = policy.family.image_region(policy.base, *batch[name].shape[-2:])
-        cells = policy.reducer.reads(policy.num_tokens, number)
-        reads = None if cells is None else (cells[0] / width, cells[1] / height)
-        found[name] = [Points(places, reads, region) for places in coordinates]
+        found[name] = [points_of(policy, number, places, batch[name].shape[-2:]) for places in coordinates]
     return found
+
+
+def points_of(policy: GridsPolicy, camera: int, coordinates: np.ndarray, shape: Sequence[int]) -> Points:
+    """The points of a camera, by number, whose image has this height and width."""
+    (rows, columns), cells = policy.seam.layout.token_grid, policy.reducer.reads(policy.num_tokens, camera)
+    reads = None if cells is None else (cells[0] / columns, cells[1] / rows)
+    return Points(coordinates, reads, policy.family.image_region(policy.base, shape[0], shape[1]))
 
 
 # Takes the coordinates of each frame and camera.

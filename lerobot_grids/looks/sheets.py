@@ -42,7 +42,7 @@ def sheet(lines: Sequence[Line], columns: Sequence[str], rows: Sequence[Row]) ->
 
     Args:
         lines: Text above; too long ones are cut at the right border.
-        columns: Label of each column.
+        columns: Label of each column; without any, they take no line.
         rows: As many pictures as there are columns, in each. A row is as high as its highest picture.
 
     Returns:
@@ -52,7 +52,7 @@ def sheet(lines: Sequence[Line], columns: Sequence[str], rows: Sequence[Row]) ->
     widths = [max(row.pictures[i].shape[1] for row in rows) for i in range(len(columns))]
     heights = [max(picture.shape[0] for picture in row.pictures) for row in rows]
     width = indent + sum(widths) + GAP * len(widths)
-    top = GAP + LINE * (len(lines) + 1)
+    top = GAP + LINE * (len(lines) + any(columns))
     height = top + sum(heights) + GAP * len(rows)
     canvas = Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
     pen = ImageDraw.Draw(canvas)

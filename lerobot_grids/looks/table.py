@@ -3,6 +3,7 @@
 import sys
 
 from rich.table import Table
+from rich.text import Text
 
 from ..console import wide_console
 from .view import ViewResult
@@ -20,7 +21,7 @@ def print_view(result: ViewResult) -> None:
     for name in names:
         table.add_column(name, justify="left" if name == "camera" else "right")
     for row in result.looks:
-        cells = [row.camera, str(row.num_tokens), f"{row.points:g}", _reads(row.reads_cells)]
+        cells: list[str | Text] = [Text(row.camera), str(row.num_tokens), f"{row.points:g}", _reads(row.reads_cells)]
         cells += [f"{100 * row.in_padding:.0f} %", _number(row.motion_cells)]
         cells += [_number(row.told_otherwise_cells)] if result.other_instruction is not None else []
         table.add_row(*cells)
