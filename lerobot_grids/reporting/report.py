@@ -52,7 +52,7 @@ class Report:
         name: What the checkpoint is called.
         source: What commands call it, without folders of this machine.
         facts: Facts of its configuration.
-        size_mib: Size of its weights.
+        size_mib: Size of its weights; 0 where they were not fetched.
         charts: Curves of its training.
         budgets: Curves over the number of tokens.
         results: Of `eval`, `compare`, `validate` and `bench`.
@@ -123,7 +123,9 @@ def gather(
     folder = find_weights(source, weights=False)
     facts = read_facts(folder, repo_id=source)
     run = folder.parent if folder.name == CHECKPOINT_FOLDER else folder
-    name = run.name if Path(source).exists() else source
+    # LeRobot's training keeps its checkpoints by step, in a folder of the run.
+    named = run.parent.parent if run.parent.name == "checkpoints" else run
+    name = named.name if Path(source).exists() else source
     own = _is(folder, source)
     report = Report(
         name=name,
