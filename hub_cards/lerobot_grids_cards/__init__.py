@@ -4,6 +4,15 @@
 """
 
 from .card import PolicyFacts, render
-from .measurements import DistanceRow, Measurements, SuccessRow, read_measurements
+from .measurements import CostRow, Costs, DistanceRow, Measurements, SuccessRow, read_measurements
 
-__all__ = ["DistanceRow", "Measurements", "PolicyFacts", "SuccessRow", "read_measurements", "render"]
+__all__ = [
+    "CostRow",
+    "Costs",
+    "DistanceRow",
+    "Measurements",
+    "PolicyFacts",
+    "SuccessRow",
+    "read_measurements",
+    "render",
+]

@@ -31,6 +31,7 @@ def open_dataset(
     config: PreTrainedConfig,
     *,
     revision: str | None = None,
+    episodes: list[int] | None = None,
     tolerance_s: float = 1e-4,
     video_backend: str | None = None,
 ) -> LeRobotDataset:
@@ -41,6 +42,7 @@ def open_dataset(
         features: Its features.
         config: The policy's configuration.
         revision: Hub revision.
+        episodes: Open, and fetch, these episodes alone; None for all. Their frames are counted from 0 on.
         tolerance_s: How far in seconds a video's frame may be from its time stamp.
         video_backend: "torchcodec" or "pyav"; None takes the one that works here.
 
@@ -55,6 +57,7 @@ def open_dataset(
             meta.repo_id,
             root=meta.root,
             revision=revision,
+            episodes=episodes,
             delta_timestamps={features.sources.get(name, name): steps for name, steps in deltas.items()} or None,
             tolerance_s=tolerance_s,
             video_backend=video_backend or default_video_backend(),

@@ -10,17 +10,21 @@ import torch
 from lerobot.envs.configs import EnvConfig
 from lerobot.scripts.lerobot_eval import rollout
 from lerobot.utils.io_utils import write_video
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.reducers.anchors import WHOLE
 
+from ..looks.drawing import draw as draw_on
+from ..looks.points import Points, points_of
+from ..looks.sheets import Line, Row, sheet
 from ..policies import LoadedPolicy
 from .rollouts import Task, acting, open_tasks, without_bars
 
-POINT_COLOUR, RING_COLOUR = (255, 230, 0), (0, 0, 0)
-# Small camera images are enlarged to at least this many pixels, so that points do not overlap.
-MIN_SIZE = 384
+# Longer side of a picture in pixels.
+SIDE = 384
+NO_POINTS = Points(np.zeros((0, 2)), None, WHOLE)
 
 
 def film(
@@ -77,22 +81,18 @@ def _film_episode(policy: Any, task: Task, arguments: dict[str, Any], seed: int)
         def draw(env: Any) -> None:
             frame = np.ascontiguousarray(env.envs[0].render())
             # In other environments `render` gives another image than the policy's.
-            seen = looks and getattr(env.envs[0].unwrapped, "renders_observation", False)
-            points = looks[-1][0].numpy() if seen else np.zeros((0, 2))
-            region = _image_region(policy, *frame.shape[:2])
-            images.append(draw_points(frame, points, region, f"{task.name}  {len(images)}"))
+            if looks and getattr(env.envs[0].unwrapped, "renders_observation", False):
+                points = points_of(policy, 0, looks[-1][0].numpy(), frame.shape[:2])
+            else:
+                points = NO_POINTS
+            picture = draw_on(frame, points, side=SIDE)
+            images.append(sheet([Line(f"{task.name}  {len(images)}")], [""], [Row("", [picture])]))
 
         with without_bars():
             rollout(task.env, **arguments, seeds=[seed], render_callback=draw)
     if len(images) <= task.env.call("_max_episode_steps")[0]:
         images.pop()  # success resets the simulator, so the last frame shows another episode
     return images
-
-
-def _image_region(policy: Any, height: int, width: int) -> tuple[float, float, float, float]:
-    if isinstance(policy, GridsPolicy):
-        return policy.family.image_region(policy.base, height, width)
-    return 0.0, 0.0, 1.0, 1.0
 
 
 @contextmanager
@@ -113,41 +113,6 @@ def watch_coordinates(policy: Any) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def draw_points(
-    frame: np.ndarray,
-    coordinates: np.ndarray,
-    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
-    title: str = "",
-) -> np.ndarray:
-    """Draw sampled points on a camera image.
-
-    Args:
-        frame: uint8 [h, w, 3].
-        coordinates: [k, 2], (x, y) in [0, 1] of the image that the vision tower saw; may be empty.
-        region: Where the camera image lies in that image, (left, top, right, bottom), from `Family.image_region`.
-            Points outside it lie in the padding and are not drawn.
-        title: Text in the upper left corner.
-
-    Returns:
-        uint8 image, enlarged by a whole factor.
-    """
-    factor = max(1, -(-MIN_SIZE // frame.shape[0]))
-    image = Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(image)
-    left, top, right, bottom = region
-    radius = max(4, image.height // 70)
-    for x, y in np.asarray(coordinates, dtype=float).reshape(-1, 2):
-        column = (x - left) / (right - left) * image.width
-        row = (y - top) / (bottom - top) * image.height
-        if 0 <= column <= image.width and 0 <= row <= image.height:
-            box = (column - radius, row - radius, column + radius, row + radius)
-            draw.ellipse(box, fill=POINT_COLOUR, outline=RING_COLOUR, width=max(1, radius // 3))
-    if title:
-        draw.rectangle((0, 0, 8 + 6 * len(title), 16), fill=(0, 0, 0))
-        draw.text((4, 2), title, fill=(255, 255, 255))
-    return np.asarray(image)
 
 
 def contact_sheet(rows: list[list[np.ndarray]], path: Path) -> None:

@@ -104,6 +104,11 @@ class AnchoredSampler(MapReducer):
         """Distance in cells between k tokens that are spread over an image [b, h * block, w * block, c]."""
         return math.sqrt(image.shape[1] * image.shape[2] / k) / self.block
 
+    def spacing(self, k: int, camera: int) -> float:
+        """`reach` for the image of a camera."""
+        rows, columns = region_cells(*self.token_grid, self.region_of(camera))
+        return math.sqrt((rows.stop - rows.start) * (columns.stop - columns.start) / k)
+
     def cells_of(self, region: Region) -> Tensor:
         """Anchors int64 [num_tokens_max, 2], (column, row), of an image that lies in `region`."""
         return self.anchor_cells[self._number_of[region]]

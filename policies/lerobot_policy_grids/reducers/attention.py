@@ -139,6 +139,9 @@ class TrunkReducer(Reducer):
         cells = cell_coordinates(self.token_grid, index.device).repeat(cameras, 1)
         return Pruned(take(tokens, order), cells[index], index)
 
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float]:
+        return 0.5, 0.5
+
 
 def top(scores: Tensor, k: int) -> Tensor:
     """Index int64 [b, k] of the k largest scores [b, n]; in a tie the earlier token comes first."""

@@ -199,6 +199,14 @@ class Reducer(nn.Module):
     def check_budget(self, num_tokens: int) -> None:
         """Raise `BudgetError` if this reducer does not support a budget in 1 .. num_tokens_max; most support all."""
 
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float] | None:
+        """How far each of k tokens of a camera reads to the side, and up and down, in cells of the token grid.
+
+        Cells whose centre is that far from the token's coordinate, or farther, do not enter it. None where tokens
+        differ in it.
+        """
+        return None
+
     def extra_repr(self) -> str:
         """Describe the reducer in the printed policy."""
         height, width = self.token_grid

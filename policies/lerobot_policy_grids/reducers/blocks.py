@@ -35,6 +35,11 @@ def block_means(patches: Tensor, block: int) -> Tensor:
     return patches.float().unflatten(2, (columns, block)).unflatten(1, (rows, block)).mean((2, 4))
 
 
+def block_reach(patches: float, block: int) -> float:
+    """How far a block reads in cells, if each of its patches reads this far in patches."""
+    return ((block - 1) / 2 + patches) / block
+
+
 def spread(values: Tensor, block: int) -> Tensor:
     """Give every patch of a block the block's value: [b, k, c] to [b, k * s * s, c]."""
     return values if block == 1 else values.repeat_interleave(block * block, dim=1)

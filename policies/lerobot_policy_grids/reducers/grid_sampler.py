@@ -31,7 +31,7 @@ from ..errors import GridsError
 from .anchored import AnchoredSampler, AnchoredSamplerConfig, Float32MLP, linear32, norm32
 from .anchors import Region
 from .base import ReducerConfig, Sampled, in_float32
-from .blocks import block_means, patch_positions, spread
+from .blocks import block_means, block_reach, patch_positions, spread
 from .interpolation import antialiased, bilinear, tent
 from .layout import TokenLayout
 
@@ -162,6 +162,14 @@ class GridSampler(AnchoredSampler):
                 tokens = tokens + spread(self.geometry(coordinates), self.block).to(tokens.dtype)
         return Sampled(tokens.to(feature_map.dtype), coordinates)
 
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float]:
+        cells = block_reach(self._sharp(self.spacing(k, camera)), self.block)
+        return cells, cells
+
+    def _sharp(self, reach: float) -> float:
+        """How far a token reads, in cells of the map, among tokens that are `reach` apart."""
+        return max(1.0, min(reach, self.reading_width))
+
     def _queries(self, context: Mapping[str, Tensor], order: Tensor) -> Tensor:
         """Queries [b, k, c] of the tokens in this order; [1, k, c] if they depend on nothing but their anchors."""
         hidden = self.anchor_queries[order].float()[None]
@@ -189,7 +197,7 @@ class GridSampler(AnchoredSampler):
         moved = weights - (torch.zeros_like(scores) + prior).softmax(-1)
         pixels = anchors + (moved[..., None] * (places - anchors[:, None])).sum(2)
         pixels = torch.stack([pixels[..., 0].clamp(0, width - 1), pixels[..., 1].clamp(0, height - 1)], dim=-1)
-        sharp = max(1.0, min(reach, self.reading_width))
+        sharp = self._sharp(reach)
         read = _joined(tent(pixels[..., 0], width, sharp), tent(pixels[..., 1], height, sharp))
         if self.block == 1:
             tokens = read @ flat

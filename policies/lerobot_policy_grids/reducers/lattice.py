@@ -100,6 +100,9 @@ class UniformReducer(LatticeReducer):
         pixels = coordinates * coordinates.new_tensor([width, height]) - 0.5
         return Sampled(bilinear(feature_map, pixels), coordinates)
 
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float]:
+        return 1.0, 1.0
+
 
 @ReducerConfig.register_subclass("pool")
 @dataclass
@@ -124,3 +127,14 @@ class PoolReducer(LatticeReducer):
         read = (columns.start / width, rows.start / height, columns.stop / width, rows.stop / height)
         coordinates = cell_coordinates(shape, feature_map.device, read)
         return Sampled(tokens, coordinates.expand(len(feature_map), -1, -1))
+
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float]:
+        region = self.region_of(camera)
+        down, across = self.lattice(k, region)
+        rows, columns = region_cells(*self.token_grid, region)
+        return _half_block(columns.stop - columns.start, across), _half_block(rows.stop - rows.start, down)
+
+
+def _half_block(cells: int, blocks: int) -> float:
+    """Half of the cells of a block; where blocks are not whole cells, neighbours share the cells between them."""
+    return cells / blocks / 2 + (0.5 if cells % blocks else 0.0)

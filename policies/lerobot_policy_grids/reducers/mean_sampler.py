@@ -30,7 +30,7 @@ from ..errors import GridsError
 from .anchored import AnchoredSampler, AnchoredSamplerConfig, Float32MLP, norm32
 from .anchors import Region
 from .base import ReducerConfig, Sampled, in_float32
-from .blocks import patch_positions, spread
+from .blocks import block_reach, patch_positions, spread
 from .interpolation import INTERPOLATIONS, antialiased, bilinear
 from .layout import TokenLayout
 
@@ -159,6 +159,11 @@ class MeanSampler(AnchoredSampler):
             if self.geometry is not None:
                 tokens = tokens + spread(self.geometry(coordinates), self.block).to(tokens.dtype)
         return Sampled(tokens, coordinates)
+
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float]:
+        patches = {"nearest": 0.5, "bilinear": 1.0}.get(self.interpolation, max(1.0, self.spacing(k, camera)))
+        cells = block_reach(patches, self.block)
+        return cells, cells
 
     def _read(self, feature_map: Tensor, pixels: Tensor, region: Region) -> Tensor:
         """Read tokens [b, k * block * block, c] at pixels [b, k, 2]."""

@@ -61,3 +61,6 @@ class RandomReducer(MapReducer):
         kept = (self._draw(dense) + padding.float()).topk(k, largest=False).indices.sort(-1).values
         places = places.expand(len(dense), -1, -1)
         return Sampled(take(dense, kept), take(places, kept))
+
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float]:
+        return 0.5, 0.5
