@@ -13,6 +13,7 @@ from .messages import OptionError, fail
 
 # Subcommand -> (module with `main(arguments)`, description).
 COMMANDS = {
+    "doctor": ("doctor", "check this machine, and whether a policy and a dataset fit it"),
     "record": ("record", "record demonstrations of a scripted expert as a LeRobotDataset"),
     "fit": ("fit", "train a policy on a dataset, dense or with K visual tokens per camera"),
     "validate": ("validate", "measure loss and actions on held-out demonstrations at several token budgets"),

@@ -87,7 +87,8 @@ def switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]
             return given
         return name if value in ("true", "false") else f"{name}=true"
 
-    return [switched(given, value) for given, value in zip(arguments, following, strict=True)]
+    # Without arguments there is nothing before the last one's empty follower.
+    return [switched(given, value) for given, value in zip(arguments, following, strict=False)]
 
 
 def refuse(fault: str | None) -> None:
