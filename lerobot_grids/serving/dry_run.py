@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lerobot.transport.utils import grpc_channel_options, send_bytes_in_chunks
 
-from .policy_server import GridsPolicyServer, grpc, upstream
+from .policy_server import GridsPolicyServer, upstream
 from .robots import mock_robot
 from .running import start_server
 
@@ -54,7 +54,7 @@ def dry_run(servicer: GridsPolicyServer, task: str, requests: int) -> DryRun:
     spent, chunk = [], []
     first = len(servicer.latencies_s)
     try:
-        with grpc.insecure_channel(endpoint.address, grpc_channel_options()) as channel:
+        with upstream.grpc.insecure_channel(endpoint.address, grpc_channel_options()) as channel:
             stub = upstream.services_pb2_grpc.AsyncInferenceStub(channel)
             stub.Ready(upstream.services_pb2.Empty(), timeout=CALL_TIMEOUT_S)
             specs = upstream.RemotePolicyConfig(servicer.policy_type, servicer.name, features, servicer.chunk_size)

@@ -27,8 +27,8 @@ from .unpickling import MessageError, loads
 from .upstream import import_policy_server
 
 upstream = import_policy_server()
-# After `upstream`, which says what is missing where grpc is.
-import grpc  # noqa: E402
+PolicyServer: Any = upstream.PolicyServer
+Code: Any = upstream.grpc.StatusCode
 
 # A robot that has not called for so long has left.
 GONE_S = 10.0
@@ -38,7 +38,7 @@ UPLOAD_S, LARGEST_UPLOAD = 20.0, 256 * 2**20
 QUIET_S = 5.0
 
 
-class GridsPolicyServer(upstream.PolicyServer):
+class GridsPolicyServer(PolicyServer):
     """Serves one policy to one robot at a time.
 
     Args:
@@ -60,6 +60,7 @@ class GridsPolicyServer(upstream.PolicyServer):
         self.device = str(next(loaded.policy.parameters()).device)
         self.policy_type = loaded.policy.config.type
         self.latencies_s: list[tuple[float, float]] = []
+        self.lerobot_features: dict[str, Any] | None = None
         self._robot: RobotFeatures | None = None
         self._client: str | None = None
         self._seen = self._replied = -math.inf
@@ -100,9 +101,9 @@ class GridsPolicyServer(upstream.PolicyServer):
                 raise MessageError(f"it is a {type(specs).__name__}, expected a RemotePolicyConfig")
             robot = self._accept(specs)
         except MessageError as error:
-            self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"the robot's instructions are refused: {error}")
+            self._refuse(context, Code.INVALID_ARGUMENT, f"the robot's instructions are refused: {error}")
         except RobotError as error:
-            self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            self._refuse(context, Code.FAILED_PRECONDITION, str(error))
         for line in robot.warnings:
             self.say(f"warning: {line}", always=True)
         self.lerobot_features, self._robot = robot.features, robot
@@ -113,18 +114,20 @@ class GridsPolicyServer(upstream.PolicyServer):
         """A robot sends what it sees."""
         self._admit(context)
         if self._robot is None:
-            line = "this server has no instructions of the robot, perhaps because it was restarted; restart robot_client"
-            self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, line)
+            line = (
+                "this server has no instructions of the robot, perhaps because it was restarted; restart robot_client"
+            )
+            self._refuse(context, Code.FAILED_PRECONDITION, line)
         timer = threading.Timer(UPLOAD_S, context.cancel)
         timer.daemon = True
         timer.start()
         try:
             return super().SendObservations(_bounded(request_iterator), context)
         except (MessageError, RobotError) as error:
-            self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"an observation is refused: {error}")
+            self._refuse(context, Code.INVALID_ARGUMENT, f"an observation is refused: {error}")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             line = f"an observation cannot be read: {type(error).__name__}: {first_line(error)}"
-            self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, line)
+            self._refuse(context, Code.INVALID_ARGUMENT, line)
         finally:
             timer.cancel()
 
@@ -137,7 +140,7 @@ class GridsPolicyServer(upstream.PolicyServer):
             failure = self._failure
             self._seen = time.monotonic()
         if failure:
-            self._refuse(context, grpc.StatusCode.INTERNAL, failure)
+            self._refuse(context, Code.INTERNAL, failure)
         return answer
 
     # What LeRobot's server calls.
@@ -222,8 +225,8 @@ class GridsPolicyServer(upstream.PolicyServer):
     def _accept(self, specs: Any) -> RobotFeatures:
         if specs.policy_type != self.policy_type:
             raise RobotError(
-                f"the robot asks for a policy of type '{str(specs.policy_type)[:40]}', and this server has {self.name}, "
-                f"of type '{self.policy_type}'; give robot_client --policy_type={self.policy_type}"
+                f"the robot asks for a policy of type '{specs.policy_type[:40]}', and this server has {self.name}, of "
+                f"type '{self.policy_type}'; give robot_client --policy_type={self.policy_type}"
             )
         if specs.rename_map and specs.rename_map != self.loaded.renames:
             raise RobotError("the robot sends a rename_map, which this server does not take; give it to serve")
@@ -245,7 +248,7 @@ class GridsPolicyServer(upstream.PolicyServer):
                 self._client, self._seen = peer, now
                 return
         line = f"another robot is served ({self._client}); stop it, or wait {GONE_S:.0f} s after it was lost"
-        self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, line)
+        self._refuse(context, Code.RESOURCE_EXHAUSTED, line)
 
     @contextmanager
     def _noticing_a_client_that_leaves(self, context: Any) -> Iterator[None]:

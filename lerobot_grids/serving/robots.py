@@ -60,7 +60,7 @@ def match_robot(loaded: LoadedPolicy, given: Mapping[str, Any]) -> RobotFeatures
         called = ", ".join(name.removeprefix(f"{OBS_IMAGES}.") for name in wanted)
         raise RobotError(
             f"the policy looks through cameras {called}; the robot has {have}. Name the robot's cameras so in "
-            f"--robot.cameras, or start serve with --rename_map '{{\"{OBS_IMAGES}.YOURS\": \"{missing[0]}\"}}'"
+            f'--robot.cameras, or start serve with --rename_map \'{{"{OBS_IMAGES}.YOURS": "{missing[0]}"}}\''
         )
     warnings = [f"the policy does not look through {name}" for name in unused]
     images = {}
@@ -71,8 +71,8 @@ def match_robot(loaded: LoadedPolicy, given: Mapping[str, Any]) -> RobotFeatures
         rows, columns = robot[source]["shape"][:2]
         if not 1 / STRETCHED < (columns / rows) / (width / height) < STRETCHED:
             warnings.append(
-                f"camera {source} sends {columns} x {rows} pixels and the policy learnt from {width} x {height}: LeRobot "
-                "stretches the picture; set the camera to the shape of the training data"
+                f"camera {source} sends {columns} x {rows} pixels and the policy learnt from {width} x {height}: "
+                "LeRobot stretches the picture; set the camera to the shape of the training data"
             )
     used = {name: robot[name] for name in images}
     if OBS_STATE in robot:
@@ -89,7 +89,9 @@ def _checked(name: str, feature: Any) -> dict[str, Any]:
     names = feature.get("names")
     if name.startswith(OBS_IMAGES):
         if len(shape) != 3 or shape[2] != 3 or shape[0] * shape[1] > MOST_PIXELS:
-            raise RobotError(f"the robot's camera {name} has images of shape {tuple(shape)}, expected (height, width, 3)")
+            raise RobotError(
+                f"the robot's camera {name} has images of shape {tuple(shape)}, expected (height, width, 3)"
+            )
         return {"dtype": "image", "shape": tuple(shape), "names": names}
     if len(shape) != 1 or shape[0] > MOST_JOINTS or not isinstance(names, list) or len(names) != shape[0]:
         raise RobotError(f"the robot's {name} has shape {tuple(shape)}, expected one axis with a name for each number")
@@ -99,7 +101,9 @@ def _checked(name: str, feature: Any) -> dict[str, Any]:
 def _check_state(config: Any, state: dict[str, Any] | None) -> None:
     trained = config.robot_state_feature
     if trained is not None and state is None:
-        raise RobotError(f"the policy reads '{OBS_STATE}' with {trained.shape[0]} joints, which the robot does not send")
+        raise RobotError(
+            f"the policy reads '{OBS_STATE}' with {trained.shape[0]} joints, which the robot does not send"
+        )
     if state is None:
         return
     names = state["names"]
@@ -159,7 +163,7 @@ def mock_robot(loaded: LoadedPolicy, task: str) -> tuple[dict[str, Any], dict[st
         if not key.startswith(f"{OBS_IMAGES}."):
             raise RobotError(
                 f"the policy looks through '{key}', and LeRobot calls a robot's cameras '{OBS_IMAGES}.NAME'; give "
-                f"--rename_map '{{\"{OBS_IMAGES}.NAME\": \"{name}\"}}'"
+                f'--rename_map \'{{"{OBS_IMAGES}.NAME": "{name}"}}\''
             )
         shape = (*image_size(feature.shape), 3)
         features[key] = {"dtype": "image", "shape": shape, "names": ["height", "width", "channels"]}

@@ -7,7 +7,7 @@ from typing import Any
 
 from lerobot_policy_grids.errors import GridsError, first_line
 
-from .policy_server import GridsPolicyServer, grpc, upstream
+from .policy_server import GridsPolicyServer, upstream
 
 # Calls at the same time. A robot needs two; others are told that the server is busy.
 CALLS = 8
@@ -57,7 +57,7 @@ def start_server(servicer: GridsPolicyServer, host: str, port: int) -> Endpoint:
     Raises:
         GridsError: If it cannot listen there.
     """
-    server = grpc.server(ThreadPoolExecutor(CALLS), options=OPTIONS, maximum_concurrent_rpcs=CALLS)
+    server = upstream.grpc.server(ThreadPoolExecutor(CALLS), options=OPTIONS, maximum_concurrent_rpcs=CALLS)
     upstream.services_pb2_grpc.add_AsyncInferenceServicer_to_server(servicer, server)
     named = f"[{host}]" if ":" in host and not host.startswith("[") else host
     try:

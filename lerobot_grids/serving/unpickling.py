@@ -38,14 +38,14 @@ class _Unpickler(pickle.Unpickler):
 
 def _allowed() -> dict[tuple[str, str], Any]:
     """What a message may name. New classes and functions each time: a pickle can change what it was given."""
-    from numpy._core.multiarray import _reconstruct, scalar
-    from numpy._core.numeric import _frombuffer
-
+    # What NumPy's own pickles name; its modules are private.
+    reconstruct, scalar = np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]
+    frombuffer: Any = np.empty(0).__reduce_ex__(5)[0]
     found: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
     for package in NUMPY:
-        found[f"{package}.multiarray", "_reconstruct"] = _reconstruct
+        found[f"{package}.multiarray", "_reconstruct"] = reconstruct
         found[f"{package}.multiarray", "scalar"] = scalar
-        found[f"{package}.numeric", "_frombuffer"] = _fresh(_frombuffer)
+        found[f"{package}.numeric", "_frombuffer"] = _fresh(frombuffer)
     for kind in (TimedObservation, RemotePolicyConfig):
         found[HELPERS, kind.__name__] = type(kind.__name__, (_Received,), {})
     return found

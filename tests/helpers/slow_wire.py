@@ -18,7 +18,7 @@ class SlowWire:
         self._target, self._delay_s = (host, int(port)), delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open = [self._listener]
-        self.address = "127.0.0.1:{}".format(self._listener.getsockname()[1])
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
