@@ -16,6 +16,7 @@ import yaml
 
 import kept_results
 from lerobot_grids_cli import parser as cli_parser
+from lerobot_grids_cli.fit_options import EXAMPLES as FIT_EXAMPLES
 from lerobot_grids_cli.fit_options import FitOptions
 from lerobot_grids_cli.main import COMMANDS
 from lerobot_grids_cli.main import main as run_cli
@@ -260,6 +261,18 @@ def test_every_shell_line_is_of_a_program_that_is_checked():
 @pytest.mark.parametrize("case", **chosen("lerobot-grids"))
 def test_our_commands_parse(case, options_of):
     assert options_of(after_program(case[1]))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_in_the_help_parse(name, options_of):
+    module = import_module(f"lerobot_grids_cli.{COMMANDS[name][0]}")
+    function = vars(module).get("evaluate" if name == "eval" else name)
+    examples = FIT_EXAMPLES if name == "fit" else cli_parser.examples_of(function)
+    assert len(examples) in (2, 3)
+    for example in examples:
+        program, command, *arguments = shlex.split(example)
+        assert (program, command) == ("lerobot-grids", name)
+        options_of([command, *arguments])
 
 
 @pytest.mark.parametrize("case", **chosen(*LEROBOT))

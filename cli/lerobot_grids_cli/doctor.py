@@ -27,6 +27,11 @@ def doctor(
         batch_size: Frames of the training step. Defaults to the micro-batch of the family's recipe.
         gpu_memory: Memory in GiB of a GPU to plan for. Defaults to this machine's GPU, or its memory without one.
         json: JSON file for all lines.
+
+    Examples:
+        lerobot-grids doctor
+        lerobot-grids doctor --policy pi0 --tokens 24 --dataset me/my_robot_data
+        lerobot-grids doctor --policy pi0 --gpu_memory 24
     """
     from lerobot_grids.budgets import budget_fault
     from lerobot_grids.doctor import MACHINE, plan_checks, run_checks

@@ -39,7 +39,8 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "lerobot-grids COMMAND --help shows a command's options; --version the version.",
+            "lerobot-grids COMMAND --help shows a command's options and examples; --version the version.",
+            "Begin with: lerobot-grids doctor",
         ]
     )
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(
             f"Python {sys.version.split()[0]}; LeRobot needs 3.12 or newer; make the environment with that version"
         )
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["help"]:
         print(usage())
         return 0
     if arguments[0] == "--version":
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lerobot-grids {version('lerobot_policy_grids')}")
         return 0
     name, *rest = arguments
+    if name == "help":
+        name, rest = rest[0], ["--help"]
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, 1)
         advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
@@ -88,6 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
             for line in getattr(error, "lines", [str(error)]):
                 fail(line)
             return 1
+        if isinstance(error, (RuntimeError, MemoryError)):
+            from lerobot_grids.training.memory_advice import is_out_of_memory
+
+            if is_out_of_memory(error):
+                advice = "give a smaller --batch_size, fewer --tokens or --cameras, or --device cpu, as the command has"
+                return fail(f"out of memory ({str(error).partition('. ')[0].strip()}); {advice}")
         raise
     return 0
 

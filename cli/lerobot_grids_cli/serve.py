@@ -43,6 +43,11 @@ def serve(
         dry_run: Print latencies and actions for observations that are made up, and end. It needs no robot.
         requests: Number of observations of a dry run.
         json: JSON file for latencies, and for the actions of a dry run.
+
+    Examples:
+        lerobot-grids serve outputs/smolvla_base-16 --dry_run --task 'pick up the cube'
+        lerobot-grids serve outputs/smolvla_base-16 --runtime fast --tokens 8
+        lerobot-grids serve me/smolvla-16 --host 0.0.0.0 --port 8080
     """
     require_at_least(1, fps=fps, requests=requests)
     if not 0 <= port <= 65535:

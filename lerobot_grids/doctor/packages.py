@@ -10,14 +10,13 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ..choices import LOGGERS
 from .check import Check
 
 PLUGIN = "lerobot_policy_grids"
 POLICY_TYPE = "grids"
 # Extras that are for developers, or others together.
 LEFT_OUT = ("dev", "all")
-# Logger of `fit` -> package.
-LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_plugin() -> Iterator[Check]:
@@ -121,7 +120,7 @@ def missing(project: Distribution, extra: str) -> Iterator[str]:
 
 def check_loggers() -> Iterator[Check]:
     """Where `fit` can send its curves."""
-    have = ["csv", *(name for name, package in LOGGERS.items() if find_spec(package))]
+    have = [name for name, package in LOGGERS.items() if package is None or find_spec(package)]
     absent = [name for name in LOGGERS if name not in have]
     seen = f"{', '.join(have)} (fit --logger NAME)"
     yield Check("ok", "Loggers", seen + (f"; for others: pip install {' '.join(absent)}" if absent else ""))
