@@ -47,10 +47,11 @@ class Parser(OneLineErrors, ArgumentParser):
 
     examples: tuple[str, ...] = ()
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text."""
+        text = str(super().format_help(*args, **kwargs))
         shown = "".join(f"  {line}\n" for line in self.examples)
-        return f"{super().format_help()}\nexamples:\n{shown}" if shown else str(super().format_help())
+        return f"{text}\nexamples:\n{shown}" if shown else text
 
 
 def examples_of(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -57,14 +57,13 @@ class LazyWandbLogger(WandbLogger):
     """Lightning's, whose folder is made with the first value and not before."""
 
     @property
-    @rank_zero_only
     def experiment(self) -> Any:
         """The run of Weights & Biases.
 
         Raises:
             GridsError: If it cannot be started.
         """
-        if self._experiment is None:
+        if self._experiment is None and rank_zero_only.rank == 0:
             Path(self._save_dir).mkdir(parents=True, exist_ok=True)
         try:
             return super().experiment
@@ -97,14 +96,14 @@ class TrackioLogger(Logger):
         """Name of the run."""
         return self._name
 
-    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Keep the options of the run; they are sent with the first value."""
         self._options |= vars(params) if isinstance(params, Namespace) else dict(params)
 
-    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Send values."""
+        """Send values, of the first process alone."""
+        if rank_zero_only.rank != 0:
+            return
         import trackio
 
         if self._run is None:
@@ -114,7 +113,6 @@ class TrackioLogger(Logger):
             self._run = trackio.init(project=PROJECT, name=self._name, config=config, resume="allow")
         trackio.log({name: float(value) for name, value in metrics.items()}, step=step)
 
-    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is waiting."""
         if self._run is not None:
