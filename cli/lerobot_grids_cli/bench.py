@@ -58,9 +58,9 @@ def bench(
         json: JSON file for all results.
 
     Examples:
-        lerobot-grids bench --policy pi0 --tokens 4,16,64
+        lerobot-grids bench --policy lerobot/pi0_base --tokens 4,16,64
         lerobot-grids bench --policy tiny --tokens 4,16 --device cpu
-        lerobot-grids bench --train --policy pi0 --tokens 16 --batch_size 8
+        lerobot-grids bench --train --policy lerobot/pi0_base --tokens 16 --batch_size 8
     """
     require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens, batch_size=batch_size)
     require_at_least(1, threads=threads)

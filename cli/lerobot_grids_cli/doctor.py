@@ -30,8 +30,8 @@ def doctor(
 
     Examples:
         lerobot-grids doctor
-        lerobot-grids doctor --policy pi0 --tokens 24 --dataset me/my_robot_data
-        lerobot-grids doctor --policy pi0 --gpu_memory 24
+        lerobot-grids doctor --policy lerobot/pi0_base --tokens 24 --dataset me/my_robot_data
+        lerobot-grids doctor --policy lerobot/pi0_base --gpu_memory 24
     """
     from lerobot_grids.budgets import budget_fault
     from lerobot_grids.doctor import MACHINE, plan_checks, run_checks

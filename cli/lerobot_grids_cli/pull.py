@@ -15,8 +15,8 @@ def pull(repo: str, folder: str, force: bool = False, json: str | None = None) -
         json: JSON file for repository, folder, commit and format.
 
     Examples:
-        lerobot-grids pull me/smolvla-16 my_policy
-        lerobot-grids pull me/smolvla-16@v1 my_policy --force
+        lerobot-grids pull me/cube-16 my_policy
+        lerobot-grids pull me/cube-16@v1 my_policy --force
     """
     from pathlib import Path
 

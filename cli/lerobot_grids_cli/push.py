@@ -38,8 +38,8 @@ def push(
         json: JSON file for the list of files, the card and the commit.
 
     Examples:
-        lerobot-grids push outputs/smolvla_base-16 me/smolvla-16 --dry-run
-        lerobot-grids push outputs/smolvla_base-16 me/smolvla-16 --results outputs/eval/smolvla_base-16/result.json
+        lerobot-grids push outputs/smolvla_base-16 me/cube-16 --dry-run
+        lerobot-grids push outputs/smolvla_base-16 me/cube-16 --results outputs/eval/smolvla_base-16/result.json
     """
     from dataclasses import asdict
     from pathlib import Path

@@ -47,7 +47,7 @@ def serve(
     Examples:
         lerobot-grids serve outputs/smolvla_base-16 --dry_run --task 'pick up the cube'
         lerobot-grids serve outputs/smolvla_base-16 --runtime fast --tokens 8
-        lerobot-grids serve me/smolvla-16 --host 0.0.0.0 --port 8080
+        lerobot-grids serve me/cube-16 --host 0.0.0.0 --port 8080
     """
     require_at_least(1, fps=fps, requests=requests)
     if not 0 <= port <= 65535:

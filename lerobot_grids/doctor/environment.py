@@ -143,7 +143,7 @@ def check_disk() -> Iterator[Check]:
         if free < FULL:
             yield Check("fail", "Disk", seen, advice)
         elif free < NEARLY_FULL:
-            yield Check("warn", "Disk", seen, f"a run of pi0 needs some {NEARLY_FULL // GIB} GiB; {advice}")
+            yield Check("warn", "Disk", seen, f"a run of a large policy needs some {NEARLY_FULL // GIB} GiB; {advice}")
         else:
             yield Check("ok", "Disk", seen)
 

@@ -85,7 +85,7 @@ def check_extras() -> Iterator[Check]:
     absent = {extra: lacking for extra, lacking in faults.items() if lacking}
     others = f"not installed: {', '.join(absent)} (pip install '{PLUGIN}[NAME]')" if absent else ""
     if not complete:
-        advice = f"install a family's, such as: pip install '{PLUGIN}[smolvla]'"
+        advice = f"install a family's, such as: pip install '{PLUGIN}[{extras[0]}]'"
         yield Check("warn", "Extras", f"none of {', '.join(extras)} is complete", advice)
     else:
         yield Check("ok", "Extras", f"installed: {', '.join(complete)}" + (f"; {others}" if others else ""))
