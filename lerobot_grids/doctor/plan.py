@@ -345,20 +345,21 @@ class PolicyPlan:
         place = sources().get(self.policy, self.policy)
         if not isinstance(place, str) or Path(place).exists() or constants.HF_HUB_OFFLINE:
             return
-        repository, _, revision = place.partition("@")
+        repository, _, named = place.partition("@")
+        revision = named or None
         if any(isinstance(try_to_load_from_cache(repository, name, revision=revision), str) for name in WEIGHTS_FILES):
             yield Check("ok", "Download", f"the weights of {place} are in the cache")
             return
 
         def ask() -> tuple[int | None, Any]:
-            files = HfApi().model_info(repository, revision=revision or None, files_metadata=True).siblings or []
+            files = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
             return sum(file.size or 0 for file in files if file.rfilename in WEIGHTS_FILES), None
 
         size, _ = hub.in_time(ask, hub.TIMEOUT_S + 1) or (None, None)
         cache = hub.cache_folder()
         if size and cache is not None:
             free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
-            seen = f"{size / GIB:.1f} GiB of weights from {place}; the cache's disk has {free / GIB:.1f} GiB free"
+            seen = f"{_size(size)} of weights from {place}; the cache's disk has {free / GIB:.1f} GiB free"
             if size > free:
                 yield Check("fail", "Download", seen, "make room, or set HF_HOME to a folder elsewhere")
             else:
