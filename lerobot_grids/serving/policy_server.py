@@ -9,6 +9,7 @@ with silence, after which a robot that stands still is never given an action aga
 - one robot is served at a time, so that no robot gets another one's actions.
 """
 
+import logging
 import math
 import sys
 import threading
@@ -29,6 +30,9 @@ from .upstream import import_policy_server
 upstream = import_policy_server()
 PolicyServer: Any = upstream.PolicyServer
 Code: Any = upstream.grpc.StatusCode
+LOGGER = logging.getLogger(__name__)
+# What LeRobot's server logs as an error is told to the robot, and said once.
+LOGGER.setLevel(logging.CRITICAL)
 
 # A robot that has not called for so long has left.
 GONE_S = 10.0
@@ -50,6 +54,8 @@ class GridsPolicyServer(PolicyServer):
     Attributes:
         latencies_s: Seconds of each action chunk: from an observation to actions, and of these the policy's.
     """
+
+    logger = LOGGER
 
     def __init__(self, loaded: LoadedPolicy, name: str, *, fps: int = 30, queue_timeout_s: float = 2.0) -> None:
         # Host and port are the endpoint's; LeRobot's server only reports them. It answers as soon as it can.

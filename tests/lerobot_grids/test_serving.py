@@ -406,7 +406,7 @@ def test_a_wrong_observation_is_refused_and_the_next_one_acts(robot, loaded, cha
     acts(robot, loaded)
 
 
-def test_an_error_of_the_policy_reaches_the_robot_and_the_next_observation_acts(robot, loaded, monkeypatch):
+def test_an_error_of_the_policy_reaches_the_robot_and_the_next_observation_acts(robot, loaded, monkeypatch, capsys):
     """LeRobot's server would be silent, and then leave out observations that are like the one that failed."""
     with monkeypatch.context() as patch:
 
@@ -416,6 +416,7 @@ def test_an_error_of_the_policy_reaches_the_robot_and_the_next_observation_acts(
         patch.setattr(loaded.policy, "predict_action_chunk", fails)
         said = refused(robot.send(seen()).actions, code=grpc.StatusCode.INTERNAL)
         assert said == "no actions: RuntimeError: out of something"
+    assert capsys.readouterr().err.count("out of something") == 1
     torch.manual_seed(0)
     assert torch.equal(robot.send(seen(), must_go=False).actions(), in_process(loaded))
 
