@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -46,8 +46,17 @@ def run_checks(checkers: Iterable[tuple[str, Checker]]) -> Iterator[Check]:
         try:
             yield from checker()
         except Exception as error:  # whatever a broken installation raises
-            # A function, because the policy package may not be importable here.
+            # Not `errors.first_line`: the policy package may not be importable here.
             said = str(error).strip().splitlines() or [""]
             yield Check(
                 "fail", name, f"{type(error).__name__}: {said[0]}", "mend what this names, and run doctor again"
             )
+
+
+def from_findings(name: str, findings: Iterable[Any], nothing: str) -> Iterator[Check]:
+    """A line for each finding of the preflight; one that all is well, where there are none."""
+    found = list(dict.fromkeys(findings))
+    if not found:
+        yield Check("ok", name, nothing)
+    for finding in found:
+        yield Check("fail" if finding.is_error else "warn", name, finding.line)

@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import constants
 
 from lerobot_grids.doctor import Check, environment, hub, media, packages, plan_checks, run_checks
-from lerobot_grids.doctor.plan import DatasetPlan, PolicyPlan
+from lerobot_grids.doctor.dataset_plan import DatasetPlan
+from lerobot_grids.doctor.policy_plan import PolicyPlan
 from lerobot_grids.policies.starting import configure
 from lerobot_grids_cli.main import main
 
