@@ -1,5 +1,7 @@
 """Names that a command line may choose from. Without heavy imports, so that a mistake is answered at once."""
 
+from importlib.util import find_spec
+
 # Tampering -> effect, as in `eval --help`.
 TAMPERINGS = {
     "image": "every camera is black",
@@ -14,11 +16,26 @@ PERTURBATIONS = {
     "libero": ("light", "noise", "view", "occlusion", "novel"),
 }
 SEVERITIES = (1, 2, 3)
+# Logger of `fit` -> the package that it needs, besides this project's own.
+LOGGERS = {"csv": None, "tensorboard": None, "wandb": "wandb", "trackio": "trackio"}
 
 
 def parts(text: str | None) -> list[str]:
     """The parts of a comma-separated list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def logger_fault(text: str) -> str | None:
+    """What is wrong with a list of loggers, in words; None if nothing is."""
+    asked = parts(text)
+    unknown = [name for name in asked if name not in LOGGERS]
+    if unknown or not asked:
+        return f"--logger {text} names no logger; choose from {', '.join(LOGGERS)}, such as csv,wandb"
+    for name in asked:
+        package = LOGGERS[name]
+        if package is not None and find_spec(package) is None:
+            return f"--logger {name} needs a package that is not installed: pip install {package}"
+    return None
 
 
 def tampering_fault(text: str | None) -> str | None:

@@ -16,6 +16,7 @@ import yaml
 
 import kept_results
 from lerobot_grids_cli import parser as cli_parser
+from lerobot_grids_cli.fit_options import EXAMPLES as FIT_EXAMPLES
 from lerobot_grids_cli.fit_options import FitOptions
 from lerobot_grids_cli.main import COMMANDS
 from lerobot_grids_cli.main import main as run_cli
@@ -52,6 +53,7 @@ LEROBOT = {
     "lerobot-eval": ("lerobot.configs.eval", "EvalPipelineConfig"),
     "lerobot-rollout": ("lerobot.rollout", "RolloutConfig"),
 }
+ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 # Scripts of benchmarks whose command line is the signature of `main`.
 SIGNATURES = ("training_cost", "adapter_size")
 # Options of other programs that documents name in passing.
@@ -254,12 +256,24 @@ def test_json_blocks_are_json():
 
 def test_every_shell_line_is_of_a_program_that_is_checked():
     checks = {"lerobot-grids", *LEROBOT, "make", "python", "pip", ".venv/bin/python"}
-    assert {program_of(words) for _, words in SHELL} - checks == {"git", "cd", "export"}
+    assert {program_of(words) for _, words in SHELL} - checks == {"git", "cd", "export", "ssh"}
 
 
 @pytest.mark.parametrize("case", **chosen("lerobot-grids"))
 def test_our_commands_parse(case, options_of):
     assert options_of(after_program(case[1]))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_in_the_help_parse(name, options_of):
+    module = import_module(f"lerobot_grids_cli.{COMMANDS[name][0]}")
+    function = vars(module).get("evaluate" if name == "eval" else name)
+    examples = FIT_EXAMPLES if name == "fit" else cli_parser.examples_of(function)
+    assert len(examples) in (2, 3)
+    for example in examples:
+        program, command, *arguments = shlex.split(example)
+        assert (program, command) == ("lerobot-grids", name)
+        options_of([command, *arguments])
 
 
 @pytest.mark.parametrize("case", **chosen(*LEROBOT))
@@ -299,13 +313,24 @@ def test_make_targets_exist(case):
 def test_extras_exist(case):
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (package, extra) = re.search(r"(lerobot_policy_grids|lerobot|\.)\[(\w+)\]", " ".join(case[1])).groups()
-    assert extra in known if package != "lerobot" else f"lerobot[{extra}]" in {"lerobot[libero]"}
+    assert extra in known if package != "lerobot" else f"lerobot[{extra}]" in {"lerobot[libero]", "lerobot[async]"}
+
+
+def client_options():
+    """Options of LeRobot's robot_client."""
+    from lerobot.async_inference.configs import RobotClientConfig
+
+    return {field.name for field in fields(RobotClientConfig)}
 
 
 def check_python(arguments):
     """What follows `python`: a program that compiles, a test file, or a script of benchmarks and its arguments."""
     if arguments[0] == "-c":
         compile(arguments[1], "<document>", "exec")
+    elif arguments[:2] == ["-m", ROBOT_CLIENT]:
+        given = dict(word.removeprefix("--").split("=", 1) for word in arguments[2:])
+        assert {name for name in given if not name.startswith("robot.")} <= client_options(), given
+        assert isinstance(yaml.safe_load(given["robot.cameras"]), dict)
     elif arguments[:2] == ["-m", "pytest"]:
         assert (ROOT / arguments[2]).is_file()
     else:
@@ -401,6 +426,7 @@ def known_options():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
     for script in ("latency", "libero_expert"):
         options |= arguments_of(ROOT / "benchmarks" / f"{script}.py")
+    options |= {f"--{name}" for name in client_options()}
     return options | {"--reducer.type", "--dry-run"} | FOREIGN
 
 

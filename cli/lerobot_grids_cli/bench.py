@@ -34,9 +34,7 @@ def bench(
     built at their real size with random weights and need no download. Without --device, most need no memory either.
 
     With --train: the FLOPs and the memory of one training step, by what is trained, with and without gradient
-    checkpointing, and the largest batch that fits common GPUs. Nothing is downloaded or trained. Examples:
-    `lerobot-grids bench --policy tiny --tokens 4,16 --device cpu`, and
-    `lerobot-grids bench --train --policy tiny --tokens 16 --batch_size 8`.
+    checkpointing, and the largest batch that fits common GPUs. Nothing is downloaded or trained.
 
     Args:
         policy: Name of a family, for its default architecture, or the checkpoint of a trained policy.
@@ -58,6 +56,11 @@ def bench(
         distill: With --train, whether the step of a policy with K tokens also runs a dense teacher.
         picture: PNG file for a plot with stacked bars.
         json: JSON file for all results.
+
+    Examples:
+        lerobot-grids bench --policy lerobot/pi0_base --tokens 4,16,64
+        lerobot-grids bench --policy tiny --tokens 4,16 --device cpu
+        lerobot-grids bench --train --policy lerobot/pi0_base --tokens 16 --batch_size 8
     """
     require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens, batch_size=batch_size)
     require_at_least(1, threads=threads)

@@ -54,6 +54,10 @@ def compare(
         layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
             or dealt anew by each episode's seed, the same for every policy. Defaults to official.
         tamper: Remove or shuffle inputs of the policies, as in `eval`.
+
+    Examples:
+        lerobot-grids compare dense=outputs/dense grids=outputs/grids16 --episodes 100
+        lerobot-grids compare dense=outputs/dense,outputs/dense2 grids=outputs/a,outputs/b --tasks push-v3 --workers 2
     """
     require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
     refuse(tampering_fault(tamper) or perturbation_fault(perturb, env))

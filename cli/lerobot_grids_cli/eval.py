@@ -64,6 +64,11 @@ def evaluate(
             checkpoint's.
         num_steps: Integration steps of the flow for one action chunk. Defaults to the checkpoint's.
         verify: Hash the checkpoint's files, and an adapter's base, again.
+
+    Examples:
+        lerobot-grids eval --policy outputs/grids16
+        lerobot-grids eval --policy outputs/grids16 --tokens 8 --tasks push-v3 --episodes 100 --videos 0
+        lerobot-grids eval --policy outputs/dense --reducer pool --tokens 16 --perturb camera:2
     """
     require_at_least(1, episodes=episodes, batch_size=batch_size, tokens=tokens, resolution=resolution)
     require_at_least(1, n_action_steps=n_action_steps, num_steps=num_steps)

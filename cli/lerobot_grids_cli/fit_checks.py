@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from lerobot_grids.budgets import budget_fault
+from lerobot_grids.choices import logger_fault
 
 from .fit_options import FitOptions
 from .messages import OptionError
@@ -49,6 +50,7 @@ def check_values(options: Any) -> None:
     require_at_least(1, resolution=options.resolution, push_every=options.push_every)
     if not 0 <= options.distill <= 1:
         raise OptionError(f"--distill {options.distill}; give the teacher's share of the loss, from 0 to 1")
+    refuse(None if options.logger is None else logger_fault(options.logger))
     every = options.push_every
     if every is not None and options.push is None:
         raise OptionError(f"--push_every {every} without --push; give --push user/name, or drop it")

@@ -1,6 +1,7 @@
 """`fit` with LightningCLI; its main options set those of the model, the data and the trainer."""
 
 import logging
+import shlex
 import signal
 import sys
 import warnings
@@ -8,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from lerobot_grids.choices import parts
 from lerobot_grids.console import report
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.hub.prepare import Description
@@ -20,6 +21,8 @@ from lerobot_grids.preflight.disk import check_disk
 from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.callbacks import Speed, TrainingProgress
 from lerobot_grids.training.checkpoints import PushCheckpoint, RunCheckpoint
+from lerobot_grids.training.interruption import Interruption, stopping_between_steps
+from lerobot_grids.training.loggers import make_loggers
 from lerobot_grids.training.memory_advice import advise, is_out_of_memory
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.state import STATE_FILES, find_state
@@ -49,6 +52,8 @@ LINKS = (
     ("seed", "seed_everything"),
 )
 
+DEFAULT_LOGGERS = "csv,tensorboard"
+
 
 class FitParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
@@ -73,8 +78,8 @@ class FitCLI(LightningCLI):
             check_login(options.push)
         recipe = get_family(source_type(options.policy)).recipe
         reducer = options.reducer.get("type") if isinstance(options.reducer, dict) else options.reducer
-        parts = [reducer, None if reducer == "blind" else tokens, options.resolution]
-        label = "-".join(str(part) for part in parts if part is not None) or "grids"
+        named = [reducer, None if reducer == "blind" else tokens, options.resolution]
+        label = "-".join(str(part) for part in named if part is not None) or "grids"
         if options.schedule != "constant":
             label = f"{label}-{options.schedule.partition(':')[0]}"
         self.output = Path(options.output or Path("outputs") / f"{Path(options.policy).name}-{label}")
@@ -87,6 +92,8 @@ class FitCLI(LightningCLI):
             raise GridsError(
                 f"--trainer.max_epochs {options.trainer.max_epochs}: a run has steps and no epochs; give --steps"
             )
+        if options.logger is not None and options.trainer.logger is not None:
+            raise GridsError(f"--logger {options.logger} and --trainer.logger; give one of them")
         require_at_least(1, **{"trainer.accumulate_grad_batches": options.trainer.accumulate_grad_batches})
         precision = str(options.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
@@ -126,12 +133,7 @@ class FitCLI(LightningCLI):
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
         if options.trainer.logger is None:
-            # Lightning's CSV logger empties its folder, so each resumed part gets its own.
-            parts = len(list((self.output / "logs").glob("csv*")))
-            kwargs["logger"] = [
-                CSVLogger(self.output, name="logs", version="csv" if parts == 0 else f"csv-{parts + 1}"),
-                TensorBoardLogger(self.output, name="logs", version="tensorboard"),
-            ]
+            kwargs["logger"] = make_loggers(parts(options.logger or DEFAULT_LOGGERS), self.output)
         if options.trainer.precision is None and getattr(self.model.policy.config, "dtype", None) == "bfloat16":
             # LeRobot also trains such policies with mixed precision.
             kwargs["precision"] = "bf16-mixed"
@@ -247,9 +249,6 @@ def fit(arguments: list[str]) -> None:
     except MisconfigurationException as error:
         # Lightning raises this for options that do not fit together.
         raise GridsError(f"{error} (from Lightning)") from error
-    except SIGTERMException:
-        print("lerobot-grids: terminated; continue with --resume", file=sys.stderr)
-        sys.exit(143)
 
 
 def _run(arguments: list[str]) -> None:
@@ -260,13 +259,17 @@ def _run(arguments: list[str]) -> None:
         print(describe(cli))
     # Before Lightning writes the options of the run: what is wrong with the data is said, and nothing is left behind.
     cli.datamodule.load(cli.model.policy.config, cli.model.loaded.renames)
+    stop = Interruption()
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from)
+        with stopping_between_steps() as stop:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from)
     except SIGTERMException:
-        raise
-    except SystemExit as stop:
+        if cli.trainer.is_global_zero:
+            print(f"lerobot-grids: {_how_to_go_on(cli, arguments, stop)}", file=sys.stderr)
+        sys.exit(130 if stop.pressed else 143)
+    except SystemExit as ended:
         # Lightning turns Ctrl-C into an exit without a message.
-        raise KeyboardInterrupt from stop
+        raise KeyboardInterrupt from ended
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -283,6 +286,17 @@ def _run(arguments: list[str]) -> None:
     )
     if cli.config.push is not None:
         _push(cli)
+
+
+def _how_to_go_on(cli: FitCLI, arguments: list[str], stop: Interruption) -> str:
+    """What was kept of a run that was stopped, and the command that goes on."""
+    what = "interrupted" if stop.pressed else "terminated"
+    if not any((cli.output / name).is_file() for name in STATE_FILES):
+        return f"{what} before the first step was done, so there is nothing to continue"
+    saved = next(c.saved_at for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint))
+    given = [word for word in arguments if not word.startswith("--resume")]
+    again = shlex.join(["lerobot-grids", "fit", *given, "--resume"])
+    return f"{what}; continue with --resume, step {saved} is saved: {again}"
 
 
 def _push(cli: FitCLI) -> None:

@@ -10,6 +10,12 @@ EPILOG = (
     "`--print_config` writes them as YAML, `--config FILE` reads them back."
 )
 
+EXAMPLES = (
+    "lerobot-grids fit --policy lerobot/smolvla_base --tokens 16 --dataset me/my_robot_data",
+    "lerobot-grids fit --policy outputs/dense --tokens 16 --dataset me/my_robot_data --distill 0.5 --schedule elastic",
+    "lerobot-grids fit --policy tiny --tokens dense --dataset data/push --steps 200 --logger csv,wandb",
+)
+
 
 @dataclass
 class FitOptions:
@@ -54,5 +60,8 @@ class FitOptions:
     push_every: int | None = None
     """With --push: also push the saved checkpoint every so many steps, a multiple of --save_every. Training waits for
     each push. A failed push is a warning; only the last one is an error. Each push is one commit."""
+    logger: str | None = None
+    """Where curves go, one or several of csv, tensorboard, wandb and trackio, such as csv,wandb. Defaults to
+    csv,tensorboard. wandb needs a login or WANDB_MODE=offline; trackio keeps its runs on this machine."""
     resume: bool = False
     """Continue the run in --output from its last checkpoint."""

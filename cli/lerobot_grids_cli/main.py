@@ -13,6 +13,7 @@ from .messages import OptionError, fail
 
 # Subcommand -> (module with `main(arguments)`, description).
 COMMANDS = {
+    "doctor": ("doctor", "check this machine, and whether a policy and a dataset fit it"),
     "record": ("record", "record demonstrations of a scripted expert as a LeRobotDataset"),
     "fit": ("fit", "train a policy on a dataset, dense or with K visual tokens per camera"),
     "validate": ("validate", "measure loss and actions on held-out demonstrations at several token budgets"),
@@ -21,6 +22,7 @@ COMMANDS = {
     "compare": ("compare", "compare policies on the same episodes, with paired tests and costs"),
     "view": ("view", "show where a policy looks along an episode: a strip, a film, a rerun recording"),
     "report": ("report", "write one HTML page about a checkpoint: success, looks, costs, training"),
+    "serve": ("serve", "answer LeRobot's robot_client: the policy here, the robot on another machine"),
     "push": ("push", "push a checkpoint to the Hub, with a model card"),
     "pull": ("pull", "fetch a checkpoint from the Hub and check every file"),
     "merge": ("merge", "make a full checkpoint from an adapter"),
@@ -39,7 +41,8 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "lerobot-grids COMMAND --help shows a command's options; --version the version.",
+            "lerobot-grids COMMAND --help shows a command's options and examples; --version the version.",
+            "Begin with: lerobot-grids doctor",
         ]
     )
 
@@ -55,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(
             f"Python {sys.version.split()[0]}; LeRobot needs 3.12 or newer; make the environment with that version"
         )
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["help"]:
         print(usage())
         return 0
     if arguments[0] == "--version":
@@ -64,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lerobot-grids {version('lerobot_policy_grids')}")
         return 0
     name, *rest = arguments
+    if name == "help":
+        name, rest = rest[0], ["--help"]
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, 1)
         advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
@@ -88,6 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
             for line in getattr(error, "lines", [str(error)]):
                 fail(line)
             return 1
+        if isinstance(error, (RuntimeError, MemoryError)):
+            from lerobot_grids.training.memory_advice import is_out_of_memory
+
+            if is_out_of_memory(error):
+                advice = "give a smaller --batch_size, fewer --tokens or --cameras, or --device cpu, as the command has"
+                return fail(f"out of memory ({str(error).partition('. ')[0].strip()}); {advice}")
         raise
     return 0
 

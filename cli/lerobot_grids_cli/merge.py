@@ -10,6 +10,10 @@ def merge(source: str, folder: str, json: str | None = None) -> None:
         source: Adapter checkpoint: a folder, or a Hub id.
         folder: The folder to write.
         json: JSON file for the names of source and folder.
+
+    Examples:
+        lerobot-grids merge my_policy my_policy_full
+        lerobot-grids merge outputs/smolvla_base-16 full --json merge.json
     """
     from pathlib import Path
 

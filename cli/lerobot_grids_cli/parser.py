@@ -39,7 +39,25 @@ def unknown_option(given: str, known: list[str]) -> str:
 
 
 class Parser(OneLineErrors, ArgumentParser):
-    """A subcommand's parser."""
+    """A subcommand's parser.
+
+    Attributes:
+        examples: Command lines that its help shows at the end.
+    """
+
+    examples: tuple[str, ...] = ()
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help text."""
+        text = str(super().format_help(*args, **kwargs))
+        shown = "".join(f"  {line}\n" for line in self.examples)
+        return f"{text}\nexamples:\n{shown}" if shown else text
+
+
+def examples_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The command lines in the docstring of a subcommand's function."""
+    _, _, text = (function.__doc__ or "").partition("\n    Examples:\n")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def parse(
@@ -58,6 +76,7 @@ def parse(
     """
     summary = (function.__doc__ or "").split("\n\n    Args:")[0]
     parser = Parser(prog=f"lerobot-grids {command}", description=" ".join(summary.split()))
+    parser.examples = examples_of(function)
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_function_arguments(function, as_group=False, as_positional=positional)
     options = parser.parse_args(switched_on(function, arguments))
@@ -87,7 +106,8 @@ def switched_on(function: Callable[..., Any], arguments: list[str]) -> list[str]
             return given
         return name if value in ("true", "false") else f"{name}=true"
 
-    return [switched(given, value) for given, value in zip(arguments, following, strict=True)]
+    # Without arguments there is nothing before the last one's empty follower.
+    return [switched(given, value) for given, value in zip(arguments, following, strict=False)]
 
 
 def refuse(fault: str | None) -> None:

@@ -13,6 +13,10 @@ def pull(repo: str, folder: str, force: bool = False, json: str | None = None) -
         folder: The folder to write, completely or not at all.
         force: Replace the folder, if it is a checkpoint, and fetch every file again.
         json: JSON file for repository, folder, commit and format.
+
+    Examples:
+        lerobot-grids pull me/cube-16 my_policy
+        lerobot-grids pull me/cube-16@v1 my_policy --force
     """
     from pathlib import Path
 

@@ -36,6 +36,10 @@ def push(
         license: Licence of the weights in the Hub's spelling, such as apache-2.0, for the card.
         template: Jinja2 template to use for the card instead of the default.
         json: JSON file for the list of files, the card and the commit.
+
+    Examples:
+        lerobot-grids push outputs/smolvla_base-16 me/cube-16 --dry-run
+        lerobot-grids push outputs/smolvla_base-16 me/cube-16 --results outputs/eval/smolvla_base-16/result.json
     """
     from dataclasses import asdict
     from pathlib import Path

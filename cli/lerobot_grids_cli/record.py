@@ -36,6 +36,10 @@ def record(
         seed: First seed. Evaluate with other seeds (eval starts at 100000).
         workers: Number of processes that simulate.
         json: JSON file for the counts and times.
+
+    Examples:
+        lerobot-grids record --output data/push --tasks push-v3 --episodes 50
+        lerobot-grids record --output data/four --episodes 100 --workers 2
     """
     require_at_least(1, episodes=episodes, workers=workers)
     require_at_least(16, size=size)

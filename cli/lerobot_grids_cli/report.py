@@ -26,8 +26,7 @@ def report(
     """Write one HTML page about a checkpoint: success, where it looks, costs, training, options and versions.
 
     The page holds everything in itself, opens offline and on a phone, and runs no script. What is not known yet says
-    which command makes it. Examples: `lerobot-grids report outputs/run`, and
-    `lerobot-grids report outputs/run --results result.json,dense.json,bench.json,validate.json`.
+    which command makes it.
 
     Args:
         checkpoint: Checkpoint folder, output folder of a training run, or Hub id.
@@ -42,6 +41,10 @@ def report(
         device: Measure the costs on this device, such as cpu or cuda, where no result has them. Without it FLOPs are
             counted, of small checkpoints.
         json: JSON file for the figures of the page.
+
+    Examples:
+        lerobot-grids report outputs/run
+        lerobot-grids report outputs/run --results result.json,dense.json,bench.json,validate.json
     """
     require_at_least(0, episode=episode)
     require_at_least(1, frames=frames)

@@ -42,6 +42,10 @@ def validate(
         rename_map: Names of dataset features -> the policy's names. Defaults to those of the training.
         tolerance_s: How far in seconds a video's frame may be from its time stamp.
         video_backend: Decoder of videos, "torchcodec" or "pyav". Defaults to the one that works here.
+
+    Examples:
+        lerobot-grids validate --policy outputs/grids16 --dataset me/my_robot_data
+        lerobot-grids validate --policy outputs/grids16 --dataset me/my_robot_data --tokens 4,16 --teacher outputs/dense
     """
     require_at_least(1, frames=frames, batch_size=batch_size)
     asked = None if tokens is None else [_budget(part) for part in str(tokens).split(",")]

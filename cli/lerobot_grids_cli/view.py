@@ -30,9 +30,7 @@ def view(
 ) -> None:
     """Show where a policy looks along an episode of a dataset: points over the camera images, as a strip and a film.
 
-    A disc is as wide as a token reads. Letterbox padding is hatched, and a point in it is a red cross. Examples:
-    `lerobot-grids view --policy outputs/run --dataset data/push --episode 3 --tokens 4,8,16`, and
-    `lerobot-grids view --policy outputs/run --dataset data/push --instruction "open the drawer"`.
+    A disc is as wide as a token reads. Letterbox padding is hatched, and a point in it is a red cross.
 
     Args:
         policy: Checkpoint folder, output folder of a training run, or Hub id, of a policy with K tokens. --policy.path
@@ -54,6 +52,10 @@ def view(
         rename_map: Names of dataset features -> the policy's names. Defaults to those of the training.
         tolerance_s: How far in seconds a video's frame may be from its time stamp.
         video_backend: Decoder of videos, "torchcodec" or "pyav". Defaults to the one that works here.
+
+    Examples:
+        lerobot-grids view --policy outputs/run --dataset data/push --episode 3 --tokens 4,8,16
+        lerobot-grids view --policy outputs/run --dataset data/push --instruction "open the drawer"
     """
     require_at_least(0, episode=episode)
     require_at_least(1, frames=frames, every=every, max_frames=max_frames, batch_size=batch_size)

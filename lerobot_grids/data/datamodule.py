@@ -1,6 +1,7 @@
 """LeRobotDataModule: a LeRobotDataset, split by episodes into training and validation data."""
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -210,6 +211,7 @@ class LeRobotDataModule(lightning.LightningDataModule):
             **batches,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_interrupts,
             # The cache returns whole batches.
             collate_fn=_identity if cached else None,
         )
@@ -223,6 +225,11 @@ def _chosen(episodes: list[int] | None, total: int) -> list[int]:
     if wrong or not episodes:
         raise DatasetError(f"episodes={episodes}; the dataset has the episodes 0 .. {total - 1}, give some of them")
     return sorted(set(episodes))
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to every process; the training still needs frames to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _identity(batch: Any) -> Any:

@@ -79,10 +79,22 @@ def source_type(source: str) -> str:
     """
     folder = find_source(source, weights=False)
     if folder is None:
-        return next(kind for kind, family in families().items() if source in family.sources)
+        return named_type(source)
     kind: str = base_config(read_config(folder)).type
     get_family(kind)
     return kind
+
+
+def named_type(name: str) -> str:
+    """LeRobot's type of the dense policy that a family's name stands for.
+
+    Raises:
+        UnsupportedPolicyError: If no family has that name.
+    """
+    for kind, family in families().items():
+        if name in family.sources:
+            return kind
+    raise UnsupportedPolicyError(f"'{name}' is the name of no family; choose from {', '.join(sources())}")
 
 
 def checked_device(device: str) -> str:

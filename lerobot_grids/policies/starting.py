@@ -25,7 +25,7 @@ from ..preflight.relative import check_relative
 from ..preflight.robot import check_training
 from .loaded import LoadedPolicy
 from .loading import build_at
-from .sources import Tokens, find_source, find_weights, source_type
+from .sources import Tokens, find_source, find_weights, named_type
 
 
 def start(
@@ -64,7 +64,7 @@ def start(
     asked = _asked_reducer(reducer)
     # Without its weights: what does not fit is said before gigabytes are fetched.
     folder = find_source(source, weights=False)
-    config, findings = _configure(source, folder, data)
+    config, findings = configure(source, folder, data)
     findings += check_relative(source, config, meta, data)
     refuse_errors(findings)
     config.validate_features()
@@ -97,10 +97,16 @@ def start(
     return LoadedPolicy(policy, preprocessor, postprocessor, findings=[f for f in findings if not f.is_error])
 
 
-def _configure(source: str, folder: Path | None, data: DatasetFeatures) -> tuple[Any, list[Finding]]:
-    """The configuration of the policy to start from, with the dataset's features, and what does not fit."""
+def configure(source: str, folder: Path | None, data: DatasetFeatures) -> tuple[Any, list[Finding]]:
+    """The configuration of the policy to start from, with the dataset's features, and what does not fit.
+
+    Args:
+        source: What the user calls the policy.
+        folder: Its checkpoint; None takes the default configuration of the family of that name.
+        data: The dataset's features.
+    """
     if folder is None:
-        config: Any = PreTrainedConfig.get_choice_class(source_type(source))(input_features=data.inputs, device="cpu")
+        config: Any = PreTrainedConfig.get_choice_class(named_type(source))(input_features=data.inputs, device="cpu")
     else:
         config = read_config(folder)
         get_family(base_config(config).type)

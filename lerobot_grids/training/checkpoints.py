@@ -29,20 +29,23 @@ class RunCheckpoint(Callback):
     Args:
         output: The run's output folder.
         every_n_steps: Number of optimiser steps between two checkpoints.
+
+    Attributes:
+        saved_at: Optimiser step of the last state that was saved, or resumed from.
     """
 
     def __init__(self, output: Path, every_n_steps: int = 500) -> None:
         self.folder = Path(output) / CHECKPOINT_FOLDER
         self.state = Path(output) / STATE_FILES[0]
         self.every_n_steps = every_n_steps
-        self._saved_at = -1
+        self.saved_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run has already saved the state of this step.
-        self._saved_at = trainer.global_step
+        self.saved_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         # The micro-batches of one accumulated step have the same step number.
@@ -60,10 +63,10 @@ class RunCheckpoint(Callback):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_step == self._saved_at:
+        if trainer.global_step == self.saved_at:
             return
         require_finite_weights(pl_module.named_parameters(), trainer.global_step)
-        self._saved_at = trainer.global_step
+        self.saved_at = trainer.global_step
         # All processes must call this, because a sharded strategy gathers its state here.
         trainer.save_checkpoint(self.state)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, TrainedWeightsAverage)]

@@ -11,8 +11,9 @@ from lerobot_policy_grids.modeling_grids import dense_policy
 
 from .step_cost import USABLE_SHARE, StepCost, predict_step
 
-# What PyTorch says when the host has no memory left; for a GPU it has an exception of its own.
-HOST = "can't allocate memory"
+# What PyTorch says when the host has no memory left, and what the drivers of GPUs say where it has no exception of its
+# own: in a library of CUDA, and on Apple's.
+SAID = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 # The budget that is advised to a policy with more tokens.
 FEW_TOKENS = 16
 WITHOUT_FIGURES = (
@@ -24,7 +25,8 @@ WITHOUT_FIGURES = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one that it was raised from, says that a GPU or this machine has no memory left."""
     return any(
-        isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or HOST in str(cause) for cause in causes(error)
+        isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or any(said in str(cause) for said in SAID)
+        for cause in causes(error)
     )
 
 

@@ -64,6 +64,7 @@ def test_help_is_quick_and_complete(arguments):
     assert best < (3 if arguments == ("fit",) else 1)
     if arguments:
         assert "--json" in result.stdout or arguments == ("fit",)
+        assert result.stdout.partition("\nexamples:\n")[2].count("  lerobot-grids ") in (2, 3)
         # Every option says what it is, in words besides its type and default.
         for option in re.split(r"^  (?=--)", result.stdout, flags=re.MULTILINE)[1:]:
             words = re.sub(r"\((required|type)[^)]*", "", option).split()[2:]

@@ -47,6 +47,13 @@ CASES = [
     (["validate", "--policy=p", "--dataset=d", "--tokens=4,dense"], 1, "--tokens dense: a budget is a number"),
     (["compare", "a=x"], 1, "1 policies given; give at least two"),
     (["record", "--output=o", "--episodes=0"], 1, "--episodes 0; give at least 1"),
+    ([*FIT, "--logger=wandbb"], 1, "--logger wandbb names no logger; choose from csv, tensorboard, wandb, trackio"),
+    (["help", "serve"], 0, ""),
+    (["bench"], 2, "the following arguments are required: policy"),
+    (["doctor", "--tokens=16"], 1, "--tokens 16 without --policy"),
+    (["doctor", "--policy=p", "--tokens=0"], 1, "--tokens 0 is no token budget"),
+    (["serve", "p", "--port=70000"], 1, "--port 70000; give a port"),
+    (["serve", "p", "--runtme=fast"], 2, "--runtme is not an option; did you mean --runtime?"),
     (["push", "p", "u/n", "--format=tar"], 2, "Literal['auto', 'adapter', 'full']"),
 ]
 

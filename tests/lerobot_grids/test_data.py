@@ -1,5 +1,8 @@
 """The data module against LeRobotDataset itself."""
 
+import os
+import signal
+
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -149,3 +152,16 @@ def test_a_frame_that_cannot_be_read_is_named_in_one_line(dataset, config, worke
     monkeypatch.setattr(LeRobotDataset, "__getitem__", lambda self, index: 1 / 0)
     with pytest.raises(FrameError, match=r"^frame \d+ of dataset local/.* cannot be read: division by zero; repair it"):
         next(iter(module.train_dataloader()))
+
+
+def test_ctrl_c_does_not_stop_the_processes_that_load(dataset, config):
+    """A terminal sends it to them, too; the step that is being done needs its frames."""
+    module = LeRobotDataModule(str(dataset), cache="never", num_workers=1, batch_size=4)
+    module.load(config)
+    batches = iter(module.val_dataloader())
+    next(batches)
+    (worker,) = batches._workers
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == len(module.val_dataloader()) - 1
+    assert worker.is_alive()
+    batches._shutdown_workers()

@@ -22,6 +22,9 @@ MIB = 2**20
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"), True),
         (RuntimeError("shapes do not match"), False),
     ],
 )
@@ -53,6 +56,19 @@ def test_fit_says_what_would_fit(dataset, tmp_path, capsys, monkeypatch):
     # This policy has none.
     assert "gradient_checkpointing" not in line
     assert "Traceback" not in line
+
+
+def test_other_commands_say_it_in_one_line(monkeypatch, capsys):
+    from lerobot_grids_cli import pull
+
+    def run_out(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity ...")
+
+    monkeypatch.setattr(pull, "main", run_out)
+    assert main(["pull"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory" in line
+    assert "--batch_size" in line
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import csv
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from lerobot_grids.policies import flow_steps, load, start
 from lerobot_grids.training.checkpoints import RunCheckpoint
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.trainable import choose_trainable, training_bytes
+from lerobot_grids_cli.main import main
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import CheckpointError, GridsError, OutputExistsError
 from lerobot_policy_grids.families import families
@@ -280,9 +283,37 @@ def test_a_terminated_run_says_so_and_can_go_on(tmp_path, dataset):
         process.terminate()
         _, error = process.communicate(timeout=100)
     assert process.returncode == 143, error
-    assert "terminated; continue with --resume" in error
+    assert "terminated; continue with --resume, step " in error
     assert (output / "training_state" / "last.ckpt").is_file()
     assert load(str(output)).policy.num_tokens == 4
+
+
+def test_ctrl_c_saves_the_step_and_gives_the_command_that_goes_on(tmp_path, dataset, capsys):
+    output = tmp_path / "run"
+    flags = [f"--dataset={dataset}", f"--output={output}", "--tokens=4", "--batch_size=4", "--data.val_fraction=0"]
+    flags += ["--trainer.accelerator=cpu", "--steps=4", "--logger=csv", "--trainer.enable_progress_bar=false"]
+    press = ["--trainer.callbacks=pausing.Press", "--trainer.callbacks.step=1"]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *flags, *press])
+        assert stop.value.code == 130
+        said = capsys.readouterr().err
+        assert "stopping after this step, which is saved; Ctrl-C again stops at once" in said
+        line = said.splitlines()[-1]
+        assert line.startswith(
+            "lerobot-grids: interrupted; continue with --resume, step 2 is saved: lerobot-grids fit "
+        )
+        assert load(str(output)).policy.num_tokens == 4
+        words = shlex.split(line[line.index("lerobot-grids fit") :])[1:]
+        assert words == ["fit", *flags, *press, "--resume"]
+        # Nobody presses at step 1 again, and the run is ended.
+        assert main(words) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    state = torch.load(output / "training_state" / "last.ckpt", weights_only=False)
+    assert state["global_step"] == 4
 
 
 @pytest.mark.parametrize("tokens", [9, "dense"])
