@@ -12,7 +12,7 @@ import lerobot
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
+from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from packaging import version
 
 from lerobot_policy_grids.families import get_family
@@ -44,6 +44,8 @@ class Row:
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
         flow: Whether its noise and time are drawn by methods that training can change.
+        language: What holds the instruction in its batch.
+        stretches: Whether it brings images to a square without their aspect ratio.
         layers: Layers of its vision tower, between which tokens can be sampled; 0 where they cannot.
         since: First LeRobot release with which it is supported.
         options: Fields of the small instance's configuration.
@@ -60,6 +62,8 @@ class Row:
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
     flow: bool = False
+    language: str = OBS_LANGUAGE_TOKENS
+    stretches: bool = False
     layers: int = 0
     since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +141,15 @@ class Row:
         return seen
 
 
+class LenientRow(Row):
+    """Of a LeRobot class that lets no more cameras be missing than its configuration says."""
+
+    def batch(self, policy: Any) -> dict[str, Any]:
+        batch = super().batch(policy)
+        policy.config.empty_cameras = len(policy.config.image_features)
+        return batch
+
+
 class Blocks(Row):
     """SmolVLA with the connector of its published checkpoints, which merges patches; the tiny one's merges none."""
 
@@ -201,6 +214,19 @@ FAMILIES: dict[str, Row] = {
         resizes_with_padding=False,
         bfloat16={"dtype": "bfloat16"},
         tokenizes=True,
+        since="0.6.1",
+    ),
+    "evo1": LenientRow(
+        "evo1",
+        image_size=64,
+        tokens_per_camera=64,
+        trunk="",
+        sequence=("embedder.model.language_model", ("inputs_embeds",)),
+        seam="_collect_image_batches",
+        bfloat16={"vlm_dtype": "bfloat16"},
+        tokenizes=True,
+        language="task",
+        stretches=True,
         since="0.6.1",
     ),
 }

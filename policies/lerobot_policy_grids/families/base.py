@@ -330,6 +330,19 @@ class Family(ABC):
         length: int = prefix[0].shape[1]
         return length
 
+    def set_steps(self, policy: DensePolicy, steps: int) -> None:
+        """Let `policy` take so many steps after the prefill from now on."""
+        setattr(policy.config, self.stages(policy).steps_field, steps)
+
+    def complete(self, policy: DensePolicy, batch: dict[str, Any]) -> dict[str, Any]:
+        """A made-up batch with what the pre-processor of this family adds beside or instead of instruction tokens.
+
+        Args:
+            policy: The policy that it is for.
+            batch: Images, state, instruction tokens and, for training, actions.
+        """
+        return batch
+
     # Building it without a network.
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> PreTrainedConfig:
