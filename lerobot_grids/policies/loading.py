@@ -142,7 +142,10 @@ def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None
         # Releases that do not know of this folder would look for its name on the Hub.
         overrides["tokenizer_processor"] = {"tokenizer_name": str(folder / TOKENIZER_FOLDER)}
     try:
-        pre, post = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+        # Of some types of policies LeRobot restores what a file cannot hold.
+        pre, post = make_pre_post_processors(
+            base_config(config), pretrained_path=str(folder), preprocessor_overrides=overrides
+        )
     except Exception as error:  # LeRobot raises whatever its steps meet
         raise CheckpointError(
             f"the processors in {folder} cannot be built: {error}; copy the checkpoint again"

@@ -21,7 +21,7 @@ from .checkpoint.statistics import advise, find_fault
 from .checkpoint.weights import require_finite
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
 from .errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
-from .families import DensePolicy, Seam, get_family
+from .families import DensePolicy, Seam, get_family, with_extra
 from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
@@ -113,7 +113,8 @@ class GridsPolicy(PreTrainedPolicy):
         self.family.require_inputs(base_config.input_features)
         if base is None:
             # Only the base's constructor honours load_vlm_weights.
-            base = get_policy_class(base_config.type)(base_config, **kwargs)
+            with with_extra(base_config.type):
+                base = get_policy_class(base_config.type)(base_config, **kwargs)
             if base_config.pretrained_path is not None:
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base

@@ -271,6 +271,12 @@ def concatenating_family(request, tmp_path_factory) -> Row:
     return _chosen(request, tmp_path_factory)
 
 
+@pytest.fixture(params=_families(lambda row: not row.trunk), scope="module")
+def scattering_family(request, tmp_path_factory) -> Row:
+    """A family whose visual tokens go elsewhere."""
+    return _chosen(request, tmp_path_factory)
+
+
 @pytest.fixture(params=TOWERS, scope="module")
 def tower_family(request, tmp_path_factory) -> Row:
     """A family inside whose vision tower tokens can be sampled."""

@@ -15,7 +15,7 @@ from lerobot.policies.factory import get_policy_class
 
 from ..configuration_grids import GRIDS_TYPE
 from ..errors import CheckpointError, causes
-from ..families import families
+from ..families import families, with_extra
 from .digests import digest_of
 from .files import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json
 from .hub_errors import explain
@@ -40,7 +40,8 @@ def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
     # A grids configuration passes this on to its base.
     if hasattr(config, "load_vlm_weights"):
         config.load_vlm_weights = False
-    return get_policy_class(config.type)(config, **kwargs)
+    with with_extra(config.type):
+        return get_policy_class(config.type)(config, **kwargs)
 
 
 def load_checkpoint(policy: Any, folder: Path, *, verify: bool = False) -> None:

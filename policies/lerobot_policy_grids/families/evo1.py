@@ -30,6 +30,7 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
+from .factory import recognise_wrapped
 from .positions import cell_numbers
 from .seam import Seam
 
@@ -97,6 +98,7 @@ class Evo1(Family):
 
     def attach(self, policy: Any, seam: Seam) -> None:
         refuse_second_attach("_collect_image_batches" in vars(policy))
+        recognise_wrapped(self.policy_type)
         embedder = policy.model.embedder
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
         policy._collect_image_batches = partial(_collect_image_batches, policy, seam)
@@ -287,7 +289,9 @@ def _collect_image_batches(policy: Any, seam: Seam, batch: dict[str, Any]) -> tu
     images, masks = type(policy)._collect_image_batches(policy, batch)
     embedder = policy.model.embedder
     device, dtype = embedder.device, embedder.model_dtype
-    mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (lerobots.IMAGENET_MEAN, lerobots.IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values, device=device, dtype=dtype) for values in (lerobots.IMAGENET_MEAN, lerobots.IMAGENET_STD)
+    )
     prepared = [
         lerobots._batched_pixel_values([image], 1, embedder.image_size, mean, std, dtype, device) for image in images
     ]
