@@ -44,6 +44,9 @@ class Row:
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
         flow: Whether its noise and time are drawn by methods that training can change.
+        needs_every_camera: Whether its pre-processor refuses a batch without one of its cameras.
+        reads_text: Whether its seam works on the text of a prompt or its ids, whose values decide what runs.
+        has_one_shape: Whether all its cameras must have one shape.
         language: What holds the instruction in its batch.
         stretches: Whether it brings images to a square without their aspect ratio.
         layers: Layers of its vision tower, between which tokens can be sampled; 0 where they cannot.
@@ -64,6 +67,9 @@ class Row:
     flow: bool = False
     language: str = OBS_LANGUAGE_TOKENS
     stretches: bool = False
+    needs_every_camera: bool = False
+    has_one_shape: bool = False
+    reads_text: bool = False
     layers: int = 0
     since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +111,10 @@ class Row:
         batch[ACTION_TOKEN_MASK] = torch.ones(BATCH, 6, dtype=torch.bool)
         return batch
 
+    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        """A batch with other observations."""
+        return batch | changes
+
     def trunk_of(self, policy: Any) -> Any:
         """The module that `trunk` names."""
         return policy.model.get_submodule(self.trunk)
@@ -117,7 +127,9 @@ class Row:
         path, names = self.sequence
 
         def count(module: Any, args: Any, kwargs: Any) -> None:
-            seen.append(sum(kwargs[name].shape[1] for name in names))
+            cache = kwargs.get("past_key_values")
+            if cache is None or not cache.get_seq_length():
+                seen.append(sum(kwargs[name].shape[1] for name in names))
 
         policy.model.get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
         return seen
@@ -148,6 +160,25 @@ class LenientRow(Row):
         batch = super().batch(policy)
         policy.config.empty_cameras = len(policy.config.image_features)
         return batch
+
+
+class PromptRow(Row):
+    """Of a LeRobot class whose pre-processor writes a prompt with the images in it."""
+
+    def batch(self, policy: Any) -> dict[str, Any]:
+        self.tokenizes = False
+        raw = super().batch(policy)
+        # Of one length: a batch in training is padded on the other side than one that acts.
+        raw["task"] = ["push a mug", "lift a cup", "open a box"]
+        return self.processed(policy, raw)
+
+    def processed(self, policy: Any, raw: dict[str, Any]) -> dict[str, Any]:
+        """What the policy gets of a batch of observations, actions and instructions."""
+        return make_processors(policy.config)[0](raw)
+
+    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        names = (*policy.config.image_features, "observation.state", "action", "action_is_pad", "task")
+        return self.processed(policy, {name: batch[name] for name in names} | changes)
 
 
 class Blocks(Row):
@@ -188,6 +219,17 @@ PI = {
     "bfloat16": {"dtype": "bfloat16"},
     "layers": 2,
 }
+PROMPT = {
+    "image_size": 64,
+    "tokens_per_camera": 64,
+    "trunk": "",
+    "language": "task",
+    "stretches": True,
+    "needs_every_camera": True,
+    "has_one_shape": True,
+    "reads_text": True,
+    "since": "0.6.1",
+}
 FAMILIES: dict[str, Row] = {
     "tiny_smolvla": Row(
         "tiny_smolvla",
@@ -227,7 +269,15 @@ FAMILIES: dict[str, Row] = {
         tokenizes=True,
         language="task",
         stretches=True,
+        reads_text=True,
         since="0.6.1",
+    ),
+    "eo1": PromptRow(
+        "eo1",
+        sequence=("vlm_backbone.model.language_model", ("inputs_embeds",)),
+        seam="_get_model_inputs",
+        bfloat16={"dtype": "bfloat16"},
+        **PROMPT,
     ),
 }
 

@@ -119,7 +119,8 @@ class Family(ABC):
         language_tokens: Instruction tokens after padding.
 
     Attributes:
-        resolution_field: Field of the configuration with the size in pixels that images are brought to.
+        resolution_field: Field of the configuration with the size in pixels that images are brought to; empty where
+            that follows from the images.
         extra: Extra of this distribution that installs what the policy needs.
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
@@ -178,7 +179,10 @@ class Family(ABC):
 
     @abstractmethod
     def feature_source(self, policy: DensePolicy) -> nn.Module:
-        """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
+        """The submodule whose output is the dense feature map that a reducer reads, [b, n, c] or [b * n, c].
+
+        In the latter, the tokens of an image may have another order.
+        """
 
     @abstractmethod
     def image_region(self, policy: DensePolicy, height: int, width: int) -> Region:
@@ -356,6 +360,18 @@ class Family(ABC):
         """
         options: dict[str, Any] = {self.resolution_field: (size, size), "input_features": inputs}
         return PreTrainedConfig.get_choice_class(self.policy_type)(device="cpu", output_features=outputs, **options)
+
+    def set_resolution(self, config: Any, size: int) -> None:
+        """Let a policy of `config` see images of `size` x `size` pixels.
+
+        Raises:
+            UnsupportedPolicyError: If the size of its images is no option.
+        """
+        setattr(config, self.resolution_field, (size, size))
+
+    def without_weights(self, config: Any) -> AbstractContextManager[None]:
+        """In this block a policy of `config` is constructed without fetching weights, because others are loaded."""
+        return nullcontext()
 
     def offline(self, config: Any) -> AbstractContextManager[None]:
         """In this block a policy of `config` is constructed without asking the Hub for sizes or tokenizers."""

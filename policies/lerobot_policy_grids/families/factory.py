@@ -27,6 +27,7 @@ def recognise_wrapped(policy_type: str) -> None:
     """From now on LeRobot's factory recognises a type of policy in its wrapper. Nothing changes for dense policies."""
     from lerobot.policies import factory
 
-    kind: Any = PreTrainedConfig.get_choice_class(policy_type)
+    kind = PreTrainedConfig.get_choice_class(policy_type)
+    assert kind is not None
     if getattr(factory, kind.__name__, None) is kind:
         setattr(factory, kind.__name__, _OrAround(kind))
