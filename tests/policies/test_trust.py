@@ -25,6 +25,8 @@ from lerobot_policy_grids.checkpoint.save import save_processors
 from lerobot_policy_grids.checkpoint.trust import bound_of, check_processors, check_published
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.families import families
+from lerobot_policy_grids.families.eo1 import QWEN_2_5_VL_3B
+from lerobot_policy_grids.families.small_qwen import write_small_processor
 from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.tiny import VLM_FOLDER
 
@@ -317,10 +319,14 @@ def test_other_files_are_never_opened(folder, name):
     assert not (folder.parent / "marker").exists()
 
 
+# Fields that LeRobot would look up on the Hub, at the values that published checkpoints have.
+LOOKED_UP = {"eo1": {"vlm_config": QWEN_2_5_VL_3B}}
+
+
 def test_no_bound_is_below_what_a_family_has():
     """Twice what the families' own configurations have is allowed."""
     for kind in families():
-        content = PreTrainedConfig.get_choice_class(kind)().__dict__
+        content = PreTrainedConfig.get_choice_class(kind)(**LOOKED_UP.get(kind, {})).__dict__
         for name, value in content.items():
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, (int, float)):
@@ -364,22 +370,32 @@ def test_the_hubs_cache_links_to_its_own_contents(folder, tmp_path):
 
 
 @pytest.fixture
-def any_tokenizer(monkeypatch):
+def any_tokenizer(monkeypatch, tmp_path_factory):
     """Where LeRobot would fetch a tokenizer from the Hub, it gets the one that ships here."""
+    from lerobot.policies.eo1 import processor_eo1
     from lerobot.processor import tokenizer_processor
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+
+    qwen = write_small_processor(tmp_path_factory.mktemp("qwen") / "files")
 
     class Shipped:
         @staticmethod
         def from_pretrained(name, **options):
             return AutoTokenizer.from_pretrained(VLM_FOLDER)
 
+    class ShippedQwen:
+        @staticmethod
+        def from_pretrained(name, **options):
+            return Qwen2_5_VLProcessor.from_pretrained(qwen)
+
     monkeypatch.setattr(tokenizer_processor, "AutoTokenizer", Shipped)
     monkeypatch.setattr(tokenizer_processor, "AutoProcessor", Shipped)
+    monkeypatch.setattr(processor_eo1, "Qwen2_5_VLProcessor", ShippedQwen)
 
 
 def made(kind, folder):
     """A dense policy's configuration in a folder, and its fresh processors."""
-    config = PreTrainedConfig.get_choice_class(kind)(device="cpu")
+    config = PreTrainedConfig.get_choice_class(kind)(device="cpu", **LOOKED_UP.get(kind, {}))
     if kind == "xvla":
         config.florence_config = {"vision_config": {}, "text_config": {}}
     config.input_features = {

@@ -45,7 +45,7 @@ def build(config: PreTrainedConfig, *, fresh: bool = False, **kwargs: Any) -> An
         config.load_vlm_weights = False
     kind = get_policy_class(config.type)
     if config.type == GRIDS_TYPE:
-        return kind(config, fresh=fresh, **kwargs)  # type: ignore[call-arg]
+        return kind(config, fresh=fresh, **kwargs)
     family = families().get(config.type)
     with with_extra(config.type), nullcontext() if fresh or family is None else family.without_weights(config):
         return kind(config, **kwargs)

@@ -124,7 +124,8 @@ class Family(ABC):
         extra: Extra of this distribution that installs what the policy needs.
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
-        repositories: Field or option -> the repositories of tokenizers and models that it may name.
+        repositories: Field, key inside one, or option -> the repositories of tokenizers and models that it may name,
+            or the words that it may hold.
         reads_state: Whether it cannot do without the robot's state.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
@@ -134,7 +135,7 @@ class Family(ABC):
     resolution_field: ClassVar[str]
     extra: ClassVar[str]
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
-    repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
+    repositories: ClassVar[Mapping[str, frozenset[str | None]]] = {}
     reads_state: ClassVar[bool] = True
     camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"

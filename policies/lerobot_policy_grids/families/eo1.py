@@ -9,12 +9,13 @@ LeRobot's pre-processor needs every camera, and writes the prompt; images keep a
 tokens follows from their size. Cameras must have one grid.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
@@ -22,7 +23,7 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
 from .distances import action_distance
-from .qwen import attach_model, detach_model, image_grid, scatter
+from .qwen import ATTENTION, attach_model, detach_model, image_grid, scatter
 from .seam import Seam
 from .small_qwen import SMALL_QWEN_2_5, write_small_processor
 
@@ -69,7 +70,8 @@ class EO1(Family):
         ),
     }
     repositories: ClassVar = {
-        name: frozenset({"Qwen/Qwen2.5-VL-3B-Instruct"}) for name in ("vlm_base", "processor_name")
+        **dict.fromkeys(("vlm_base", "processor_name"), frozenset({"Qwen/Qwen2.5-VL-3B-Instruct"})),
+        **ATTENTION,
     }
 
     def layout(self, policy: DensePolicy) -> TokenLayout:
@@ -167,7 +169,7 @@ FAMILIES = (
 
 
 def _get_model_inputs(
-    policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], excluded_keys: set[str] = frozenset()
+    policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], excluded_keys: Collection[str] = ()
 ) -> dict[str, Any]:
     inputs: dict[str, Any] = type(policy)._get_model_inputs(batch, excluded_keys)
     hidden = (batch["state_token_id"], batch["action_token_id"])
@@ -176,5 +178,5 @@ def _get_model_inputs(
 
 def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """`action_distance` of velocities [b * steps, max_action_dim]."""
-    chunks = [velocity.unflatten(0, (len(batch["action"]), -1)) for velocity in (student, teacher)]
-    return action_distance(*chunks, batch)
+    size = (len(batch[ACTION]), -1)
+    return action_distance(student.unflatten(0, size), teacher.unflatten(0, size), batch)

@@ -78,7 +78,10 @@ class Evo1(Family):
             }
         ),
     }
-    repositories: ClassVar = {"vlm_model_name": frozenset({"OpenGVLab/InternVL3-1B-hf"})}
+    repositories: ClassVar = {
+        "vlm_model_name": frozenset({"OpenGVLab/InternVL3-1B-hf"}),
+        "vlm_dtype": frozenset({"bfloat16", "float16", "float32"}),
+    }
 
     def layout(self, policy: DensePolicy) -> TokenLayout:
         vlm = policy.model.embedder.model.config

@@ -13,7 +13,7 @@ from lerobot.configs import PreTrainedConfig
 class _OrAround:
     """In the place of a class of configurations: `isinstance` with it is true for a wrapper's configuration, too."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: Any) -> None:
         self.kind = kind
 
     def __instancecheck__(self, config: Any) -> bool:
@@ -28,6 +28,6 @@ def recognise_wrapped(policy_type: str) -> None:
     from lerobot.policies import factory
 
     kind = PreTrainedConfig.get_choice_class(policy_type)
-    assert kind is not None
-    if getattr(factory, kind.__name__, None) is kind:
-        setattr(factory, kind.__name__, _OrAround(kind))
+    name = kind.__name__ if isinstance(kind, type) else ""
+    if vars(factory).get(name) is kind:
+        setattr(factory, name, _OrAround(kind))

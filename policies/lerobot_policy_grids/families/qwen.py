@@ -4,7 +4,8 @@ The pre-processor writes H x W placeholders for an image and its patches; the mo
 and numbers them by their place (m-rope: time, row, column). Here `scatter` runs the tower and the reducer while the
 whole batch is visible, cuts every run to k placeholders with all that goes along with the ids, and lets tokens travel
 in the place of the patches and a `Placed` in the place of their grids. The model's own functions call
-`get_image_features` and `get_rope_index`, replaced here, which know a `Placed` and give everything else to the originals:
+`get_image_features` and `get_rope_index`, which are replaced here: they know a `Placed`, and give everything else to
+the originals.
 - a token's position is the one of its place in the image, a fraction between two cells (m-rope goes through cosines of
   any real number), and the text behind stays where it was; this is `position_ids=dense`, the default;
 - with `consecutive`, an image of k tokens is numbered as a smaller image of k cells would be.
@@ -25,6 +26,10 @@ from ..errors import TokenGridError, UnsupportedPolicyError
 from ..reducers.interpolation import bilinear
 from .seam import Seam
 
+# A kind of attention may name a repository on the Hub, whose code transformers runs.
+ATTENTION: Mapping[str, frozenset[str | None]] = dict.fromkeys(
+    ("attn_implementation", "_attn_implementation"), frozenset({None, "eager", "sdpa", "flash_attention_2"})
+)
 # Positions are read at whole 256ths of a cell, so that a cell's own centre is exactly that.
 FRACTIONS = 256
 
@@ -207,8 +212,8 @@ def _require_grid(layout: Any, core: Any, grids: Tensor, samples: int) -> None:
     found = [list(grid) for grid in {tuple(grid) for grid in grids.tolist()}]
     if found != [expected] or len(grids) != samples * len(layout.cameras):
         raise TokenGridError(
-            f"{len(grids)} images with grids of patches {found} for {samples} samples of {len(layout.cameras)} cameras, "
-            f"expected {expected}; send images of the size that input_features says"
+            f"{samples} samples of {len(layout.cameras)} cameras have {len(grids)} images with the grids of patches "
+            f"{found}, expected {expected}; send images of the size that input_features says"
         )
 
 
