@@ -15,7 +15,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2_5_VLConfig
 
 from lerobot_grids.policies import load
 from lerobot_policy_grids import GridsPolicy
@@ -320,7 +320,7 @@ def test_other_files_are_never_opened(folder, name):
 
 
 # Fields that LeRobot would look up on the Hub, at the values that published checkpoints have.
-LOOKED_UP = {"eo1": {"vlm_config": QWEN_2_5_VL_3B}}
+LOOKED_UP = {"eo1": {"vlm_config": Qwen2_5_VLConfig(**QWEN_2_5_VL_3B).to_dict()}}
 
 
 def test_no_bound_is_below_what_a_family_has():
@@ -414,6 +414,18 @@ def test_the_families_own_processors_pass(kind, any_tokenizer, tmp_path):
     check_published(tmp_path)
     check_processors(tmp_path)
     assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_attention_that_names_a_repository_is_refused(inside, any_tokenizer, tmp_path):
+    """transformers would run its code."""
+    made("eo1", tmp_path)
+    stranger = {"attn_implementation": "somebody/kernels"}
+    edit("config.json", lambda c: (c["vlm_config"]["text_config"] if inside else c).update(stranger), tmp_path)
+    with pytest.raises(
+        CheckpointError, match="has attn_implementation='somebody/kernels', expected one of None, eager"
+    ):
+        check_published(tmp_path)
 
 
 BROUGHT = {"registry_name": "tokenizer_processor", "artifacts": {"tokenizer_name": "tokenizer"}}
