@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 
