@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,7 @@ class Row:
         flow: Whether its noise and time are drawn by methods that training can change.
         needs_every_camera: Whether its pre-processor refuses a batch without one of its cameras.
         reads_text: Whether its seam works on the text of a prompt or its ids, whose values decide what runs.
+        needs: A package that its LeRobot class needs and that not everyone has.
         has_one_shape: Whether all its cameras must have one shape.
         language: What holds the instruction in its batch.
         stretches: Whether it brings images to a square without their aspect ratio.
@@ -70,6 +72,7 @@ class Row:
     needs_every_camera: bool = False
     has_one_shape: bool = False
     reads_text: bool = False
+    needs: str = ""
     layers: int = 0
     since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
@@ -279,6 +282,14 @@ FAMILIES: dict[str, Row] = {
         bfloat16={"dtype": "bfloat16"},
         **PROMPT,
     ),
+    "vla_jepa": Row(
+        "vla_jepa",
+        sequence=("qwen.model.model.language_model", ("inputs_embeds",)),
+        seam="_prepare_model_inputs",
+        tokenizes=True,
+        needs="diffusers",
+        **PROMPT,
+    ),
 }
 
 
@@ -296,6 +307,8 @@ def _chosen(request: Any, tmp_path_factory: Any, rows: Mapping[str, Row] = FAMIL
     row = rows[request.param]
     if version.parse(lerobot.__version__) < version.parse(row.since):
         pytest.skip(f"{row.policy_type} needs LeRobot {row.since}")
+    if row.needs and find_spec(row.needs) is None:
+        pytest.skip(f"{row.policy_type} needs {row.needs}, which is not installed")
     row.folder = row.folder or tmp_path_factory.mktemp("tokenizers")
     return row
 

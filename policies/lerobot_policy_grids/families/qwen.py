@@ -152,9 +152,8 @@ def scatter(
         said &= ids != number
     known = {**dict.fromkeys(cameras, ids), **batch}
     known |= {OBS_LANGUAGE_TOKENS: ids, OBS_LANGUAGE_ATTENTION_MASK: said}
-    deepstack: list[Tensor] = []
-    encode = partial(_encode, core, grids[:1], deepstack)
-    tokens = seam.tokens(images, known, encode, core.get_input_embeddings())
+    tokens = seam.tokens(images, known, partial(_encode, core, seam, grids[:1]), core.get_input_embeddings())
+    deepstack = seam.take_aside()
     placed = Placed(
         ids, mask, inputs[names.types], grids, torch.ones_like(is_image), is_image, layout.token_grid, dense=dense
     )
@@ -222,11 +221,11 @@ def _by_sample(tokens: list[Tensor]) -> Tensor:
     return torch.cat(tokens, dim=1).flatten(0, 1)
 
 
-def _encode(core: Any, grid: Tensor, deepstack: list[Tensor], images: Tensor) -> Tensor:
-    """Patches [n, p, d] to tokens [n, H * W, c]; features for later layers, of the same shape, go to a list."""
+def _encode(core: Any, seam: Seam, grid: Tensor, images: Tensor) -> Tensor:
+    """Patches [n, p, d] to tokens [n, H * W, c]; features for later layers, of the same shape, lie aside."""
     grids = grid.expand(len(images), -1)
     output = type(core).get_image_features(core, images.flatten(0, 1), grids, return_dict=True)
-    deepstack[:] = [f.unflatten(0, (len(images), -1)) for f in getattr(output, "deepstack_features", None) or ()]
+    seam.aside = [f.unflatten(0, (len(images), -1)) for f in getattr(output, "deepstack_features", None) or ()]
     return torch.stack(list(output.pooler_output))
 
 

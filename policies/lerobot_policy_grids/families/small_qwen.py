@@ -8,7 +8,7 @@ from .characters import CHARACTERS, ROLES, write_character_tokenizer
 MARKERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = ("<pad>", "</s>", "<s>", "<unk>", *MARKERS, *CHARACTERS)
 # Families add tokens of their own behind the vocabulary.
-ROOM = 32
+ROOM = 64
 # Images of 64 pixels have 16 x 16 patches, which become 8 x 8 tokens.
 PATCH = 4
 TEMPLATE = (
@@ -62,4 +62,40 @@ def write_small_processor(folder: Path) -> Path:
         video_processor=Qwen2VLVideoProcessor(**size),
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
+    return folder
+
+
+def write_small_qwen3(folder: Path) -> Path:
+    """Save a small Qwen3-VL with random weights and its processor, if it is not there yet, and return its folder."""
+    if folder.exists():
+        return folder
+    from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessorFast
+    from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
+
+    write_character_tokenizer(folder, VOCABULARY, MARKERS)
+    size = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": 64, "longest_edge": 64 * 64}
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessorFast(**size, size=pixels),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        video_processor=Qwen3VLVideoProcessor(**size),
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True, "rope_theta": 10000.0}
+    text = _TEXT | {"head_dim": 16, "rope_parameters": rope}
+    config = Qwen3VLConfig(**_TOKENS, vision_config=vision, text_config=text)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     return folder
