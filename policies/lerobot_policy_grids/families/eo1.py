@@ -134,6 +134,12 @@ class EO1(Family):
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix.shape[1])
 
+    def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
+        raise UnsupportedPolicyError(
+            f"the architecture of a '{self.policy_type}' policy cannot be built without files from the Hub; give "
+            "the folder of a checkpoint"
+        )
+
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
         from lerobot.policies.eo1.configuration_eo1 import EO1Config
         from lerobot.policies.eo1.modeling_eo1 import EO1Policy

@@ -121,6 +121,12 @@ class VLAJEPA(Family):
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix.shape[1])
 
+    def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
+        raise UnsupportedPolicyError(
+            f"the architecture of a '{self.policy_type}' policy cannot be built without files from the Hub; give "
+            "the folder of a checkpoint"
+        )
+
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
         from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
         from lerobot.policies.vla_jepa.modeling_vla_jepa import VLAJEPAPolicy
