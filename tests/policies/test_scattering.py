@@ -218,6 +218,19 @@ def test_at_all_tokens_a_padded_prompt_is_the_dense_one(make_eo1, position_ids, 
         torch.testing.assert_close(act(few, alone), act(few, acting)[:1], atol=ROUNDING, rtol=0)
 
 
+def test_what_was_prepared_for_training_can_be_acted_on(make_eo1):
+    """LeRobot pads the prompts of a batch on the other side then, and refuses to act on the first."""
+    policy = make_eo1((64, 64))
+    training, acting = prompts(policy, "push", "lift a cup"), prompts(policy, "push", "lift a cup", actions=False)
+    with pytest.raises(ValueError, match="same action token mask"):
+        act(policy, training)
+    turned = get_family("eo1").acting(training)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        assert torch.equal(turned[name], acting[name]), name
+        assert torch.equal(get_family("eo1").acting(acting)[name], acting[name]), name
+    assert torch.equal(act(policy, turned), act(policy, acting))
+
+
 def placed(token_grid, coordinates, dense):
     """A prompt of a word, an image and two words, another image and a word; its dense positions, by Qwen's rule."""
     height, width = token_grid

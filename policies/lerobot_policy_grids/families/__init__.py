@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from ..errors import UnsupportedPolicyError, first_line
 from .base import DensePolicy, Family, Recipe, Stages, Target
@@ -36,6 +37,12 @@ def get_family(policy_type: str) -> Family:
     return known[policy_type]
 
 
+def acting_batch(policy_type: str, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that was prepared for training as a policy of any type acts on it."""
+    family = families().get(policy_type)
+    return batch if family is None else family.acting(batch)
+
+
 @contextmanager
 def with_extra(policy_type: str) -> Iterator[None]:
     """Around what imports the packages that a policy needs: without them, one line says how to install them.
@@ -55,4 +62,15 @@ def with_extra(policy_type: str) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["DensePolicy", "Family", "Recipe", "Seam", "Stages", "Target", "families", "get_family", "with_extra"]
+__all__ = [
+    "DensePolicy",
+    "Family",
+    "Recipe",
+    "Seam",
+    "Stages",
+    "Target",
+    "acting_batch",
+    "families",
+    "get_family",
+    "with_extra",
+]

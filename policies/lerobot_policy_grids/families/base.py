@@ -348,6 +348,10 @@ class Family(ABC):
         """
         return batch
 
+    def acting(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch that was prepared for training as the policy acts on it."""
+        return batch
+
     # Building it without a network.
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> PreTrainedConfig:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
@@ -133,6 +134,16 @@ class EO1(Family):
 
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix.shape[1])
+
+    def acting(self, batch: dict[str, Any]) -> dict[str, Any]:
+        # LeRobot pads prompts on the right for training, and acts on what is padded on the left.
+        mask = batch["attention_mask"]
+        length = mask.shape[1]
+        places = (torch.arange(length, device=mask.device) + mask.sum(1, keepdim=True)) % length
+        padded_right = mask[:, :1].bool() & ~mask[:, -1:].bool()
+        places = torch.where(padded_right, places, torch.arange(length, device=mask.device))
+        cut = ("input_ids", "attention_mask", "mm_token_type_ids")
+        return {**batch, **{name: batch[name].gather(1, places) for name in cut}}
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
         raise UnsupportedPolicyError(
