@@ -26,7 +26,7 @@ from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refus
 from .distances import action_distance
 from .qwen import ATTENTION, attach_model, detach_model, image_grid, scatter
 from .seam import Seam
-from .small_qwen import SMALL_QWEN_2_5, write_small_processor
+from .small_qwen import SMALL_QWEN_2_5, sharpen, write_small_processor
 
 # Sizes of Qwen2.5-VL-3B.
 QWEN_2_5_VL_3B: dict[str, Any] = {
@@ -169,7 +169,9 @@ class EO1(Family):
         }
         config = EO1Config(device="cpu", input_features=inputs, output_features=outputs, **fields | options)
         with self.without_weights(config):
-            return EO1Policy(config)
+            policy = EO1Policy(config)
+        sharpen(policy.model.vlm_backbone.model.language_model)
+        return policy
 
 
 FAMILIES = (

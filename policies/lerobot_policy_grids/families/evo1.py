@@ -33,6 +33,7 @@ from .characters import CHARACTERS, write_character_tokenizer
 from .factory import recognise_wrapped
 from .positions import cell_numbers
 from .seam import Seam
+from .small_qwen import sharpen
 
 # Sizes of InternVL3-1B.
 INTERNVL3_1B: dict[str, Any] = {
@@ -264,7 +265,9 @@ def _write_small_internvl(folder: Path) -> None:
         vision_config=vision | {"image_size": [64, 64], "patch_size": [4, 4]},
         text_config=text | {"model_type": "qwen2", "vocab_size": len(VOCABULARY), "num_key_value_heads": 1},
     )
-    AutoModel.from_config(config).save_pretrained(folder)
+    model = AutoModel.from_config(config)
+    sharpen(model.language_model)
+    model.save_pretrained(folder)
 
 
 def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .characters import CHARACTERS, ROLES, write_character_tokenizer
 
 MARKERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
@@ -44,6 +46,15 @@ SMALL_QWEN_2_5: dict[str, Any] = {
     "text_config": _TEXT
     | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
 }
+
+
+def sharpen(model: nn.Module) -> None:
+    """Let the attention of a small model with random weights depend on positions, which it hardly does otherwise."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            nn.init.normal_(parameter, std=0.3)
+        elif name.endswith(("v_proj.weight", "o_proj.weight")):
+            nn.init.normal_(parameter, std=0.1)
 
 
 def write_small_processor(folder: Path) -> Path:
@@ -97,5 +108,7 @@ def write_small_qwen3(folder: Path) -> Path:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True, "rope_theta": 10000.0}
     text = _TEXT | {"head_dim": 16, "rope_parameters": rope}
     config = Qwen3VLConfig(**_TOKENS, vision_config=vision, text_config=text)
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    model = Qwen3VLForConditionalGeneration(config)
+    sharpen(model.model.language_model)
+    model.save_pretrained(folder)
     return folder
