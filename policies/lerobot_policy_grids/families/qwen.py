@@ -152,7 +152,7 @@ def scatter(
         said &= ids != number
     known = {**dict.fromkeys(cameras, ids), **batch}
     known |= {OBS_LANGUAGE_TOKENS: ids, OBS_LANGUAGE_ATTENTION_MASK: said}
-    tokens = seam.tokens(images, known, partial(_encode, core, seam, grids[:1]), core.get_input_embeddings())
+    tokens = seam.tokens(images, known, partial(_encode, core, seam, grids), core.get_input_embeddings())
     deepstack = seam.take_aside()
     placed = Placed(
         ids, mask, inputs[names.types], grids, torch.ones_like(is_image), is_image, layout.token_grid, dense=dense
@@ -221,12 +221,21 @@ def _by_sample(tokens: list[Tensor]) -> Tensor:
     return torch.cat(tokens, dim=1).flatten(0, 1)
 
 
-def _encode(core: Any, seam: Seam, grid: Tensor, images: Tensor) -> Tensor:
-    """Patches [n, p, d] to tokens [n, H * W, c]; features for later layers, of the same shape, lie aside."""
-    grids = grid.expand(len(images), -1)
-    output = type(core).get_image_features(core, images.flatten(0, 1), grids, return_dict=True)
-    seam.aside = [f.unflatten(0, (len(images), -1)) for f in getattr(output, "deepstack_features", None) or ()]
-    return torch.stack(list(output.pooler_output))
+def _encode(core: Any, seam: Seam, grids: Tensor, images: Tensor) -> Tensor:
+    """Patches [cameras * b, p, d] to tokens [cameras * b, H * W, c]; features for later layers lie aside.
+
+    The tower sees them sample by sample, as in the dense policy: in another order bfloat16 would round otherwise.
+    """
+    cameras = len(seam.layout.cameras)
+    patches = images.unflatten(0, (cameras, -1)).transpose(0, 1).flatten(0, 2)
+    output = type(core).get_image_features(core, patches, grids, return_dict=True)
+
+    def by_camera(features: Tensor) -> Tensor:
+        return features.unflatten(0, (-1, cameras)).transpose(0, 1).flatten(0, 1)
+
+    deepstack = getattr(output, "deepstack_features", None) or ()
+    seam.aside = [by_camera(features.unflatten(0, (len(images), -1))) for features in deepstack]
+    return by_camera(torch.stack(list(output.pooler_output)))
 
 
 def _read(features: Tensor, placed: Placed) -> Tensor:
