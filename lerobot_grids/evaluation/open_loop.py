@@ -17,7 +17,9 @@ from torchmetrics import MeanMetric, MeanSquaredError
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.files import OPTIONS_FILE
+from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, GridsError
+from lerobot_policy_grids.families import acting_batch
 from lerobot_policy_grids.families.seam import present_cameras
 from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 
@@ -220,7 +222,8 @@ def _chunk(loaded: LoadedPolicy, batch: dict[str, Any], number: int) -> tuple[Te
     """Predict an action chunk [b, steps, d] from this batch's noise: (normalised, in the dataset's units)."""
     torch.manual_seed(SEED + number)
     loaded.policy.reset()
-    chunk: Tensor = loaded.policy.predict_action_chunk(dict(batch)).float()
+    kind = base_config(loaded.policy.config).type
+    chunk: Tensor = loaded.policy.predict_action_chunk(acting_batch(kind, dict(batch))).float()
     return chunk, loaded.postprocessor(chunk.clone()).to(chunk)
 
 

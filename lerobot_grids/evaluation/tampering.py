@@ -123,10 +123,13 @@ def mean_state(preprocessor: Any) -> Tensor:
 @contextmanager
 def _shuffled_tokens(policy: Any, random: torch.Generator) -> Iterator[None]:
     base = dense_policy(policy)
-    source = get_family(base.config.type).feature_source(base)
+    family = get_family(base.config.type)
+    source, count = family.feature_source(base), family.layout(base).num_dense_tokens
 
     def shuffle(module: Any, inputs: Any, features: Tensor) -> Tensor:
-        return features[:, torch.randperm(features.shape[1], generator=random).to(features.device)]
+        images = features if features.ndim > 2 else features.unflatten(0, (-1, count))
+        shuffled = images[:, torch.randperm(images.shape[1], generator=random).to(features.device)]
+        return shuffled.view_as(features)
 
     handle = source.register_forward_hook(shuffle)
     try:

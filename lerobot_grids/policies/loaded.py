@@ -85,7 +85,7 @@ def set_flow_steps(policy: Any, steps: int) -> None:
     base = dense_policy(policy)
     if flow_steps(policy) is None:
         raise GridsError(f"a '{base.config.type}' policy integrates no flow; drop --num_steps")
-    setattr(base.config, get_family(base.config.type).stages(base).steps_field, steps)
+    get_family(base.config.type).set_steps(base, steps)
 
 
 def token_counts(policy: Any) -> tuple[int | None, int | None]:

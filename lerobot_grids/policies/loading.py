@@ -98,17 +98,17 @@ def peek(source: str, rename_map: dict[str, str] | None = None) -> tuple[Any, di
     return read_config(folder), renames
 
 
-def build_at(source: str, config: PreTrainedConfig, resolution: int | None) -> Any:
+def build_at(source: str, config: PreTrainedConfig, resolution: int | None, *, fresh: bool = False) -> Any:
     """`build`, at a smaller image size if one is given."""
     if resolution is None:
-        return build(config)
+        return build(config, fresh=fresh)
     if isinstance(config, GridsConfig):
         raise GridsError(f"{source} is a grids checkpoint, made for its own image size; drop --resolution")
     if resolution < 1:
         raise GridsError(f"--resolution {resolution}; give the side of a square in pixels")
     family = get_family(config.type)
-    setattr(config, family.resolution_field, (resolution, resolution))
-    policy = build(config)
+    family.set_resolution(config, resolution)
+    policy = build(config, fresh=fresh)
     # Before a forward pass fails on an image that gives no whole grid.
     family.layout(policy)
     return policy
@@ -142,7 +142,10 @@ def load_processors(folder: Path, config: Any, rename_map: dict[str, str] | None
         # Releases that do not know of this folder would look for its name on the Hub.
         overrides["tokenizer_processor"] = {"tokenizer_name": str(folder / TOKENIZER_FOLDER)}
     try:
-        pre, post = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+        # Of some types of policies LeRobot restores what a file cannot hold.
+        pre, post = make_pre_post_processors(
+            base_config(config), pretrained_path=str(folder), preprocessor_overrides=overrides
+        )
     except Exception as error:  # LeRobot raises whatever its steps meet
         raise CheckpointError(
             f"the processors in {folder} cannot be built: {error}; copy the checkpoint again"

@@ -82,7 +82,7 @@ def start(
         if isinstance(step, RenameObservationsProcessorStep):
             step.rename_map = rename_map or {}
 
-    policy = build_at(source, config, resolution)
+    policy = build_at(source, config, resolution, fresh=folder is None)
     if isinstance(policy, GridsPolicy):
         load_checkpoint(policy, find_weights(source))
         _continue(source, policy, tokens, asked, schedule, position_ids)

@@ -85,7 +85,7 @@ def make_batch(policy: Any, language_tokens: int, device: str) -> dict[str, Tens
     batch[OBS_STATE] = torch.randn(1, STATE_SIZE, device=device)
     batch[OBS_LANGUAGE_TOKENS] = torch.full((1, language_tokens), 7, device=device)
     batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.ones(1, language_tokens, dtype=torch.bool, device=device)
-    return batch
+    return get_family(config.type).complete(policy, batch)
 
 
 def make_training_batch(policy: Any, size: int, language_tokens: int, device: str) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def make_training_batch(policy: Any, size: int, language_tokens: int, device: st
     count = getattr(config, "max_action_tokens", 1)
     batch[ACTION_TOKENS] = torch.full((size, count), 7, device=device)
     batch[ACTION_TOKEN_MASK] = torch.ones(size, count, dtype=torch.bool, device=device)
-    return batch
+    return get_family(config.type).complete(policy, batch)
 
 
 class _NoRandomFill(TorchDispatchMode):

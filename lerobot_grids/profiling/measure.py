@@ -66,13 +66,13 @@ def stages_of(policy: Any) -> Stages:
 
 @contextmanager
 def _steps(policy: Any, count: int) -> Iterator[None]:
-    config, name = dense_policy(policy).config, stages_of(policy).steps_field
-    saved = getattr(config, name)
-    setattr(config, name, count)
+    base = dense_policy(policy)
+    family, saved = get_family(base.config.type), getattr(base.config, stages_of(policy).steps_field)
+    family.set_steps(base, count)
     try:
         yield
     finally:
-        setattr(config, name, saved)
+        family.set_steps(base, saved)
 
 
 @contextmanager

@@ -238,7 +238,7 @@ class Distillation:
 
     def chunk_distance(self, batch: dict[str, Any]) -> Tensor:
         """Compute the root mean squared distance of normalised action chunks from the same noise."""
-        draws = _new_seed()
+        draws, batch = _new_seed(), self.policy.family.acting(batch)
         torch.manual_seed(draws)
         teacher = self.teacher.predict_action_chunk(batch)
         torch.manual_seed(draws)

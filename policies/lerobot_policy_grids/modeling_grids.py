@@ -21,7 +21,7 @@ from .checkpoint.statistics import advise, find_fault
 from .checkpoint.weights import require_finite
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
 from .errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
-from .families import DensePolicy, Seam, get_family
+from .families import DensePolicy, Seam, get_family, with_extra
 from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
@@ -89,6 +89,7 @@ class GridsPolicy(PreTrainedPolicy):
         config: Its configuration.
         base: The base policy, if it exists already; otherwise it is built from `config.base`, and loaded from
             `config.base.pretrained_path` where that is set.
+        fresh: Whether no weights are loaded into it afterwards, so that the base begins as LeRobot lets it begin.
         **kwargs: `dataset_stats` and `dataset_meta`, passed to the base policy.
 
     Raises:
@@ -100,7 +101,9 @@ class GridsPolicy(PreTrainedPolicy):
     config_class = GridsConfig
     name = GRIDS_TYPE
 
-    def __init__(self, config: GridsConfig, *, base: DensePolicy | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, config: GridsConfig, *, base: DensePolicy | None = None, fresh: bool = True, **kwargs: Any
+    ) -> None:
         if not isinstance(config, GridsConfig):
             raise GridsError(
                 f"GridsPolicy takes a GridsConfig, not {type(config).__name__}; wrap a policy in memory with compress()"
@@ -113,7 +116,10 @@ class GridsPolicy(PreTrainedPolicy):
         self.family.require_inputs(base_config.input_features)
         if base is None:
             # Only the base's constructor honours load_vlm_weights.
-            base = get_policy_class(base_config.type)(base_config, **kwargs)
+            is_fresh = fresh and base_config.pretrained_path is None
+            follow = nullcontext() if is_fresh else self.family.without_weights(base_config)
+            with with_extra(base_config.type), follow:
+                base = get_policy_class(base_config.type)(base_config, **kwargs)
             if base_config.pretrained_path is not None:
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base
@@ -403,7 +409,7 @@ class GridsPolicy(PreTrainedPolicy):
         if (config := kwargs.get("config")) is not None:
             # The checkpoint holds every weight, or names its base.
             config.require_base().pretrained_path = None
-        policy = super().from_pretrained(str(folder), strict=True, **kwargs)
+        policy = super().from_pretrained(str(folder), strict=True, fresh=False, **kwargs)
         # LeRobot's commands load the processors from here: from what was checked, and not from what the repository's
         # main branch has by then. Of a PEFT adapter this is only the base, and the processors are the adapter's.
         if not policy.config.use_peft:

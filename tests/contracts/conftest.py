@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import lerobot
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
+from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from packaging import version
 
 from lerobot_policy_grids.families import get_family
@@ -44,6 +45,12 @@ class Row:
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
         flow: Whether its noise and time are drawn by methods that training can change.
+        needs_every_camera: Whether its pre-processor refuses a batch without one of its cameras.
+        reads_text: Whether its seam works on the text of a prompt or its ids, whose values decide what runs.
+        needs: A package that its LeRobot class needs and that not everyone has.
+        has_one_shape: Whether all its cameras must have one shape.
+        language: What holds the instruction in its batch.
+        stretches: Whether it brings images to a square without their aspect ratio.
         layers: Layers of its vision tower, between which tokens can be sampled; 0 where they cannot.
         since: First LeRobot release with which it is supported.
         options: Fields of the small instance's configuration.
@@ -60,6 +67,12 @@ class Row:
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
     flow: bool = False
+    language: str = OBS_LANGUAGE_TOKENS
+    stretches: bool = False
+    needs_every_camera: bool = False
+    has_one_shape: bool = False
+    reads_text: bool = False
+    needs: str = ""
     layers: int = 0
     since: str = "0.6.0"
     options: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +114,10 @@ class Row:
         batch[ACTION_TOKEN_MASK] = torch.ones(BATCH, 6, dtype=torch.bool)
         return batch
 
+    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        """A batch with other observations."""
+        return batch | changes
+
     def trunk_of(self, policy: Any) -> Any:
         """The module that `trunk` names."""
         return policy.model.get_submodule(self.trunk)
@@ -113,7 +130,9 @@ class Row:
         path, names = self.sequence
 
         def count(module: Any, args: Any, kwargs: Any) -> None:
-            seen.append(sum(kwargs[name].shape[1] for name in names))
+            cache = kwargs.get("past_key_values")
+            if cache is None or not cache.get_seq_length():
+                seen.append(sum(kwargs[name].shape[1] for name in names))
 
         policy.model.get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
         return seen
@@ -135,6 +154,34 @@ class Row:
         # LeRobot calls `.forward` itself, which module hooks do not see.
         trunk.forward = forward
         return seen
+
+
+class LenientRow(Row):
+    """Of a LeRobot class that lets no more cameras be missing than its configuration says."""
+
+    def batch(self, policy: Any) -> dict[str, Any]:
+        batch = super().batch(policy)
+        policy.config.empty_cameras = len(policy.config.image_features)
+        return batch
+
+
+class PromptRow(Row):
+    """Of a LeRobot class whose pre-processor writes a prompt with the images in it."""
+
+    def batch(self, policy: Any) -> dict[str, Any]:
+        self.tokenizes = False
+        raw = super().batch(policy)
+        # Of one length: a batch in training is padded on the other side than one that acts.
+        raw["task"] = ["push a mug", "lift a cup", "open a box"]
+        return self.processed(policy, raw)
+
+    def processed(self, policy: Any, raw: dict[str, Any]) -> dict[str, Any]:
+        """What the policy gets of a batch of observations, actions and instructions."""
+        return make_processors(policy.config)[0](raw)
+
+    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        names = (*policy.config.image_features, "observation.state", "action", "action_is_pad", "task")
+        return self.processed(policy, {name: batch[name] for name in names} | changes)
 
 
 class Blocks(Row):
@@ -175,6 +222,17 @@ PI = {
     "bfloat16": {"dtype": "bfloat16"},
     "layers": 2,
 }
+PROMPT = {
+    "image_size": 64,
+    "tokens_per_camera": 64,
+    "trunk": "",
+    "language": "task",
+    "stretches": True,
+    "needs_every_camera": True,
+    "has_one_shape": True,
+    "reads_text": True,
+    "since": "0.6.1",
+}
 FAMILIES: dict[str, Row] = {
     "tiny_smolvla": Row(
         "tiny_smolvla",
@@ -203,6 +261,35 @@ FAMILIES: dict[str, Row] = {
         tokenizes=True,
         since="0.6.1",
     ),
+    "evo1": LenientRow(
+        "evo1",
+        image_size=64,
+        tokens_per_camera=64,
+        trunk="",
+        sequence=("embedder.model.language_model", ("inputs_embeds",)),
+        seam="_collect_image_batches",
+        bfloat16={"vlm_dtype": "bfloat16"},
+        tokenizes=True,
+        language="task",
+        stretches=True,
+        reads_text=True,
+        since="0.6.1",
+    ),
+    "eo1": PromptRow(
+        "eo1",
+        sequence=("vlm_backbone.model.language_model", ("inputs_embeds",)),
+        seam="_get_model_inputs",
+        bfloat16={"dtype": "bfloat16"},
+        **PROMPT,
+    ),
+    "vla_jepa": Row(
+        "vla_jepa",
+        sequence=("qwen.model.model.language_model", ("inputs_embeds",)),
+        seam="_prepare_model_inputs",
+        tokenizes=True,
+        needs="diffusers",
+        **PROMPT,
+    ),
 }
 
 
@@ -220,6 +307,8 @@ def _chosen(request: Any, tmp_path_factory: Any, rows: Mapping[str, Row] = FAMIL
     row = rows[request.param]
     if version.parse(lerobot.__version__) < version.parse(row.since):
         pytest.skip(f"{row.policy_type} needs LeRobot {row.since}")
+    if row.needs and find_spec(row.needs) is None:
+        pytest.skip(f"{row.policy_type} needs {row.needs}, which is not installed")
     row.folder = row.folder or tmp_path_factory.mktemp("tokenizers")
     return row
 
@@ -242,6 +331,12 @@ def family(request, tmp_path_factory) -> Row:
 @pytest.fixture(params=_families(lambda row: row.trunk), scope="module")
 def concatenating_family(request, tmp_path_factory) -> Row:
     """A family whose trunk takes one prefix of visual tokens and what follows them."""
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=_families(lambda row: not row.trunk), scope="module")
+def scattering_family(request, tmp_path_factory) -> Row:
+    """A family whose visual tokens go elsewhere."""
     return _chosen(request, tmp_path_factory)
 
 

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from driving import ROUNDING, act, run, train_offsets, wrap
+from driving import ROUNDING, act, require_optional_cameras, run, train_offsets, wrap
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,17 +106,27 @@ def test_a_copy_is_whole_and_its_own(family, duplicate):
         return
     wrapped = train_offsets(wrap(dense, 9))
     batch = family.batch(wrapped.base)
-    before, *_ = run(wrapped, batch)
     twin = duplicate(wrapped)
+    before, *_ = run(wrapped, batch)
     assert torch.equal(run(twin, batch)[0], before)
     torch.nn.init.zeros_(twin.reducer.geometry.out.weight)
     torch.nn.init.normal_(twin.reducer.query.weight)
     assert not torch.equal(run(twin, batch)[0], before)
     assert torch.equal(run(wrapped, batch)[0], before)
+    try:
+        again = duplicate(wrapped)
+    except AttributeError:
+        # Some of transformers' models hold functions defined in functions once they have run.
+        dense = wrapped.detach()
+        with pytest.raises(AttributeError, match="local object"):
+            duplicate(dense)
+    else:
+        assert torch.equal(run(again, batch)[0], before)
 
 
 def test_identity_with_a_camera_missing(family):
     """Left out where LeRobot sends a blank image and masks it, for the same result."""
+    require_optional_cameras(family)
     policy = family.policy(cameras=3)
     batch = family.batch(policy)
     del batch[list(policy.config.image_features)[1]]
@@ -128,6 +138,8 @@ def test_identity_with_a_camera_missing(family):
 
 @pytest.mark.parametrize(("height", "width"), [(48, 96), (90, 60), (64, 64)])
 def test_image_region_is_where_the_policy_puts_the_image(family, height, width):
+    if family.has_one_shape:
+        pytest.skip("images of this family become patches in its pre-processor")
     policy = family.policy()
     wrapped = wrap(policy, 9)
     batch = family.batch(policy)
@@ -166,7 +178,7 @@ def test_feature_map_is_row_major(family):
             rows = slice(row * cell_height, (row + 1) * cell_height)
             columns = slice(column * cell_width, (column + 1) * cell_width)
             images[..., rows, columns] = 4 * bright
-            wrapped.predict_action_chunk(dict(batch) | {key: images.clone()})
+            wrapped.predict_action_chunk(family.changed(policy, batch, **{key: images.clone()}))
         change = (maps[1] - maps[0]).norm(dim=-1)[0]
         seen_row, seen_column = divmod(int(change.argmax()), width)
         assert max(abs(seen_row - row), abs(seen_column - column)) <= 1

@@ -137,8 +137,7 @@ def test_blind_hands_over_no_visual_token(family):
     batch = family.batch(policy)
     wrapped = wrap(policy, 1, reducer="blind")
     loss, chunk, _ = run(wrapped, batch)
-    for key in policy.config.image_features:
-        batch[key] = torch.rand_like(batch[key])
+    batch = family.changed(policy, batch, **{k: torch.rand_like(batch[k]) for k in policy.config.image_features})
     blind_loss, blind_chunk, _ = run(wrapped, batch)
     assert torch.equal(blind_loss, loss)
     assert torch.equal(blind_chunk, chunk)

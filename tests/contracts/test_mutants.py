@@ -8,9 +8,15 @@ import torch
 
 import mutants
 
-_spec = importlib.util.spec_from_file_location("identity_suite", Path(__file__).with_name("test_identity.py"))
-suite = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(suite)
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_suite", Path(__file__).with_name(f"test_{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+suite, positions = _load("identity"), _load("positions")
 
 # Mutant -> tests that must fail with it, and their parameters.
 EXACT = (suite.test_identity_at_all_tokens_is_exact_for_one_camera, {"dtype": torch.float32})
@@ -27,3 +33,21 @@ def test_suite_fails_with(mutant, concatenating_family, monkeypatch):
         family = "concatenating_family" if test is SHORTER[0] else "family"
         with pytest.raises(AssertionError):
             test(**{family: concatenating_family}, **parameters)
+
+
+DENSE = (positions.test_at_all_tokens_they_are_the_dense_ones, {})
+MUST_FAIL_ANYWHERE = {
+    "swapped_cameras": (SEVERAL,),
+    "shifted_tokens": (EXACT,),
+    "blank_camera": (EXACT,),
+    "transposed_grid": (EXACT,),
+    "wrong_positions": (DENSE,),
+}
+
+
+@pytest.mark.parametrize("mutant", MUST_FAIL_ANYWHERE)
+def test_suite_fails_where_tokens_are_scattered_with(mutant, scattering_family, monkeypatch):
+    mutants.install(mutant, monkeypatch)
+    for test, parameters in MUST_FAIL_ANYWHERE[mutant]:
+        with pytest.raises(AssertionError):
+            test(scattering_family, **parameters)

@@ -111,6 +111,8 @@ def test_looking_compiles_without_a_graph_break(family):
 
 def test_the_seam_breaks_no_graph(family):
     """Where torch.compile gives up, it is in LeRobot's or transformers' code, as in the dense policy."""
+    if family.reads_text:
+        pytest.skip("no graph holds the prompt of this family")
     wrapped = train_offsets(wrap(family.policy(cameras=2), 9))
     torch._dynamo.reset()
     report = torch._dynamo.explain(getattr(wrapped.base, family.seam))(dict(family.batch(wrapped.base)))

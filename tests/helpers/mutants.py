@@ -31,6 +31,34 @@ class Transposed(torch.nn.Module):
         return self.reducer(feature_map.transpose(1, 2), context, num_tokens, camera)
 
 
+def swapped_cameras(tokens, seam):
+    """The first camera has the last one's tokens."""
+    return tokens[::-1]
+
+
+def shifted_tokens(tokens, seam):
+    """Each token is in the place of the next one."""
+    return [camera.roll(1, dims=1) for camera in tokens]
+
+
+def blank_camera(tokens, seam):
+    """The last camera has tokens of zeros."""
+    return [*tokens[:-1], torch.zeros_like(tokens[-1])]
+
+
+def wrong_positions(tokens, seam):
+    """Every token says that it was read where another one was."""
+    seam.coordinates = [camera.flip(1) for camera in seam.coordinates or []]
+    return tokens
+
+
+AT_SEAM = (swapped_cameras, shifted_tokens, blank_camera, wrong_positions)
+
+
+def _tokens(seam, change, *args):
+    return change(type(seam).tokens(seam, *args), seam)
+
+
 def _transposed(get_reducer):
     return Transposed(get_reducer())
 
@@ -43,6 +71,9 @@ def _broken_attach(attach, name, policy, seam):
     attach(policy, seam)
     if name == "transposed_grid":
         seam._get_reducer = partial(_transposed, seam._get_reducer)
+        return
+    if globals()[name] in AT_SEAM:
+        seam.tokens = partial(_tokens, seam, globals()[name])
         return
     method = "prepare_images" if hasattr(policy, "prepare_images") else "_preprocess_images"
     setattr(policy, method, partial(_run, getattr(policy, method), globals()[name]))

@@ -100,6 +100,26 @@ def test_decoding_steps_grow_with_what_they_attend_to():
     assert predicted == pytest.approx(later + 9 * logits, rel=0.15)
 
 
+@pytest.mark.parametrize("k", [None, 16])
+def test_evo1_costs_what_its_dimensions_say(k):
+    """LeRobot fills up to three views with blank images; wrapped, they cost nothing."""
+    policy = instantiate(make_config("evo1", 2), "meta")
+    batch = make_batch(policy, 48, "meta")
+    views, tokens = (3, 3 * 256) if k is None else (2, 2 * k)
+    measured = policy if k is None else compress(policy, k)
+    flops, length = count_flops(measured, batch), prefix_length(measured, batch)
+    # "Image-1: <img></img>" and the end of a line, of each view, character by character.
+    assert length == tokens + 3 * 12 + 48
+    assert flops["vision"] == pytest.approx(siglip(views, 1025, 1024, 4096, layers=24), rel=1e-3)
+    assert flops["projector"] == views * linear(256, 4096, 896, 896)
+    attention = linear(length, 896, 896, 896) + 2 * linear(length, 896, 2 * 64) + 4 * length**2 * 896
+    assert flops["prefill"] == pytest.approx(14 * (attention + 3 * linear(length, 896, 4864)), rel=1e-3)
+    action = 4 * linear(50, 896, 896) + linear(50, 896, 4 * 896, 896) + 4 * 50 * (length + 1) * 896
+    keys = 2 * linear(length + 1 - 50, 896, 896)
+    assert flops["steps"] > 32 * 8 * (action + keys)
+    assert flops["steps"] == pytest.approx(32 * 8 * (action + keys), rel=0.3)
+
+
 def test_a_smaller_image_is_shown_beside():
     result = bench("pi0", [64], cameras=1, resolutions=[112])
     assert [cost.name for cost in result.costs] == ["dense", "K=64", "dense at 112 px"]

@@ -15,7 +15,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2_5_VLConfig
 
 from lerobot_grids.policies import load
 from lerobot_policy_grids import GridsPolicy
@@ -25,6 +25,8 @@ from lerobot_policy_grids.checkpoint.save import save_processors
 from lerobot_policy_grids.checkpoint.trust import bound_of, check_processors, check_published
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.families import families
+from lerobot_policy_grids.families.eo1 import QWEN_2_5_VL_3B
+from lerobot_policy_grids.families.small_qwen import write_small_processor
 from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.tiny import VLM_FOLDER
 
@@ -317,10 +319,14 @@ def test_other_files_are_never_opened(folder, name):
     assert not (folder.parent / "marker").exists()
 
 
+# Fields that LeRobot would look up on the Hub, at the values that published checkpoints have.
+LOOKED_UP = {"eo1": {"vlm_config": Qwen2_5_VLConfig(**QWEN_2_5_VL_3B).to_dict()}}
+
+
 def test_no_bound_is_below_what_a_family_has():
     """Twice what the families' own configurations have is allowed."""
     for kind in families():
-        content = PreTrainedConfig.get_choice_class(kind)().__dict__
+        content = PreTrainedConfig.get_choice_class(kind)(**LOOKED_UP.get(kind, {})).__dict__
         for name, value in content.items():
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, (int, float)):
@@ -364,22 +370,32 @@ def test_the_hubs_cache_links_to_its_own_contents(folder, tmp_path):
 
 
 @pytest.fixture
-def any_tokenizer(monkeypatch):
+def any_tokenizer(monkeypatch, tmp_path_factory):
     """Where LeRobot would fetch a tokenizer from the Hub, it gets the one that ships here."""
+    from lerobot.policies.eo1 import processor_eo1
     from lerobot.processor import tokenizer_processor
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+
+    qwen = write_small_processor(tmp_path_factory.mktemp("qwen") / "files")
 
     class Shipped:
         @staticmethod
         def from_pretrained(name, **options):
             return AutoTokenizer.from_pretrained(VLM_FOLDER)
 
+    class ShippedQwen:
+        @staticmethod
+        def from_pretrained(name, **options):
+            return Qwen2_5_VLProcessor.from_pretrained(qwen)
+
     monkeypatch.setattr(tokenizer_processor, "AutoTokenizer", Shipped)
     monkeypatch.setattr(tokenizer_processor, "AutoProcessor", Shipped)
+    monkeypatch.setattr(processor_eo1, "Qwen2_5_VLProcessor", ShippedQwen)
 
 
 def made(kind, folder):
     """A dense policy's configuration in a folder, and its fresh processors."""
-    config = PreTrainedConfig.get_choice_class(kind)(device="cpu")
+    config = PreTrainedConfig.get_choice_class(kind)(device="cpu", **LOOKED_UP.get(kind, {}))
     if kind == "xvla":
         config.florence_config = {"vision_config": {}, "text_config": {}}
     config.input_features = {
@@ -398,6 +414,18 @@ def test_the_families_own_processors_pass(kind, any_tokenizer, tmp_path):
     check_published(tmp_path)
     check_processors(tmp_path)
     assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_attention_that_names_a_repository_is_refused(inside, any_tokenizer, tmp_path):
+    """transformers would run its code."""
+    made("eo1", tmp_path)
+    stranger = {"attn_implementation": "somebody/kernels"}
+    edit("config.json", lambda c: (c["vlm_config"]["text_config"] if inside else c).update(stranger), tmp_path)
+    with pytest.raises(
+        CheckpointError, match="has attn_implementation='somebody/kernels', expected one of None, eager"
+    ):
+        check_published(tmp_path)
 
 
 BROUGHT = {"registry_name": "tokenizer_processor", "artifacts": {"tokenizer_name": "tokenizer"}}

@@ -4,6 +4,7 @@ The base is fetched by commit and checked by hash. LeRobot's `from_pretrained` i
 ignores the revision, or returns random weights after a failure.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lerobot.policies.factory import get_policy_class
 
 from ..configuration_grids import GRIDS_TYPE
 from ..errors import CheckpointError, causes
-from ..families import families
+from ..families import families, with_extra
 from .digests import digest_of
 from .files import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json
 from .hub_errors import explain
@@ -30,17 +31,24 @@ WITHOUT_BASE = (
 )
 
 
-def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
-    """Construct the policy of a configuration with random weights; nothing is downloaded.
+def build(config: PreTrainedConfig, *, fresh: bool = False, **kwargs: Any) -> Any:
+    """Construct the policy of a configuration with random weights.
 
     Args:
         config: Configuration of a base policy or of a grids policy.
+        fresh: Whether no weights are loaded into it afterwards: some of LeRobot's classes then fetch those that they
+            begin with. Otherwise nothing is downloaded that can be done without.
         **kwargs: More arguments for the policy's constructor.
     """
     # A grids configuration passes this on to its base.
     if hasattr(config, "load_vlm_weights"):
         config.load_vlm_weights = False
-    return get_policy_class(config.type)(config, **kwargs)
+    kind = get_policy_class(config.type)
+    if config.type == GRIDS_TYPE:
+        return kind(config, fresh=fresh, **kwargs)
+    family = families().get(config.type)
+    with with_extra(config.type), nullcontext() if fresh or family is None else family.without_weights(config):
+        return kind(config, **kwargs)
 
 
 def load_checkpoint(policy: Any, folder: Path, *, verify: bool = False) -> None:

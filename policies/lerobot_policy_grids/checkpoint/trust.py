@@ -58,6 +58,9 @@ BOUNDS: dict[str, float] = {
     # Pixels of a side.
     "image_resolution": 2048,
     "resize_imgs_with_padding": 2048,
+    # Pixels of an image.
+    "image_min_pixels": 2**22,
+    "image_max_pixels": 2**22,
     "input_features": 4096,
     # Counts.
     "num_tokens": 4096,
@@ -76,6 +79,7 @@ BOUNDS: dict[str, float] = {
     "depth": 48,
     "depths": 32,
     "encoder_layers": 32,
+    "num_hidden_layers": 96,
     "decoder_layers": 32,
     # Widths.
     "expert_width_multiplier": 2,
@@ -87,8 +91,13 @@ BOUNDS: dict[str, float] = {
     "d_model": 2048,
     "embed_dim": 4096,
     "projection_dim": 4096,
+    "out_hidden_size": 4096,
+    "intermediate_size": 2**14,
     # Holds numbers of tokens in a vocabulary.
     "florence_config": 2**16,
+    # And positions, and the base of their angles.
+    "vlm_config": 2**23,
+    "vocab_size": 2**19,
     # Training steps.
     "schedule_steps": LONGEST_RUN,
 }
@@ -215,11 +224,12 @@ def _check_value(path: Path, name: str, value: Any, family: Family) -> None:
     # Without a list in the family, no repository is allowed.
     allowed = family.repositories.get(name, frozenset() if name in REQUIRED_OPTIONS.values() else None)
     if allowed is not None and value not in allowed:
-        raise CheckpointError(f"{path} has {name}={value!r}, expected one of {', '.join(sorted(allowed))}; {REFUSED}")
+        expected = ", ".join(sorted(map(str, allowed)))
+        raise CheckpointError(f"{path} has {name}={value!r}, expected one of {expected}; {REFUSED}")
     if isinstance(value, dict):
         for key, item in value.items():
             _check_value(path, name, key, family)
-            _check_value(path, key if key in BOUNDS else name, item, family)
+            _check_value(path, key if key in BOUNDS or key in family.repositories else name, item, family)
     elif isinstance(value, list):
         for item in value:
             _check_value(path, name, item, family)

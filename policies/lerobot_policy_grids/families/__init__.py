@@ -3,11 +3,14 @@
 A module of this package that holds `FAMILIES` declares those LeRobot policy types; being there registers them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
-from ..errors import UnsupportedPolicyError
+from ..errors import UnsupportedPolicyError, first_line
 from .base import DensePolicy, Family, Recipe, Stages, Target
 from .seam import Seam
 
@@ -34,4 +37,40 @@ def get_family(policy_type: str) -> Family:
     return known[policy_type]
 
 
-__all__ = ["DensePolicy", "Family", "Recipe", "Seam", "Stages", "Target", "families", "get_family"]
+def acting_batch(policy_type: str, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that was prepared for training as a policy of any type acts on it."""
+    family = families().get(policy_type)
+    return batch if family is None else family.acting(batch)
+
+
+@contextmanager
+def with_extra(policy_type: str) -> Iterator[None]:
+    """Around what imports the packages that a policy needs: without them, one line says how to install them.
+
+    Raises:
+        UnsupportedPolicyError: If they are not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        family = families().get(policy_type)
+        if family is None:
+            raise
+        raise UnsupportedPolicyError(
+            f"a '{policy_type}' policy needs packages that are not installed ({first_line(error)}); "
+            f"pip install 'lerobot_policy_grids[{family.extra}]'"
+        ) from error
+
+
+__all__ = [
+    "DensePolicy",
+    "Family",
+    "Recipe",
+    "Seam",
+    "Stages",
+    "Target",
+    "acting_batch",
+    "families",
+    "get_family",
+    "with_extra",
+]

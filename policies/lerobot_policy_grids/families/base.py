@@ -119,11 +119,13 @@ class Family(ABC):
         language_tokens: Instruction tokens after padding.
 
     Attributes:
-        resolution_field: Field of the configuration with the size in pixels that images are brought to.
+        resolution_field: Field of the configuration with the size in pixels that images are brought to; empty where
+            that follows from the images.
         extra: Extra of this distribution that installs what the policy needs.
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
-        repositories: Field or option -> the repositories of tokenizers and models that it may name.
+        repositories: Field, key inside one, or option -> the repositories of tokenizers and models that it may name,
+            or the words that it may hold.
         reads_state: Whether it cannot do without the robot's state.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
@@ -133,7 +135,7 @@ class Family(ABC):
     resolution_field: ClassVar[str]
     extra: ClassVar[str]
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
-    repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
+    repositories: ClassVar[Mapping[str, frozenset[str | None]]] = {}
     reads_state: ClassVar[bool] = True
     camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
@@ -178,7 +180,10 @@ class Family(ABC):
 
     @abstractmethod
     def feature_source(self, policy: DensePolicy) -> nn.Module:
-        """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
+        """The submodule whose output is the dense feature map that a reducer reads, [b, n, c] or [b * n, c].
+
+        In the latter, the tokens of an image may have another order.
+        """
 
     @abstractmethod
     def image_region(self, policy: DensePolicy, height: int, width: int) -> Region:
@@ -330,6 +335,23 @@ class Family(ABC):
         length: int = prefix[0].shape[1]
         return length
 
+    def set_steps(self, policy: DensePolicy, steps: int) -> None:
+        """Let `policy` take so many steps after the prefill from now on."""
+        setattr(policy.config, self.stages(policy).steps_field, steps)
+
+    def complete(self, policy: DensePolicy, batch: dict[str, Any]) -> dict[str, Any]:
+        """A made-up batch with what the pre-processor of this family adds beside or instead of instruction tokens.
+
+        Args:
+            policy: The policy that it is for.
+            batch: Images, state, instruction tokens and, for training, actions.
+        """
+        return batch
+
+    def acting(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch that was prepared for training as the policy acts on it."""
+        return batch
+
     # Building it without a network.
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> PreTrainedConfig:
@@ -343,6 +365,18 @@ class Family(ABC):
         """
         options: dict[str, Any] = {self.resolution_field: (size, size), "input_features": inputs}
         return PreTrainedConfig.get_choice_class(self.policy_type)(device="cpu", output_features=outputs, **options)
+
+    def set_resolution(self, config: Any, size: int) -> None:
+        """Let a policy of `config` see images of `size` x `size` pixels.
+
+        Raises:
+            UnsupportedPolicyError: If the size of its images is no option.
+        """
+        setattr(config, self.resolution_field, (size, size))
+
+    def without_weights(self, config: Any) -> AbstractContextManager[None]:
+        """In this block a policy of `config` is constructed without fetching weights, because others are loaded."""
+        return nullcontext()
 
     def offline(self, config: Any) -> AbstractContextManager[None]:
         """In this block a policy of `config` is constructed without asking the Hub for sizes or tokenizers."""

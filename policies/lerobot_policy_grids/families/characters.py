@@ -8,12 +8,13 @@ ROLES = ("pad_token", "eos_token", "bos_token", "unk_token")
 CHARACTERS = tuple(chr(code) for code in range(32, 127))
 
 
-def write_character_tokenizer(folder: Path, vocabulary: Sequence[str]) -> Path:
+def write_character_tokenizer(folder: Path, vocabulary: Sequence[str], markers: Sequence[str] = ()) -> Path:
     """Save a tokenizer that transformers can load, and return its folder.
 
     Args:
         folder: Where to; it is created.
         vocabulary: The tokens by id: one for each of `ROLES`, then characters and others.
+        markers: Those of more than one character that are found in a text.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -22,5 +23,6 @@ def write_character_tokenizer(folder: Path, vocabulary: Sequence[str]) -> Path:
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    more = {"additional_special_tokens": list(markers)} if markers else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **more).save_pretrained(folder)
     return folder

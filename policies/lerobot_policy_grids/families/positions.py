@@ -84,15 +84,28 @@ def dense_positions(
         last = positions[:, start - 1 : start] if start else torch.full_like(positions[:, :1], -1)
         # Without tokens nothing tells a masked camera.
         seen = positions[:, end - 1 : end] > last if end > start else torch.ones_like(last, dtype=torch.bool)
-        column = camera[..., 0] * width - 0.5
-        row = (camera[..., 1] * height - 0.5).round().clamp(0, height - 1)
-        cells = result[:, start : start + 1] + row * width + column.clamp(0, width - 1)
+        cells = result[:, start : start + 1] + cell_numbers(camera, token_grid)
         result[:, start:end] = torch.where(seen, cells, result[:, start:end])
         grown = (height * width - camera.shape[1]) * seen
         result[:, end:] += grown
         moved += grown
         end += after
     return result, moved
+
+
+def cell_numbers(coordinates: Tensor, token_grid: tuple[int, int]) -> Tensor:
+    """Where on the grid's cells, numbered row by row, coordinates are: between two cells of a row, a fraction.
+
+    Args:
+        coordinates: float32 [b, k, 2], (x, y) in [0, 1].
+        token_grid: (H, W).
+
+    Returns:
+        float32 [b, k].
+    """
+    height, width = token_grid
+    column = (coordinates[..., 0] * width - 0.5).clamp(0, width - 1)
+    return (coordinates[..., 1] * height - 0.5).round().clamp(0, height - 1) * width + column
 
 
 def _forward(trunk: Any, numbering: DenseNumbering, *args: Any, **kwargs: Any) -> Any:

@@ -78,6 +78,8 @@ class Seam:
         # Cameras whose images have not been seen yet.
         self._unseen = set(range(len(layout.cameras)))
         self._kept: list[Tensor] | None = None
+        # What `encode` gave beside the tokens, in families whose trunk gets more than those.
+        self.aside: list[Tensor] = []
         # Coordinates of each camera in the last call, once they are to be remembered.
         self.coordinates: list[Tensor] | None = None
         # Acts in place of the policy's own loop, if there is one.
@@ -264,6 +266,14 @@ class Seam:
             yield
         finally:
             self._kept = None
+            self.aside = []
+
+    def take_aside(self) -> list[Tensor]:
+        """What `encode` put into `aside`, now or when the images were encoded that are shared."""
+        aside = self.aside
+        if self._kept is None:
+            self.aside = []
+        return aside
 
     def _encode(self, encode: Callable[..., Tensor], images: Tensor, sample: Sampling | None = None) -> Tensor:
         if sample is not None:

@@ -1,0 +1,201 @@
+"""EO1: Qwen2.5-VL, in whose prompt images, the state and the actions are placeholders.
+
+Modifications, from outside, of `lerobot/policies/eo1`, from LeRobot 0.6.1 on:
+- `EO1Policy._get_model_inputs` also runs the vision tower, once for all cameras, and the reducer, and cuts the prompt
+  (`qwen.scatter`). There the whole batch is visible. LeRobot finds the actions in the prompt afterwards, so the masks
+  and the key-value cache follow.
+- `Qwen2_5_VLModel.get_image_features` and `get_rope_index` take what that gives.
+LeRobot's pre-processor needs every camera, and writes the prompt; images keep about their aspect ratio, and the grid of
+tokens follows from their size. Cameras must have one grid.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lerobot.utils.constants import ACTION
+from torch import Tensor, nn
+
+from ..errors import UnsupportedPolicyError
+from ..reducers import TokenLayout
+from ..reducers.anchors import WHOLE, Region
+from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
+from .distances import action_distance
+from .qwen import ATTENTION, attach_model, detach_model, image_grid, scatter
+from .seam import Seam
+from .small_qwen import SMALL_QWEN_2_5, sharpen, write_small_processor
+
+# Sizes of Qwen2.5-VL-3B.
+QWEN_2_5_VL_3B: dict[str, Any] = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "out_hidden_size": 2048,
+    },
+    "text_config": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+    },
+}
+
+
+class EO1(Family):
+    """EO1 on Qwen2.5-VL."""
+
+    resolution_field = ""
+    extra = "eo1"
+    position_ids = "dense"
+    steps: ClassVar = {
+        "eo1_conversation_template_processor": frozenset({"input_features", "chunk_size"}),
+        "eo1_qwen_processor": frozenset(
+            {"processor_name", "image_min_pixels", "image_max_pixels", "use_fast_processor"}
+        ),
+    }
+    repositories: ClassVar = {
+        **dict.fromkeys(("vlm_base", "processor_name"), frozenset({"Qwen/Qwen2.5-VL-3B-Instruct"})),
+        **ATTENTION,
+    }
+
+    def layout(self, policy: DensePolicy) -> TokenLayout:
+        config, vlm = policy.config, policy.model.vlm_backbone.config
+        cameras = self.cameras(policy)
+        shapes = {name: image_size(config.image_features[name].shape) for name in cameras}
+        return TokenLayout(
+            token_grid=image_grid(shapes, vlm.vision_config, config.image_min_pixels, config.image_max_pixels),
+            width=vlm.text_config.hidden_size,
+            cameras=tuple(cameras),
+            language_width=vlm.text_config.hidden_size,
+            state_width=config.max_state_dim,
+            regions=tuple(cameras.values()),
+        )
+
+    def attach(self, policy: Any, seam: Seam) -> None:
+        refuse_second_attach("_get_model_inputs" in vars(policy))
+        # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
+        policy._get_model_inputs = partial(_get_model_inputs, policy, seam, False)
+        seam.remember_coordinates()
+        attach_model(policy.model.vlm_backbone.model)
+
+    def keep_positions(self, policy: Any, seam: Seam) -> None:
+        policy._get_model_inputs = partial(_get_model_inputs, policy, seam, True)
+
+    def detach(self, policy: Any) -> None:
+        vars(policy).pop("_get_model_inputs", None)
+        detach_model(policy.model.vlm_backbone.model)
+
+    def feature_source(self, policy: Any) -> nn.Module:
+        merger: nn.Module = policy.model.vlm_backbone.model.visual.merger
+        return merger
+
+    def image_region(self, policy: Any, height: int, width: int) -> Region:
+        return WHOLE
+
+    def set_resolution(self, config: Any, size: int) -> None:
+        raise UnsupportedPolicyError(
+            f"the pre-processor of a '{self.policy_type}' policy chooses the size of its images; drop --resolution"
+        )
+
+    @contextmanager
+    def without_weights(self, config: Any) -> Iterator[None]:
+        # LeRobot takes a policy with a path for one whose weights come later.
+        with replaced(config, pretrained_path=config.pretrained_path or Path("weights follow")):
+            yield
+
+    def to_bfloat16(self, policy: Any) -> bool:
+        policy.config.dtype = "bfloat16"
+        policy.model.vlm_backbone.bfloat16()
+        return True
+
+    def target(self, policy: DensePolicy) -> Target:
+        return Target(policy.model.action_out_proj, _distance)
+
+    def stages(self, policy: DensePolicy) -> Stages:
+        visual = policy.model.vlm_backbone.model.visual
+        return Stages(visual, visual.merger, "num_denoise_steps", "embed_prefix")
+
+    def prefix_length(self, prefix: Any) -> int:
+        return int(prefix.shape[1])
+
+    def acting(self, batch: dict[str, Any]) -> dict[str, Any]:
+        # LeRobot pads prompts on the right for training, and acts on what is padded on the left.
+        mask = batch["attention_mask"]
+        length = mask.shape[1]
+        places = (torch.arange(length, device=mask.device) + mask.sum(1, keepdim=True)) % length
+        padded_right = mask[:, :1].bool() & ~mask[:, -1:].bool()
+        places = torch.where(padded_right, places, torch.arange(length, device=mask.device))
+        cut = ("input_ids", "attention_mask", "mm_token_type_ids")
+        return {**batch, **{name: batch[name].gather(1, places) for name in cut}}
+
+    def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
+        raise UnsupportedPolicyError(
+            f"the architecture of a '{self.policy_type}' policy cannot be built without files from the Hub; give "
+            "the folder of a checkpoint"
+        )
+
+    def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
+        from lerobot.policies.eo1.configuration_eo1 import EO1Config
+        from lerobot.policies.eo1.modeling_eo1 import EO1Policy
+
+        fields: dict[str, Any] = {
+            "vlm_base": str(write_small_processor(folder / "qwen")),
+            "vlm_config": SMALL_QWEN_2_5,
+            "dtype": "float32",
+            "image_min_pixels": 64,
+            "image_max_pixels": 64 * 64,
+            "chunk_size": 8,
+            "n_action_steps": 8,
+            "max_state_dim": 8,
+            "max_action_dim": 8,
+            "num_denoise_steps": 3,
+        }
+        config = EO1Config(device="cpu", input_features=inputs, output_features=outputs, **fields | options)
+        with self.without_weights(config):
+            policy = EO1Policy(config)
+        sharpen(policy.model.vlm_backbone.model.language_model)
+        return policy
+
+
+FAMILIES = (
+    EO1(
+        "eo1",
+        # LeRobot publishes no policy: it begins with Qwen2.5-VL-3B and new projections.
+        sources={"eo1": None},
+        # LeRobot's own preset.
+        recipe=Recipe(steps=30_000, batch=64, micro_batch=8, lr=1e-4, warmup=0.03),
+        image_size=224,
+        language_tokens=48,
+    ),
+)
+
+
+def _get_model_inputs(
+    policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], excluded_keys: Collection[str] = ()
+) -> dict[str, Any]:
+    inputs: dict[str, Any] = type(policy)._get_model_inputs(batch, excluded_keys)
+    hidden = (batch["state_token_id"], batch["action_token_id"])
+    return scatter(seam, policy.model.vlm_backbone.model, batch, inputs, dense=dense, hidden=hidden)
+
+
+def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """`action_distance` of velocities [b * steps, max_action_dim]."""
+    size = (len(batch[ACTION]), -1)
+    return action_distance(student.unflatten(0, size), teacher.unflatten(0, size), batch)

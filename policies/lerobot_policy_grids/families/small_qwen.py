@@ -1,0 +1,114 @@
+"""Qwen-VL at small size, offline: its processor on disk, and configurations of models for its tokens."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .characters import CHARACTERS, ROLES, write_character_tokenizer
+
+MARKERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = ("<pad>", "</s>", "<s>", "<unk>", *MARKERS, *CHARACTERS)
+# Families add tokens of their own behind the vocabulary.
+ROOM = 64
+# Images of 64 pixels have 16 x 16 patches, which become 8 x 8 tokens.
+PATCH = 4
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>"
+    "{% endfor %}"
+)
+_IDS = {name: len(ROLES) + number for number, name in enumerate(("image", "video", "vision_start", "vision_end"))}
+_TOKENS = {f"{name}_token_id": number for name, number in _IDS.items()}
+_TEXT = {
+    "vocab_size": len(VOCABULARY) + ROOM,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+SMALL_QWEN_2_5: dict[str, Any] = {
+    **_TOKENS,
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "window_size": 4 * PATCH,
+        "fullatt_block_indexes": [0],
+    },
+    "text_config": _TEXT
+    | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+}
+
+
+def sharpen(model: nn.Module) -> None:
+    """Let the attention of a small model with random weights depend on positions, which it hardly does otherwise."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            nn.init.normal_(parameter, std=0.3)
+        elif name.endswith(("v_proj.weight", "o_proj.weight")):
+            nn.init.normal_(parameter, std=0.1)
+
+
+def write_small_processor(folder: Path) -> Path:
+    """Save a Qwen2.5-VL processor with a tokenizer of characters, if it is not there yet, and return its folder."""
+    if folder.exists():
+        return folder
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    write_character_tokenizer(folder, VOCABULARY, MARKERS)
+    size = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**size),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        video_processor=Qwen2VLVideoProcessor(**size),
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_small_qwen3(folder: Path) -> Path:
+    """Save a small Qwen3-VL with random weights and its processor, if it is not there yet, and return its folder."""
+    if folder.exists():
+        return folder
+    from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessorFast
+    from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
+
+    write_character_tokenizer(folder, VOCABULARY, MARKERS)
+    size = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": 64, "longest_edge": 64 * 64}
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessorFast(**size, size=pixels),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        video_processor=Qwen3VLVideoProcessor(**size),
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True, "rope_theta": 10000.0}
+    text = _TEXT | {"head_dim": 16, "rope_parameters": rope}
+    config = Qwen3VLConfig(**_TOKENS, vision_config=vision, text_config=text)
+    model = Qwen3VLForConditionalGeneration(config)
+    sharpen(model.model.language_model)
+    model.save_pretrained(folder)
+    return folder
