@@ -123,12 +123,14 @@ def mean_state(preprocessor: Any) -> Tensor:
 @contextmanager
 def _shuffled_tokens(policy: Any, random: torch.Generator) -> Iterator[None]:
     base = dense_policy(policy)
-    source = get_family(base.config.type).feature_source(base)
+    family = get_family(base.config.type)
 
-    def shuffle(module: Any, inputs: Any, features: Tensor) -> Tensor:
-        return features[:, torch.randperm(features.shape[1], generator=random).to(features.device)]
+    def shuffle(tokens: Tensor) -> Tensor:
+        return tokens[:, torch.randperm(tokens.shape[1], generator=random).to(tokens.device)]
 
-    handle = source.register_forward_hook(shuffle)
+    handle = family.feature_source(base).register_forward_hook(
+        lambda module, inputs, features: family.change_features(features, shuffle)
+    )
     try:
         yield
     finally:

@@ -71,7 +71,8 @@ def flow_steps(policy: Any) -> int | None:
         stages = get_family(base.config.type).stages(base)
     except UnsupportedPolicyError:
         return None
-    return None if stages.decodes else int(getattr(base.config, stages.steps_field))
+    field = None if stages.decodes else stages.steps_field
+    return None if field is None else int(getattr(base.config, field))
 
 
 def set_flow_steps(policy: Any, steps: int) -> None:
@@ -85,7 +86,7 @@ def set_flow_steps(policy: Any, steps: int) -> None:
     base = dense_policy(policy)
     if flow_steps(policy) is None:
         raise GridsError(f"a '{base.config.type}' policy integrates no flow; drop --num_steps")
-    setattr(base.config, get_family(base.config.type).stages(base).steps_field, steps)
+    setattr(base.config, str(get_family(base.config.type).stages(base).steps_field), steps)
 
 
 def token_counts(policy: Any) -> tuple[int | None, int | None]:

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
@@ -113,7 +112,7 @@ class GridsPolicy(PreTrainedPolicy):
         self.family.require_inputs(base_config.input_features)
         if base is None:
             # Only the base's constructor honours load_vlm_weights.
-            base = get_policy_class(base_config.type)(base_config, **kwargs)
+            base = self.family.build(base_config, **kwargs)
             if base_config.pretrained_path is not None:
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 
-from ..configuration_grids import GRIDS_TYPE
+from ..configuration_grids import GRIDS_TYPE, base_config
 from ..errors import CheckpointError, causes
 from ..families import families
 from .digests import digest_of
@@ -37,9 +37,10 @@ def build(config: PreTrainedConfig, **kwargs: Any) -> Any:
         config: Configuration of a base policy or of a grids policy.
         **kwargs: More arguments for the policy's constructor.
     """
-    # A grids configuration passes this on to its base.
-    if hasattr(config, "load_vlm_weights"):
-        config.load_vlm_weights = False
+    base = base_config(config)
+    family = families().get(base.type)
+    if family is not None:
+        family.without_download(base)
     return get_policy_class(config.type)(config, **kwargs)
 
 

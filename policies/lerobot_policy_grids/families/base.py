@@ -77,14 +77,15 @@ class Stages:
     Attributes:
         vision: The vision tower.
         projector: What maps its features to the trunk's width.
-        steps_field: Field of the configuration that counts the steps after the prefill (denoising or decoding).
-        prefix: Name of the method of `policy.model` that embeds the prefix.
+        steps_field: Field of the configuration that counts the steps after the prefill (denoising or decoding); None
+            for a policy that predicts its actions in one pass.
+        prefix: Name of the method of `policy.model`, or of a module in it, that returns the prefix.
         decodes: Whether steps generate tokens, each dearer than the one before; denoising steps all cost the same.
     """
 
     vision: nn.Module
     projector: nn.Module
-    steps_field: str
+    steps_field: str | None
     prefix: str
     decodes: bool = False
 
@@ -97,14 +98,15 @@ class Target:
         module: Its output is the prediction, its first input the trunk's last hidden state.
         loss: Distance of (student's output, teacher's output, batch), a scalar.
         softened: The same with a temperature as a fourth argument, where the prediction is a distribution.
-        noise: A module, and the keyword arguments with which it gets noise and time, where the policy draws them after
-            other draws of its training mode: the same seed before both would not give both the same.
+        noise: A module, and the arguments, by name or by place, with which it gets noise and time, where the policy
+            draws them after other draws of its training mode, or draws none when it acts: the same seed before both
+            would not give both the same.
     """
 
     module: nn.Module
     loss: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     softened: Callable[[Tensor, Tensor, Mapping[str, Tensor], float], Tensor] | None = None
-    noise: tuple[nn.Module, tuple[str, ...]] | None = None
+    noise: tuple[nn.Module, tuple[str | int, ...]] | None = None
 
 
 class Family(ABC):
@@ -119,7 +121,8 @@ class Family(ABC):
         language_tokens: Instruction tokens after padding.
 
     Attributes:
-        resolution_field: Field of the configuration with the size in pixels that images are brought to.
+        resolution_field: Field of the configuration with the size in pixels that images are brought to; None where they
+            stay as they come.
         extra: Extra of this distribution that installs what the policy needs.
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
@@ -130,7 +133,7 @@ class Family(ABC):
         counted_on_meta: Whether its FLOPs can be counted without values.
     """
 
-    resolution_field: ClassVar[str]
+    resolution_field: ClassVar[str | None]
     extra: ClassVar[str]
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -179,6 +182,11 @@ class Family(ABC):
     @abstractmethod
     def feature_source(self, policy: DensePolicy) -> nn.Module:
         """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
+
+    def change_features(self, features: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """What `feature_source` returns, with its tokens [b, n, c] changed. A family whose maps are not [b, n, c]
+        overrides it."""
+        return change(features)
 
     @abstractmethod
     def image_region(self, policy: DensePolicy, height: int, width: int) -> Region:
@@ -330,7 +338,27 @@ class Family(ABC):
         length: int = prefix[0].shape[1]
         return length
 
-    # Building it without a network.
+    # Building it.
+
+    def build(self, config: Any, **kwargs: Any) -> Any:
+        """A new policy of this family as LeRobot starts one, perhaps with parts that are trained already.
+
+        Args:
+            config: Its configuration.
+            **kwargs: What LeRobot's constructor takes besides.
+
+        Raises:
+            CheckpointError: If those parts cannot be downloaded.
+        """
+        from lerobot.policies.factory import get_policy_class
+
+        policy: Any = get_policy_class(config.type)(config, **kwargs)
+        return policy
+
+    def without_download(self, config: Any) -> None:
+        """Set a configuration so that building a policy of it downloads nothing that a checkpoint brings anyway."""
+        if hasattr(config, "load_vlm_weights"):
+            config.load_vlm_weights = False
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> PreTrainedConfig:
         """The configuration of the default checkpoint's architecture for these features.
@@ -341,7 +369,9 @@ class Family(ABC):
             size: Side in pixels of the square images.
             dtype: "bfloat16" or "float32", for families that have the choice.
         """
-        options: dict[str, Any] = {self.resolution_field: (size, size), "input_features": inputs}
+        options: dict[str, Any] = {"input_features": inputs}
+        if self.resolution_field is not None:
+            options[self.resolution_field] = (size, size)
         return PreTrainedConfig.get_choice_class(self.policy_type)(device="cpu", output_features=outputs, **options)
 
     def offline(self, config: Any) -> AbstractContextManager[None]:
