@@ -98,17 +98,29 @@ def peek(source: str, rename_map: dict[str, str] | None = None) -> tuple[Any, di
     return read_config(folder), renames
 
 
-def build_at(source: str, config: PreTrainedConfig, resolution: int | None) -> Any:
-    """`build`, at a smaller image size if one is given."""
+def build_at(source: str, config: PreTrainedConfig, resolution: int | None, *, fresh: bool = False) -> Any:
+    """`build`, at a smaller image size if one is given.
+
+    Args:
+        source: What the user calls the policy.
+        config: Its configuration.
+        resolution: Side in pixels of the square that images are brought to; None keeps the policy's own.
+        fresh: Whether no checkpoint follows, so that what is built keeps the weights that LeRobot starts with.
+    """
     if resolution is None:
-        return build(config)
+        return get_family(config.type).build(config) if fresh else build(config)
     if isinstance(config, GridsConfig):
         raise GridsError(f"{source} is a grids checkpoint, made for its own image size; drop --resolution")
     if resolution < 1:
         raise GridsError(f"--resolution {resolution}; give the side of a square in pixels")
     family = get_family(config.type)
+    if family.resolution_field is None:
+        raise GridsError(
+            f"--resolution {resolution}: a '{config.type}' policy sees images at the size at which cameras send them; "
+            "drop it, or record smaller images"
+        )
     setattr(config, family.resolution_field, (resolution, resolution))
-    policy = build(config)
+    policy = family.build(config) if fresh else build(config)
     # Before a forward pass fails on an image that gives no whole grid.
     family.layout(policy)
     return policy

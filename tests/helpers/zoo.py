@@ -308,6 +308,7 @@ TOO_WIDE = r"has 40 dimensions, and .* takes at most 32 .*choose another policy"
 NO_STATE = r"reads 'observation.state', which the dataset lacks"
 VIDEO = partial(Recording, cameras={TOP: VIDEO_SIZE}, lengths=(5, 6))
 QUANTILE_ADVICE = r"has no 'q01' of 'observation.state'.*augment_dataset_quantile_stats"
+ONE_SIZE = r"cameras of different sizes .*bring the cameras of the dataset to one size"
 DRIFT = "are not those of its data"
 DATASETS: dict[str, Case] = {
     "png at 10 fps": Case(Recording()),
@@ -317,7 +318,9 @@ DATASETS: dict[str, Case] = {
     "h264 video": Case(VIDEO(video="h264")),
     "portrait": Case(Recording(cameras=_cameras(TOP, size=(80, 48)))),
     "two cameras": Case(Recording(cameras=_cameras(TOP, WRIST))),
-    "three cameras of mixed sizes": Case(Recording(cameras=_cameras(TOP, wrist=(80, 48), side=(64, 64)))),
+    "three cameras of mixed sizes": Case(
+        Recording(cameras=_cameras(TOP, wrist=(80, 48), side=(64, 64))), families={"act": ONE_SIZE}
+    ),
     "four cameras": Case(Recording(cameras=_cameras(*(f"observation.images.{i}" for i in range(4))))),
     "camera called observation.image": Case(
         Recording(cameras=_cameras("observation.image")), upstream="normalises no such camera for X-VLA"
@@ -329,7 +332,7 @@ DATASETS: dict[str, Case] = {
     "7 joints": Case(Recording(state=7, action=7)),
     "14 joints": Case(Recording(state=14, action=14)),
     "32 joints": Case(Recording(state=32, action=32)),
-    "40 joints": Case(Recording(state=40, action=40), fit=TOO_WIDE),
+    "40 joints": Case(Recording(state=40, action=40), fit=TOO_WIDE, families={"act": TRAINS}),
     "state wider than action": Case(Recording(state=14, action=7)),
     "action wider than state": Case(Recording(state=6, action=7)),
     "one joint": Case(Recording(state=1, action=1)),
@@ -342,7 +345,9 @@ DATASETS: dict[str, Case] = {
     "empty task": Case(Recording(tasks=("",))),
     "very long task": Case(Recording(tasks=(LONG * 8 + "bin",)), said="the end is cut"),
     "long tasks alike at the start": Case(
-        Recording(tasks=(LONG * 4 + "left bin", LONG * 4 + "right bin")), fit="cannot tell apart"
+        Recording(tasks=(LONG * 4 + "left bin", LONG * 4 + "right bin")),
+        fit="cannot tell apart",
+        families={"act": TRAINS},
     ),
     "non-ASCII task": Case(Recording(tasks=("把红色方块放进碗里", "pousse le cube à côté"))),
     "task with newlines": Case(Recording(tasks=("push the cube\nthen stop\n",))),
@@ -380,6 +385,7 @@ DATASETS: dict[str, Case] = {
     ),
     "two names exchanged": Case(
         Recording(cameras=_cameras(TOP, wrist=(80, 48))),
+        families={"act": ONE_SIZE},
         **_renamed(
             '{"observation.images.top": "observation.images.wrist", "observation.images.wrist": '
             '"observation.images.top"}'

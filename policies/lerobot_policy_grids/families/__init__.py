@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 
 from ..errors import UnsupportedPolicyError
 from .base import DensePolicy, Family, Recipe, Stages, Target
+from .refused import REFUSED
 from .seam import Seam
 
 
@@ -27,11 +28,12 @@ def get_family(policy_type: str) -> Family:
     """
     known = families()
     if policy_type not in known:
+        why = f": {REFUSED[policy_type].reason}" if policy_type in REFUSED else ""
         raise UnsupportedPolicyError(
-            f"policy type '{policy_type}' is not supported; supported are {', '.join(sorted(known))}. "
+            f"policy type '{policy_type}' is not supported{why}; choose one of {', '.join(sorted(known))}. "
             "CONTRIBUTING.md says how to add a family"
         )
     return known[policy_type]
 
 
-__all__ = ["DensePolicy", "Family", "Recipe", "Seam", "Stages", "Target", "families", "get_family"]
+__all__ = ["REFUSED", "DensePolicy", "Family", "Recipe", "Seam", "Stages", "Target", "families", "get_family"]

@@ -9,7 +9,7 @@ A token has what lies between the sinusoidal positions of the cells around it. T
 "consecutive" positions the tokens have those of the first cells. Positions give the coordinates no gradient.
 
 LeRobot keeps the size of images, so the grid is that of the images in `input_features`: 15 x 20 for 480 x 640 pixels.
-All cameras need one size. A cell of a ResNet sees a wide field, whose middle lies half a cell up and left of the cell's.
+All cameras need one size. A cell of a ResNet sees a wide field, whose middle lies half a cell up and left of its own.
 """
 
 from collections import OrderedDict
@@ -42,7 +42,7 @@ class ACT(Family):
 
     # Images are seen at the size at which they come.
     resolution_field = None
-    extra = "act"
+    extra = None
     position_ids = "dense"
     counted_on_meta = True
 
@@ -110,7 +110,8 @@ class ACT(Family):
             raise CheckpointError(
                 f"the weights '{config.pretrained_backbone_weights}' of ACT's {config.vision_backbone} cannot be "
                 f"downloaded ({error}); connect this machine to the network, or start without them: "
-                "--base.pretrained_backbone_weights null"
+                "--base.pretrained_backbone_weights null (lerobot-train: "
+                "--policy.base.pretrained_backbone_weights=null)"
             ) from error
 
     def without_download(self, config: Any) -> None:
@@ -151,8 +152,8 @@ FAMILIES = (
         "act",
         # LeRobot has no checkpoint of it to start from; only its ResNet is trained already.
         sources={"act": None},
-        # LeRobot's batch. Its learning rate of 1e-5 is that of many more steps.
-        recipe=Recipe(steps=50_000, batch=8, micro_batch=8, lr=2e-5, warmup=0.01),
+        # LeRobot's own preset.
+        recipe=Recipe(steps=100_000, batch=8, micro_batch=8, lr=1e-5, warmup=0.005),
         image_size=480,
         language_tokens=0,
     ),

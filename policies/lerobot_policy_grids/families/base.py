@@ -123,7 +123,7 @@ class Family(ABC):
     Attributes:
         resolution_field: Field of the configuration with the size in pixels that images are brought to; None where they
             stay as they come.
-        extra: Extra of this distribution that installs what the policy needs.
+        extra: Extra of this distribution that installs what the policy needs; None if LeRobot alone is enough.
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
         repositories: Field or option -> the repositories of tokenizers and models that it may name.
@@ -134,7 +134,7 @@ class Family(ABC):
     """
 
     resolution_field: ClassVar[str | None]
-    extra: ClassVar[str]
+    extra: ClassVar[str | None]
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
     reads_state: ClassVar[bool] = True
@@ -184,8 +184,7 @@ class Family(ABC):
         """The submodule whose output is the dense feature map that a reducer reads, [b, n, c]."""
 
     def change_features(self, features: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        """What `feature_source` returns, with its tokens [b, n, c] changed. A family whose maps are not [b, n, c]
-        overrides it."""
+        """What `feature_source` returns, with its tokens [b, n, c] changed; overridden where they are no [b, n, c]."""
         return change(features)
 
     @abstractmethod
