@@ -51,7 +51,22 @@ LEROBOT = (
     "--wandb.enable=false",
     "--steps=1",
 )
-TINY = ("--policy.type=grids", "--policy.base.type=tiny_smolvla")
+# Families that start without a checkpoint -> (name for `fit`, options that make it small).
+FRESH: dict[str, tuple[str, dict[str, str]]] = {
+    "tiny_smolvla": ("tiny", {}),
+    "act": (
+        "act",
+        {
+            "pretrained_backbone_weights": "null",
+            "chunk_size": "8",
+            "n_action_steps": "8",
+            "dim_model": "32",
+            "n_heads": "2",
+            "dim_feedforward": "64",
+            "n_encoder_layers": "1",
+        },
+    ),
+}
 REFUSAL = "lerobot-grids: error: "
 
 
@@ -167,6 +182,14 @@ def _dumps(value: Any) -> str:
 
 def _flag(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def fresh(family: str) -> tuple[str, list[str], list[str]]:
+    """Of a family in `FRESH`: its name for `fit`, options of `fit`, and options of lerobot-train that mean the same."""
+    name, options = FRESH[family]
+    ours = [part for option, value in options.items() for part in (f"--base.{option}", value)]
+    theirs = [f"--policy.base.{option}={value}" for option, value in options.items()]
+    return name, ours, ["--policy.type=grids", f"--policy.base.type={family}", *theirs]
 
 
 def fit(dataset: Path, output: Path, policy: str | Path, family: str, *options: str) -> Outcome:

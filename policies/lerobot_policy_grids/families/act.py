@@ -44,6 +44,7 @@ class ACT(Family):
     resolution_field = None
     extra = None
     position_ids = "dense"
+    spares_cameras = False
     counted_on_meta = True
 
     def layout(self, policy: DensePolicy) -> TokenLayout:

@@ -128,6 +128,7 @@ class Family(ABC):
             the Hub.
         repositories: Field or option -> the repositories of tokenizers and models that it may name.
         reads_state: Whether it cannot do without the robot's state.
+        spares_cameras: Whether it goes without a camera that sends no image.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
         counted_on_meta: Whether its FLOPs can be counted without values.
@@ -138,6 +139,7 @@ class Family(ABC):
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str]]] = {}
     reads_state: ClassVar[bool] = True
+    spares_cameras: ClassVar[bool] = True
     camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
     counted_on_meta: ClassVar[bool] = False

@@ -115,7 +115,7 @@ class Pi(Family):
         return Tower(_vision(policy).encoder, _vision(policy).config.hidden_size)
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
-        act_through(policy, seam, runtime, self.stages(policy).steps_field, partial(_reduce, policy, seam))
+        act_through(policy, seam, runtime, str(self.stages(policy).steps_field), partial(_reduce, policy, seam))
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:

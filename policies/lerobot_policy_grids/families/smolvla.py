@@ -152,7 +152,7 @@ class SmolVLA(Family):
         connector.pixel_shuffle = partial(_pixel_shuffle, connector, seam)
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
-        act_through(policy, seam, runtime, self.stages(policy).steps_field, partial(_reduce, policy, seam))
+        act_through(policy, seam, runtime, str(self.stages(policy).steps_field), partial(_reduce, policy, seam))
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
