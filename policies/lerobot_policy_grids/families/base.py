@@ -131,6 +131,8 @@ class Family(ABC):
         spares_cameras: Whether it goes without a camera that sends no image.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
+        reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
+            none.
         counted_on_meta: Whether its FLOPs can be counted without values.
     """
 
@@ -142,6 +144,7 @@ class Family(ABC):
     spares_cameras: ClassVar[bool] = True
     camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
+    reference: ClassVar[str | None] = None
     counted_on_meta: ClassVar[bool] = False
 
     def __init__(

@@ -58,6 +58,7 @@ class Pi(Family):
 
     resolution_field = "image_resolution"
     extra = "pi"
+    reference = "openpi"
     counted_on_meta = True
     steps: ClassVar = {
         "pi0_new_line_processor": frozenset(),

@@ -73,6 +73,7 @@ class SmolVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "smolvla"
+    reference = "lerobot"
     steps: ClassVar = {"smolvla_new_line_processor": frozenset()}
     repositories: ClassVar = {"vlm_model_name": MODELS, "tokenizer_name": MODELS}
 
