@@ -205,10 +205,10 @@ class GridsModule(lightning.LightningModule):
         seam = getattr(self.policy, "seam", None)
         if seam is not None and seam.inside is not None and seam.between is None:
             return  # of a teacher that is the same network, with every token
-        if module is not self.family.feature_source(dense_policy(self.policy)):
+        if isinstance(output, Tensor):
+            self.family.change_features(output, self._keep_tokens)
+        else:
             self._visual_tokens.append(output.tokens)
-            return
-        self.family.change_features(output, self._keep_tokens)
 
     def _keep_tokens(self, tokens: Tensor) -> Tensor:
         self._visual_tokens.append(tokens)

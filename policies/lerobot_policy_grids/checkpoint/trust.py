@@ -75,6 +75,9 @@ BOUNDS: dict[str, float] = {
     "num_expert_layers": 64,
     "depth": 48,
     "depths": 32,
+    "n_encoder_layers": 32,
+    "n_decoder_layers": 32,
+    "n_vae_encoder_layers": 32,
     "encoder_layers": 32,
     "decoder_layers": 32,
     # Widths.
@@ -85,6 +88,7 @@ BOUNDS: dict[str, float] = {
     "max_action_dim": 512,
     "dim_time": 512,
     "d_model": 2048,
+    "dim_model": 2048,
     "embed_dim": 4096,
     "projection_dim": 4096,
     # Holds numbers of tokens in a vocabulary.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
@@ -46,6 +46,8 @@ class ACT(Family):
     position_ids = "dense"
     spares_cameras = False
     counted_on_meta = True
+    # Not repositories, but functions of torchvision that LeRobot calls.
+    repositories: ClassVar = {"vision_backbone": frozenset(f"resnet{layers}" for layers in (18, 34, 50, 101, 152))}
 
     def layout(self, policy: DensePolicy) -> TokenLayout:
         config = policy.config
