@@ -14,10 +14,18 @@ from formulas import linear
 from lerobot_grids.data.metadata import load_metadata
 from lerobot_grids.policies.starting import start
 from lerobot_grids.profiling.bench import bench
-from lerobot_policy_grids.errors import CheckpointError, GridsError
+from lerobot_policy_grids.checkpoint import check_published
+from lerobot_policy_grids.checkpoint.save import save_processors
+from lerobot_policy_grids.errors import CheckpointError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.act import small_backbone
+from lerobot_policy_grids.processor_grids import make_processors
 
+STATISTICS = {
+    name: {"mean": torch.zeros(size), "std": torch.ones(size)}
+    for name, size in {"observation.state": (4,), "action": (4,)}.items()
+}
+STATISTICS |= {f"observation.images.{i}": {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)} for i in range(2)}
 SMALL = {"dim_model": 32, "n_heads": 2, "dim_feedforward": 64, "chunk_size": 8, "n_action_steps": 8}
 
 
@@ -125,6 +133,30 @@ def test_what_cannot_be_downloaded_is_one_line(dataset, monkeypatch):
 def test_options_that_do_not_fit_are_refused(dataset, options, line):
     with pytest.raises(GridsError, match=line):
         start("act", 4, load_metadata(str(dataset)), **options)
+
+
+def test_a_published_one_is_checked(policy, tmp_path):
+    wrapped = wrap(policy, 5)
+    wrapped.save_pretrained(tmp_path)
+    save_processors(tmp_path, *make_processors(policy.config, STATISTICS))
+    check_published(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for field, value, line in (
+        ("vision_backbone", "ResNet", "vision_backbone='ResNet', expected one of resnet101"),
+        ("n_encoder_layers", 4000, "n_encoder_layers=4000, expected at most 32"),
+        ("use_vae", 1, "use_vae=1, expected bool"),
+    ):
+        path.write_text(json.dumps(content | {"base": content["base"] | {field: value}}))
+        with pytest.raises(CheckpointError, match=line):
+            check_published(tmp_path)
+
+
+def test_the_fast_path_is_refused_with_the_reason(policy):
+    wrapped = wrap(policy, 5)
+    with pytest.raises(UnsupportedPolicyError, match="for an 'act' policy: it predicts its actions in one pass"):
+        wrapped.use_runtime("fast")
+    assert wrapped.config.runtime == "eager"
 
 
 def test_a_trained_policy_keeps_its_robot_and_its_cameras(dataset, tmp_path):
