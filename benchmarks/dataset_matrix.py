@@ -38,15 +38,16 @@ def trials_of(families: list[str], names: list[str], commands: list[str], work: 
         case = zoo.DATASETS[name]
         dataset = case.make(work / "data" / name.replace(" ", "-").replace(",", ""))
         for family in families:
-            tiny = family == "tiny_smolvla"
-            checkpoint = None if tiny else checkpoints.get(family, case.cameras, case.has_state)
+            new = family in trials.FRESH
+            checkpoint = None if new else checkpoints.get(family, case.cameras, case.has_state)
+            source, options, flags = trials.fresh(family) if new else (str(checkpoint), [], [])
             for command in commands:
                 output = work / "run"
                 if command == "fit":
-                    outcome = trials.fit(dataset, output, checkpoint or "tiny", family, *case.options)
-                    expected, ok = case.expected(family), outcome.fits(case.expected(family), case.said)
+                    outcome = trials.fit(dataset, output, source, family, *options, *case.options)
+                    expected, ok = case.expected(family), outcome.fits(case.expected(family), case.said_of(family))
                 else:
-                    base = list(trials.TINY) if checkpoint is None else trials.flags_of(checkpoint)
+                    base = flags if checkpoint is None else trials.flags_of(checkpoint)
                     if any(option.startswith("--rename_map") for option in case.train):
                         # LeRobot renames only for a trained policy.
                         base = [f"--policy.path={checkpoints.wrapped(family, case.cameras)}"]

@@ -10,16 +10,20 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 import kept_results
+from lerobot_grids.policies.sources import sources
 from lerobot_grids_cli import parser as cli_parser
 from lerobot_grids_cli.fit_options import EXAMPLES as FIT_EXAMPLES
 from lerobot_grids_cli.fit_options import FitOptions
 from lerobot_grids_cli.main import COMMANDS
 from lerobot_grids_cli.main import main as run_cli
+from lerobot_policy_grids.errors import UnsupportedPolicyError
+from lerobot_policy_grids.families import REFUSED, families
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -574,6 +578,30 @@ def test_the_readme_repeats_the_kept_results():
         assert [tokens, *(task.split("/")[0] for task in tasks)] == demo[name][1 : 2 + len(tasks)]
         assert total.startswith(demo[name][2 + len(tasks)] + ", ")
         assert total.endswith(f"{demo[name][3 + len(tasks)]} %")
+
+
+def test_the_readme_has_a_row_for_every_policy_of_lerobot():
+    """Supported ones with what was measured of them, the others with the reason that the commands give."""
+    tables = list(tables_of(ROOT / "README.md"))
+    ((_, rows),) = [table for table in tables if table[0][:2] == ["policy", "`--policy`"]]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[1])) == sorted(sources())
+    kept = kept_results.lines("bench")
+    for row in rows:
+        (name, *_) = re.findall(r"`(\w+)`", row[1])
+        costs = {x["name"]: x for x in kept if (x["policy"], x["cameras"], x.get("device")) == (name, 2, None)}
+        dense, sampled = (sum(costs[variant]["flops"].values()) for variant in ("dense", "K=16"))
+        assert row[2].startswith(f"{costs['dense']['visual_tokens']} = ")
+        assert row[3] == f"−{100 * (1 - sampled / dense):.1f} %"  # noqa: RUF001
+        family = next(family for family in families().values() if name in family.sources)
+        try:
+            family.act_through(None, None, SimpleNamespace(name="fast"))
+        except UnsupportedPolicyError:
+            assert row[5].startswith("no")
+        except AttributeError:  # it goes on, and there is no policy
+            assert row[5] == "yes"
+    ((_, rows),) = [table for table in tables if table[0][0] == "policy type"]
+    refused = {name: why for names, why in rows for name in re.findall(r"`(\w+)`", names)}
+    assert refused == {name: refusal.reason for name, refusal in REFUSED.items()}
 
 
 def test_documents_name_no_place_of_one_machine():

@@ -38,6 +38,7 @@ from .parser import OneLineErrors, require_at_least
 # Main option -> option of the model or the data.
 LINKS = (
     ("policy", "model.policy"),
+    ("base", "model.base"),
     ("tokens", "model.tokens"),
     ("reducer", "model.reducer"),
     ("resolution", "model.resolution"),

@@ -27,6 +27,9 @@ class FitOptions:
     """Policy to start from: the name of a family (the README and the error for an unknown name list them), a checkpoint
     folder, or a Hub id. tiny is a small policy with random weights that needs no download; tiny_metaworld is a trained
     one in this package."""
+    base: dict[str, Any] | None = None
+    """Options of a policy that starts without a checkpoint, such as act, by LeRobot's names: --base.chunk_size 50
+    --base.n_action_steps 50."""
     tokens: int | str | None = None
     """Visual tokens per camera, or 'dense' to train with all tokens. Defaults to 16, or to the checkpoint's number."""
     reducer: str | dict[str, Any] | None = None

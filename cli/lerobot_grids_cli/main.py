@@ -26,12 +26,14 @@ COMMANDS = {
     "push": ("push", "push a checkpoint to the Hub, with a model card"),
     "pull": ("pull", "fetch a checkpoint from the Hub and check every file"),
     "merge": ("merge", "make a full checkpoint from an adapter"),
+    "import-reference": ("import_reference", "make a grids checkpoint of a published GridS one"),
 }
 
 
 def usage() -> str:
     """Help text of the command without a subcommand."""
-    lines = [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lerobot-grids COMMAND [OPTIONS]",

@@ -124,14 +124,13 @@ def mean_state(preprocessor: Any) -> Tensor:
 def _shuffled_tokens(policy: Any, random: torch.Generator) -> Iterator[None]:
     base = dense_policy(policy)
     family = get_family(base.config.type)
-    source, count = family.feature_source(base), family.layout(base).num_dense_tokens
 
-    def shuffle(module: Any, inputs: Any, features: Tensor) -> Tensor:
-        images = features if features.ndim > 2 else features.unflatten(0, (-1, count))
-        shuffled = images[:, torch.randperm(images.shape[1], generator=random).to(features.device)]
-        return shuffled.view_as(features)
+    def shuffle(tokens: Tensor) -> Tensor:
+        return tokens[:, torch.randperm(tokens.shape[1], generator=random).to(tokens.device)]
 
-    handle = source.register_forward_hook(shuffle)
+    handle = family.feature_source(base).register_forward_hook(
+        lambda module, inputs, features: family.change_features(base, features, shuffle)
+    )
     try:
         yield
     finally:

@@ -71,7 +71,8 @@ def flow_steps(policy: Any) -> int | None:
         stages = get_family(base.config.type).stages(base)
     except UnsupportedPolicyError:
         return None
-    return None if stages.decodes else int(getattr(base.config, stages.steps_field))
+    field = None if stages.decodes else stages.steps_field
+    return None if field is None else int(getattr(base.config, field))
 
 
 def set_flow_steps(policy: Any, steps: int) -> None:

@@ -99,7 +99,14 @@ def peek(source: str, rename_map: dict[str, str] | None = None) -> tuple[Any, di
 
 
 def build_at(source: str, config: PreTrainedConfig, resolution: int | None, *, fresh: bool = False) -> Any:
-    """`build`, at a smaller image size if one is given."""
+    """`build`, at a smaller image size if one is given.
+
+    Args:
+        source: What the user calls the policy.
+        config: Its configuration.
+        resolution: Side in pixels of the square that images are brought to; None keeps the policy's own.
+        fresh: Whether no checkpoint follows, so that what is built keeps the weights that LeRobot starts with.
+    """
     if resolution is None:
         return build(config, fresh=fresh)
     if isinstance(config, GridsConfig):

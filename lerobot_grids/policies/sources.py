@@ -8,7 +8,7 @@ import torch
 from lerobot_policy_grids.checkpoint import CHECKPOINT_FOLDER, find_checkpoint, read_config, resolve_checkpoint
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError, UnsupportedPolicyError
-from lerobot_policy_grids.families import families, get_family
+from lerobot_policy_grids.families import REFUSED, families, get_family
 
 from ..budgets import budget_fault
 
@@ -45,6 +45,8 @@ def find_source(source: str, *, weights: bool = True) -> Path | None:
         CheckpointError: If there is no checkpoint, or the Hub does not give it.
     """
     known = sources()
+    if source in REFUSED and not Path(source).exists():
+        get_family(source)
     if source not in known and not Path(source).exists() and "/" not in source:
         raise UnsupportedPolicyError(
             f"policy '{source}' is unknown; give a family ({', '.join(known)}), a checkpoint folder, "

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.processor import RenameObservationsProcessorStep, rename_stats
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, IMAGENET_STATS
 
 from lerobot_policy_grids import GridsConfig, GridsPolicy
+from lerobot_policy_grids.base_options import hand_to_base
 from lerobot_policy_grids.checkpoint import load_checkpoint, provenance, read_config
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, GridsError
@@ -39,6 +41,7 @@ def start(
     rename_map: dict[str, str] | None = None,
     gradient_checkpointing: bool = False,
     resolution: int | None = None,
+    base: dict[str, Any] | None = None,
 ) -> LoadedPolicy:
     """Build the policy to train, on the CPU, with processors that normalise by the dataset's statistics.
 
@@ -56,6 +59,7 @@ def start(
         rename_map: Dataset feature names to the policy's, where they differ.
         gradient_checkpointing: Whether activations are computed again in backward, for less memory.
         resolution: Side in pixels of the square that images are brought to; None keeps the policy's own.
+        base: Options of a policy that starts without a checkpoint, by LeRobot's names.
 
     Raises:
         GridsError: If the policy, the budget and the dataset do not fit; the message says how.
@@ -64,7 +68,7 @@ def start(
     asked = _asked_reducer(reducer)
     # Without its weights: what does not fit is said before gigabytes are fetched.
     folder = find_source(source, weights=False)
-    config, findings = configure(source, folder, data)
+    config, findings = configure(source, folder, data, base or {})
     findings += check_relative(source, config, meta, data)
     refuse_errors(findings)
     config.validate_features()
@@ -72,7 +76,7 @@ def start(
         if not hasattr(base_config(config), "gradient_checkpointing"):
             raise GridsError(f"LeRobot's '{base_config(config).type}' has no gradient checkpointing; drop that option")
         config.gradient_checkpointing = True
-    statistics = rename_stats(meta.stats, rename_map or {})
+    statistics = _with_imagenet(rename_stats(meta.stats, rename_map or {}), data)
     preprocessor, postprocessor = make_processors(config, statistics, meta)
     refuse_errors(check_normalisation(preprocessor, postprocessor))
     findings += check_episodes(config, meta)
@@ -83,6 +87,9 @@ def start(
             step.rename_map = rename_map or {}
 
     policy = build_at(source, config, resolution, fresh=folder is None)
+    if folder is None:
+        # Its checkpoint will hold what it started with.
+        get_family(config.type).without_download(policy.config)
     if isinstance(policy, GridsPolicy):
         load_checkpoint(policy, find_weights(source))
         _continue(source, policy, tokens, asked, schedule, position_ids)
@@ -97,16 +104,34 @@ def start(
     return LoadedPolicy(policy, preprocessor, postprocessor, findings=[f for f in findings if not f.is_error])
 
 
-def configure(source: str, folder: Path | None, data: DatasetFeatures) -> tuple[Any, list[Finding]]:
+def _with_imagenet(statistics: dict[str, Any], data: DatasetFeatures) -> dict[str, Any]:
+    """Statistics whose cameras have ImageNet's mean and deviation, as lerobot-train gives them to every policy.
+
+    Only policies that normalise images by the dataset's statistics read them.
+    """
+    imagenet = {name: np.array(value, dtype=np.float32) for name, value in IMAGENET_STATS.items()}
+    return statistics | {name: statistics.get(name, {}) | imagenet for name in data.cameras}
+
+
+def configure(
+    source: str, folder: Path | None, data: DatasetFeatures, base: dict[str, Any] | None = None
+) -> tuple[Any, list[Finding]]:
     """The configuration of the policy to start from, with the dataset's features, and what does not fit.
 
     Args:
         source: What the user calls the policy.
         folder: Its checkpoint; None takes the default configuration of the family of that name.
         data: The dataset's features.
+        base: Options of a policy that has no checkpoint.
     """
+    if base and folder is not None:
+        raise GridsError(
+            f"--base sets {', '.join(base)}, but {source} is a checkpoint with options of its own; drop it, or start "
+            "from a family that has no checkpoint"
+        )
     if folder is None:
         config: Any = PreTrainedConfig.get_choice_class(named_type(source))(input_features=data.inputs, device="cpu")
+        hand_to_base(config, base or {})
     else:
         config = read_config(folder)
         get_family(base_config(config).type)

@@ -7,7 +7,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.families import get_family
-from lerobot_policy_grids.families.base import EMPTY_CAMERA, width_faults
+from lerobot_policy_grids.families.base import EMPTY_CAMERA, LIMITS, width_faults
 
 from .features import DatasetFeatures
 from .findings import Finding, warning
@@ -30,6 +30,7 @@ def check_training(source: str, config: Any, data: DatasetFeatures) -> list[Find
     findings += _state_faults(source, config, data)
     widths = {name: feature.shape[0] for name, feature in (data.inputs | data.outputs).items()}
     findings += [Finding(line) for line in width_faults(source, base, widths)]
+    findings += _fixed_width_faults(source, base, widths)
     if getattr(base, "use_relative_actions", False):
         findings += _relative_faults(data)
     return findings
@@ -78,7 +79,27 @@ def check_cameras(source: str, config: Any, data: DatasetFeatures) -> list[Findi
                 f"Rename with --rename_map '{json.dumps({data.sources[unused[0]]: missing[0]})}'"
             )
         ]
+    kind = base_config(config).type
+    if not get_family(kind).spares_cameras:
+        line = f"the dataset lacks {', '.join(missing)}, through which {source} looks, and {kind} does not go without"
+        return [Finding(f"{line}; record every camera, or start a new policy")]
     return [warning(f"the dataset lacks {', '.join(missing)}, through which {source} looks too; it goes without")]
+
+
+def _fixed_width_faults(source: str, base: Any, widths: dict[str, int]) -> list[Finding]:
+    """Refuse states and actions of other widths where a policy does not pad them: its weights have their widths."""
+    trained = {OBS_STATE: base.robot_state_feature, ACTION: base.action_feature}
+    return [
+        Finding(
+            f"the dataset's {kind} has {widths[name]} dimensions, and {source} was trained with "
+            f"{trained[name].shape[0]}, which stay with a '{base.type}' policy; start a new one"
+        )
+        for name, kind, field in LIMITS
+        if not hasattr(base, field)
+        and name in widths
+        and trained[name] is not None
+        and trained[name].shape[0] != widths[name]
+    ]
 
 
 def _name_faults(source: str, config: Any, data: DatasetFeatures) -> list[Finding]:

@@ -66,13 +66,37 @@ def stages_of(policy: Any) -> Stages:
 
 @contextmanager
 def _steps(policy: Any, count: int) -> Iterator[None]:
-    base = dense_policy(policy)
-    family, saved = get_family(base.config.type), getattr(base.config, stages_of(policy).steps_field)
+    base, name = dense_policy(policy), stages_of(policy).steps_field
+    if name is None:
+        yield
+        return
+    family, saved = get_family(base.config.type), getattr(base.config, name)
     family.set_steps(base, count)
     try:
         yield
     finally:
         family.set_steps(base, saved)
+
+
+def _number_of_steps(policy: Any) -> int:
+    """Steps after the prefill; 0 for a policy that predicts its actions in one pass."""
+    name = stages_of(policy).steps_field
+    return 0 if name is None else int(getattr(dense_policy(policy).config, name))
+
+
+@contextmanager
+def _eager_attention(vision: Any) -> Iterator[None]:
+    """The counter lacks some fused attention kernels; eager attention consists of two matrix products."""
+    config = getattr(vision, "config", None)
+    if config is None:
+        yield
+        return
+    attention = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
 
 
 @contextmanager
@@ -109,10 +133,12 @@ def _meter(policy: Any, read: Callable[[], float]) -> Iterator[dict[str, float]]
 
 def prefix_length(policy: Any, batch: dict[str, Tensor]) -> int:
     """Number of tokens in the prefix that the trunk gets for `batch`."""
-    base, name = dense_policy(policy), stages_of(policy).prefix
-    family, embed = get_family(base.config.type), getattr(base.model, name)
+    base = dense_policy(policy)
+    place, _, name = stages_of(policy).prefix.rpartition(".")
+    owner = base.model.get_submodule(place)
+    family, embed = get_family(base.config.type), getattr(owner, name)
     # The attached family may have replaced this method on the instance; keep its version.
-    before = vars(base.model).get(name)
+    before = vars(owner).get(name)
     lengths: list[int] = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -120,14 +146,14 @@ def prefix_length(policy: Any, batch: dict[str, Tensor]) -> int:
         lengths.append(family.prefix_length(prefix))
         return prefix
 
-    setattr(base.model, name, spy)
+    setattr(owner, name, spy)
     try:
         with _steps(policy, 1), torch.no_grad():
             policy.predict_action_chunk(dict(batch))
     finally:
-        delattr(base.model, name)
+        delattr(owner, name)
         if before is not None:
-            setattr(base.model, name, before)
+            setattr(owner, name, before)
     return lengths[0]
 
 
@@ -136,27 +162,24 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
 
     It counts matrix products, attention and convolutions, but not normalisation and element-wise operations.
     """
-    vision: Any = stages_of(policy).vision
-    # The counter lacks some fused attention kernels; eager attention consists of two matrix products.
-    attention = vision.config._attn_implementation
-    vision.config._attn_implementation = "eager"
+    stages = stages_of(policy)
+    steps = _number_of_steps(policy)
+    counts = () if stages.steps_field is None else (2, 3) if stages.decodes else (2,)
     totals: list[int] = []
-    parts: dict[str, float] = {}
-    steps = getattr(dense_policy(policy).config, stages_of(policy).steps_field)
-    try:
-        for count in (1, 2, 3) if stages_of(policy).decodes else (1, 2):
+    with _eager_attention(stages.vision):
+        for count in (1, *counts):
             with _steps(policy, count), FlopCounterMode(display=False) as counter, torch.no_grad():
                 with _meter(policy, counter.get_total_flops) as parts:
                     policy.predict_action_chunk(dict(batch))
                 totals.append(counter.get_total_flops())
-    finally:
-        vision.config._attn_implementation = attention
+    before = {name: round(value) for name, value in parts.items()}
+    if not counts:
+        return before | {"prefill": totals[0] - sum(before.values()), "steps": 0}
     one, two = totals[:2]
     # Each decoding step attends to one token more than the previous step.
     growth = (totals[2] - two) - (two - one) if len(totals) == 3 else 0
     first = (two - one) - growth
     all_steps = steps * first + growth * steps * (steps - 1) // 2
-    before = {name: round(value) for name, value in parts.items()}
     return before | {"prefill": one - first - sum(before.values()), "steps": all_steps}
 
 
@@ -166,7 +189,7 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
     Returns:
         ({stage: median milliseconds, "total": ...}, 95th percentile of the total in milliseconds).
     """
-    steps = getattr(dense_policy(policy).config, stages_of(policy).steps_field)
+    steps = _number_of_steps(policy)
     cuda = next(policy.parameters()).is_cuda
 
     def now() -> float:
@@ -182,6 +205,11 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
 
     for _ in range(warmup):
         run(steps)
+    if steps == 0:
+        runs = [run(0) for _ in range(repeats)]
+        full = {name: _quantile([ours[name] for ours in runs], 0.5) for name in (*STAGES[:3], "total")}
+        full |= {"steps": 0.0, "prefill": full["total"] - sum(full[name] for name in STAGES[:3])}
+        return full, _quantile([ours["total"] for ours in runs], 0.95)
     # Another number of steps tells what a step takes. Alternate, so that a slower phase of the machine affects both in
     # the same way.
     other = 1 if steps > 1 else 2

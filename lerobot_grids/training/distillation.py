@@ -48,7 +48,7 @@ class Predicted:
 
 @contextmanager
 def watch(
-    target: Target, source: nn.Module | None = None, noise: dict[str, Tensor] | None = None
+    target: Target, source: nn.Module | None = None, noise: dict[str | int, Tensor] | None = None
 ) -> Iterator[list[Predicted]]:
     """Collect the predictions of a policy while the block runs.
 
@@ -68,8 +68,9 @@ def watch(
         assert noise is not None
         assert target.noise is not None
         if not noise:
-            noise.update({name: kwargs[name] for name in target.noise[1]})
-        return args, kwargs | noise
+            noise.update({name: args[name] if isinstance(name, int) else kwargs[name] for name in target.noise[1]})
+        args = tuple(noise.get(place, value) for place, value in enumerate(args))
+        return args, kwargs | {name: value for name, value in noise.items() if isinstance(name, str)}
 
     handles = [target.module.register_forward_hook(keep)]
     if source is not None:
@@ -98,7 +99,7 @@ class Teacher(ABC):
     def dense(self) -> Iterator[Any]:
         """Yield the dense policy in evaluation mode, with all visual tokens."""
 
-    def predict(self, batch: Mapping[str, Any], noise: dict[str, Tensor] | None = None) -> Predicted:
+    def predict(self, batch: Mapping[str, Any], noise: dict[str | int, Tensor] | None = None) -> Predicted:
         """Run the forward pass of a training step without gradients; `noise` is as in `watch`."""
         with torch.no_grad(), self.dense() as policy:
             family = get_family(policy.config.type)
@@ -215,7 +216,7 @@ class Distillation:
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute (task loss of the student, distance to the teacher), each a scalar."""
         draws = _new_seed()
-        noise: dict[str, Tensor] = {}
+        noise: dict[str | int, Tensor] = {}
         with self.policy.seam.share_vision() if self.teacher.shares_vision else nullcontext():
             torch.manual_seed(draws)
             teacher = self.teacher.predict(batch, noise)

@@ -51,6 +51,7 @@ class GridsModule(lightning.LightningModule):
         position_ids: How the trunk numbers visual tokens: "consecutive", or "dense" for their numbers among all tokens.
             Defaults to the family's choice.
         resolution: Side in pixels of the square to which images are resized. Defaults to the policy's own.
+        base: Options of a policy that starts without a checkpoint, by LeRobot's names: {"chunk_size": 50}.
         train: Weights to train: "all" that the policy leaves trainable, the "reducer" and low-rank adaptation of the
             base ("reducer+lora"), or only the "reducer". "auto" takes all if they fit into memory, else LoRA.
         distill: Weight of the distance to the dense teacher's prediction in the loss, from 0 to 1. Defaults to 0, no
@@ -91,6 +92,7 @@ class GridsModule(lightning.LightningModule):
         schedule: str = "constant",
         position_ids: Literal["consecutive", "dense"] | None = None,
         resolution: int | None = None,
+        base: dict[str, Any] | None = None,
         train: Literal["auto", "all", "reducer+lora", "reducer"] = "auto",
         distill: float = 0.0,
         distill_end: float | None = None,
@@ -126,6 +128,7 @@ class GridsModule(lightning.LightningModule):
             rename_map=rename_map,
             gradient_checkpointing=gradient_checkpointing,
             resolution=resolution,
+            base=base,
         )
         self.policy = self.loaded.policy
         self.family = get_family(base_config(self.policy.config).type)
@@ -202,7 +205,14 @@ class GridsModule(lightning.LightningModule):
         seam = getattr(self.policy, "seam", None)
         if seam is not None and seam.inside is not None and seam.between is None:
             return  # of a teacher that is the same network, with every token
-        self._visual_tokens.append(output if isinstance(output, Tensor) else output.tokens)
+        if isinstance(output, Tensor):
+            self.family.change_features(dense_policy(self.policy), output, self._keep_tokens)
+        else:
+            self._visual_tokens.append(output.tokens)
+
+    def _keep_tokens(self, tokens: Tensor) -> Tensor:
+        self._visual_tokens.append(tokens)
+        return tokens
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         return [TokenScheduler(), CoordinateMonitor()] if isinstance(self.policy, GridsPolicy) else []

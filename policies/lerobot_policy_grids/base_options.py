@@ -89,7 +89,7 @@ def hand_to_base(base: Any, given: dict[str, Any]) -> None:
         vars(base).update(given)
         try:
             base.__post_init__()
-        except ValueError as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             raise GridsError(f"a '{base.type}' policy cannot have {given}: {error}") from error
 
 

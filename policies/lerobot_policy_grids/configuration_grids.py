@@ -13,6 +13,7 @@ from lerobot.configs.types import NormalizationMode
 
 from .base_options import add_base_options, base_options, hand_to_base, hide_from_instances, take_defaults_from
 from .errors import BudgetError, CheckpointError, GridsError
+from .families import families
 from .reducers import ReducerConfig, reducer_config
 from .runtime import RUNTIMES
 from .schedule import GRAMMAR, TokenSchedule
@@ -267,8 +268,8 @@ class GridsConfig(PreTrainedConfig):
         for config in filter(None, (saved, saved.base)):
             # Not saved: the checkpoint holds its own weights.
             config.pretrained_path = config.pretrained_revision = None
-        if hasattr(saved, "load_vlm_weights"):
-            saved.load_vlm_weights = False
+        if saved.base is not None and saved.base.type in families():
+            families()[saved.base.type].without_download(saved.base)
         super(GridsConfig, saved)._save_pretrained(save_directory)
 
 

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from .checkpoint.statistics import advise, find_fault
 from .checkpoint.weights import require_finite
 from .configuration_grids import GRIDS_TYPE, REFUSED_PUSH, GridsConfig
 from .errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
-from .families import DensePolicy, Seam, get_family, with_extra
+from .families import DensePolicy, Seam, get_family
 from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
@@ -117,9 +116,7 @@ class GridsPolicy(PreTrainedPolicy):
         if base is None:
             # Only the base's constructor honours load_vlm_weights.
             is_fresh = fresh and base_config.pretrained_path is None
-            follow = nullcontext() if is_fresh else self.family.without_weights(base_config)
-            with with_extra(base_config.type), follow:
-                base = get_policy_class(base_config.type)(base_config, **kwargs)
+            base = self.family.build(base_config, fresh=is_fresh, **kwargs)
             if base_config.pretrained_path is not None:
                 load_checkpoint(base, find_checkpoint(str(base_config.pretrained_path)))
         self.base: Any = base

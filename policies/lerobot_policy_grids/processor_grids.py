@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint.statistics import find_fault, settle_constants
 from .configuration_grids import GridsConfig, base_config
 from .errors import DatasetError
-from .families import with_extra
+from .families import get_family
 from .instructions import find_cut
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -81,6 +81,6 @@ def make_processors(
     if dataset_stats is not None:
         dataset_stats = settle_constants(dataset_stats)
     extra = {"dataset_meta": dataset_meta} if "dataset_meta" in signature(make).parameters else {}
-    with with_extra(base.type):
+    with get_family(base.type).needing_its_extra():
         preprocessor, postprocessor = make(base, dataset_stats=dataset_stats, **extra)
     return preprocessor, postprocessor

@@ -39,11 +39,16 @@ class Row:
         trunk: Attributes from `policy.model` to the module whose `forward` takes inputs_embeds=[prefix, suffix],
             attention_mask and position_ids; empty for a family that works otherwise.
         sequence: For such a family: the module that gets the reduced sequence, and its keyword arguments [b, n, c].
+        sequence_axis: The axis n of these arguments.
         seam: The method that the family overrides with the one that reduces tokens.
         pruned: When tokens can be dropped inside its trunk: "act", "train".
         resizes_with_padding: Whether it keeps the aspect ratio of images that are not square without an option.
         bfloat16: Options that make a bfloat16 policy, where the family has such an option.
         tokenizes: Whether its pre-processor runs offline; otherwise instructions are random tokens.
+        reads_language: Whether it reads an instruction.
+        resizes: Whether it brings images of any size to one. Otherwise all cameras need one size, and none may be
+            missing.
+        rounded: Ends of the names of parameters whose gradients it sums over the batch in another order.
         flow: Whether its noise and time are drawn by methods that training can change.
         needs_every_camera: Whether its pre-processor refuses a batch without one of its cameras.
         reads_text: Whether its seam works on the text of a prompt or its ids, whose values decide what runs.
@@ -62,10 +67,14 @@ class Row:
     trunk: str
     seam: str
     sequence: tuple[str, tuple[str, ...]] = ("", ())
+    sequence_axis: int = 1
     pruned: tuple[str, ...] = ()
     resizes_with_padding: bool = True
     bfloat16: dict[str, Any] = field(default_factory=dict)
     tokenizes: bool = False
+    reads_language: bool = True
+    resizes: bool = True
+    rounded: tuple[str, ...] = ()
     flow: bool = False
     language: str = OBS_LANGUAGE_TOKENS
     stretches: bool = False
@@ -102,6 +111,8 @@ class Row:
         batch["action"] = torch.randn(BATCH, steps, 4)
         batch["action_is_pad"] = torch.zeros(BATCH, steps, dtype=torch.bool)
         batch["action_is_pad"][0, -3:] = True
+        if not self.reads_language:
+            return batch
         if self.tokenizes:
             tasks = ["push", "pick up the mug", "open the drawer quickly"]
             return make_processors(policy.config)[0](batch | {"task": tasks})
@@ -132,7 +143,7 @@ class Row:
         def count(module: Any, args: Any, kwargs: Any) -> None:
             cache = kwargs.get("past_key_values")
             if cache is None or not cache.get_seq_length():
-                seen.append(sum(kwargs[name].shape[1] for name in names))
+                seen.append(sum(kwargs[name].shape[self.sequence_axis] for name in names))
 
         policy.model.get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
         return seen
@@ -290,6 +301,18 @@ FAMILIES: dict[str, Row] = {
         needs="diffusers",
         **PROMPT,
     ),
+    "act": Row(
+        "act",
+        image_size=64,
+        tokens_per_camera=64,
+        trunk="",
+        sequence=("encoder", ("pos_embed",)),
+        sequence_axis=0,
+        seam="forward",
+        reads_language=False,
+        resizes=False,
+        rounded=("encoder_img_feat_input_proj.bias", "encoder_1d_feature_pos_embed.weight"),
+    ),
 }
 
 
@@ -325,6 +348,24 @@ def family_row(tmp_path_factory) -> Any:
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request, tmp_path_factory) -> Row:
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=_families(lambda row: row.reads_language), scope="module")
+def instructed_family(request, tmp_path_factory) -> Row:
+    """A family that reads an instruction."""
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=_families(lambda row: row.resizes), scope="module")
+def resizing_family(request, tmp_path_factory) -> Row:
+    """A family that brings images of any size to one, and does without a camera."""
+    return _chosen(request, tmp_path_factory)
+
+
+@pytest.fixture(params=_families(lambda row: not row.resizes), scope="module")
+def unsizing_family(request, tmp_path_factory) -> Row:
+    """A family that does not."""
     return _chosen(request, tmp_path_factory)
 
 

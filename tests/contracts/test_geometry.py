@@ -23,8 +23,9 @@ def inside(points, region):
 
 
 @pytest.fixture
-def mixed(family):
+def mixed(resizing_family):
     """A policy with a wide, a tall and a square camera, and its batch."""
+    family = resizing_family
     if family.has_one_shape:
         pytest.skip("the grid of this family's tokens follows from the shape of the image")
     size = family.image_size
@@ -71,8 +72,9 @@ def test_shapes_with_the_channels_last_are_understood(family):
     assert regions[0] == regions[1]
 
 
-def test_an_empty_camera_changes_what_it_changes_in_the_dense_policy(family):
+def test_an_empty_camera_changes_what_it_changes_in_the_dense_policy(resizing_family):
     """`empty_cameras` adds a camera by name; a checkpoint of before can still be loaded."""
+    family = resizing_family
     require_optional_cameras(family)
     plain, more = family.policy(), family.policy(empty_cameras=1)
     batch = family.batch(plain)

@@ -25,6 +25,18 @@ SHORTER = (suite.test_prefix_is_shorter_and_masks_and_positions_follow, {"camera
 MUST_FAIL = {"wrong_mask": (EXACT, SHORTER), "dropped_camera": (SEVERAL, SHORTER), "transposed_grid": (EXACT,)}
 
 
+MUST_FAIL_ALL = {"dropped_camera": SEVERAL, "transposed_grid": EXACT, "turned_positions": EXACT}
+
+
+@pytest.mark.parametrize("family", ["xvla", "act"], indirect=True)
+@pytest.mark.parametrize("mutant", MUST_FAIL_ALL)
+def test_suite_fails_for_other_families_with(mutant, family, monkeypatch):
+    mutants.install(mutant, monkeypatch)
+    test, parameters = MUST_FAIL_ALL[mutant]
+    with pytest.raises(AssertionError):
+        test(family=family, **parameters)
+
+
 @pytest.mark.parametrize("concatenating_family", ["tiny_smolvla", "pi0"], indirect=True)
 @pytest.mark.parametrize("mutant", MUST_FAIL)
 def test_suite_fails_with(mutant, concatenating_family, monkeypatch):

@@ -16,7 +16,7 @@ from PIL import Image
 
 STATE, ACTION = "observation.state", "action"
 # How LeRobot's classes normalise state and action, by their source.
-MODES = {"tiny_smolvla": "mean", "pi0": "mean", "pi05": "quantiles", "pi0_fast": "mean", "xvla": "none"}
+MODES = {"tiny_smolvla": "mean", "pi0": "mean", "pi05": "quantiles", "pi0_fast": "mean", "xvla": "none", "act": "mean"}
 IMAGENET = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))
 # Grey levels by which lossy coding may change a broad stripe.
 LOSS = 30
@@ -199,7 +199,7 @@ def _image_faults(camera: str, images: torch.Tensor, files: Files, rows: list[in
     for row, image in zip(rows, _one_step(images, 4), strict=True):
         pixels = files.image(camera, row)
         got = image.permute(1, 2, 0).double().cpu().numpy()
-        if family == "xvla":
+        if family in ("xvla", "act"):
             got = got * IMAGENET[1] + IMAGENET[0]
         if got.shape != pixels.shape:
             return [f"'{camera}' has shape {got.shape}, expected {pixels.shape}"]

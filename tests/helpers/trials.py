@@ -26,11 +26,12 @@ from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.families.act import small_backbone
 from lerobot_policy_grids.families.characters import write_character_tokenizer
 from lerobot_policy_grids.families.pi import VOCABULARY, small_sizes
 from lerobot_policy_grids.processor_grids import make_processors
 
-FAMILIES = ("tiny_smolvla", "pi0", "pi05", "pi0_fast", "xvla")
+FAMILIES = ("tiny_smolvla", "pi0", "pi05", "pi0_fast", "xvla", "act")
 WIDE = {"max_state_dim": 32, "max_action_dim": 32}
 # Fields of the small policies: as wide as the real ones, and few steps.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,7 +51,22 @@ LEROBOT = (
     "--wandb.enable=false",
     "--steps=1",
 )
-TINY = ("--policy.type=grids", "--policy.base.type=tiny_smolvla")
+# Families that start without a checkpoint -> (name for `fit`, options that make it small).
+FRESH: dict[str, tuple[str, dict[str, str]]] = {
+    "tiny_smolvla": ("tiny", {}),
+    "act": (
+        "act",
+        {
+            "pretrained_backbone_weights": "null",
+            "chunk_size": "8",
+            "n_action_steps": "8",
+            "dim_model": "32",
+            "n_heads": "2",
+            "dim_feedforward": "64",
+            "n_encoder_layers": "1",
+        },
+    ),
+}
 REFUSAL = "lerobot-grids: error: "
 
 
@@ -88,7 +104,7 @@ class Seen:
 
 @contextlib.contextmanager
 def small_world(folder: Path) -> Iterator[None]:
-    """In this block every π policy is constructed small, and PaliGemma's tokenizer is a local one."""
+    """In this block every π policy and ACT's ResNet is constructed small, and PaliGemma's tokenizer is a local one."""
     text = str(write_character_tokenizer(folder / "paligemma", VOCABULARY))
     real = tokenizer_processor.AutoTokenizer
 
@@ -100,6 +116,7 @@ def small_world(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for kind in ("pi0", "pi05", "pi0_fast"):
             stack.enter_context(small_sizes(kind))
+        stack.enter_context(small_backbone())
         stack.enter_context(mock.patch.object(tokenizer_processor, "AutoTokenizer", Local))
         yield
 
@@ -130,6 +147,8 @@ class Checkpoints:
             zero = {key: torch.zeros(4) for key in ("mean", "min", "q01")}
             one = {key: torch.ones(4) for key in ("std", "max", "q99")}
             statistics = dict.fromkeys(("observation.state", "action"), zero | one)
+            colours = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}
+            statistics |= dict.fromkeys(cameras, colours)
             folder.mkdir(parents=True)
             save_policy(policy, folder)
             save_processors(folder, *make_processors(policy.config, statistics))
@@ -163,6 +182,14 @@ def _dumps(value: Any) -> str:
 
 def _flag(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def fresh(family: str) -> tuple[str, list[str], list[str]]:
+    """Of a family in `FRESH`: its name for `fit`, options of `fit`, and options of lerobot-train that mean the same."""
+    name, options = FRESH[family]
+    ours = [part for option, value in options.items() for part in (f"--base.{option}", value)]
+    theirs = [f"--policy.base.{option}={value}" for option, value in options.items()]
+    return name, ours, ["--policy.type=grids", f"--policy.base.type={family}", *theirs]
 
 
 def fit(dataset: Path, output: Path, policy: str | Path, family: str, *options: str) -> Outcome:
@@ -307,7 +334,7 @@ def _faults(seen: Seen, folder: Path, dataset: Path, family: str, options: Seque
     files = reading.read(dataset, reading.names_of(options))
     episodes = reading.episodes_of(options)
     config = seen.policy.config
-    tokenizer = next(s for s in seen.processors[0].steps if isinstance(s, TokenizerProcessorStep)).input_tokenizer
+    tokenizers = [s.input_tokenizer for s in seen.processors[0].steps if isinstance(s, TokenizerProcessorStep)]
     faults: list[str] = []
     for batch in seen.batches[:3]:
         if episodes and not {int(number) for number in batch["episode_index"].flatten()} <= episodes:
@@ -315,7 +342,8 @@ def _faults(seen: Seen, folder: Path, dataset: Path, family: str, options: Seque
         if lost := [name for name in config.image_features if name in files.cameras() and name not in batch]:
             faults.append(f"{', '.join(lost)} is not in the batch")
         faults += reading.batch_faults(batch, files, family, config.chunk_size, printed)
-        faults += reading.language_faults(batch, files, tokenizer, "the end is cut" in printed)
+        for tokenizer in tokenizers:
+            faults += reading.language_faults(batch, files, tokenizer, "the end is cut" in printed)
     try:
         loaded = load(folder, device="cpu")
     except GridsError as error:

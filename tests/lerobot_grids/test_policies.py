@@ -112,8 +112,8 @@ def test_unknown_policies(dataset, tmp_path):
     meta = load_metadata(str(dataset))
     with pytest.raises(UnsupportedPolicyError, match="'pi9' is unknown"):
         start("pi9", 16, meta)
-    (tmp_path / "config.json").write_text('{"type": "act"}')
-    with pytest.raises(UnsupportedPolicyError, match="'act' is not supported"):
+    (tmp_path / "config.json").write_text('{"type": "tdmpc"}')
+    with pytest.raises(UnsupportedPolicyError, match="'tdmpc' is not supported: its convolutions"):
         start(str(tmp_path), 16, meta)
 
 

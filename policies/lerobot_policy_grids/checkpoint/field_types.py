@@ -18,12 +18,18 @@ PLAIN: dict[Any, tuple[type, ...]] = {
 
 def types_of(kind: type) -> dict[str, Any]:
     """Name -> type of every field of a dataclass."""
-    names = [field.name for field in fields(kind)]
     try:
         hints = get_type_hints(kind)
     except NameError:  # a name that is imported for type checkers alone
         hints = {}
-    return {name: hints.get(name, Any) for name in names}
+    # LeRobot declares an int of ACT whose default is False.
+    switches = {field.name for field in fields(kind) if type(field.default) is bool}
+    return {
+        field.name: int | bool
+        if field.name in switches and hints.get(field.name) is int
+        else hints.get(field.name, Any)
+        for field in fields(kind)
+    }
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -43,7 +43,7 @@ def resolve_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
 
 
-def find_checkpoint(source: str, *, weights: bool = True, **options: Any) -> Path:
+def find_checkpoint(source: str, *, weights: bool = True, check: bool = True, **options: Any) -> Path:
     """The checkpoint folder that a user names: a folder, or an id on the Hub, `user/name` or `user/name@revision`.
 
     A published checkpoint is checked before it is returned.
@@ -51,6 +51,7 @@ def find_checkpoint(source: str, *, weights: bool = True, **options: Any) -> Pat
     Args:
         source: Folder or Hub id. A folder wins over a repository of the same name.
         weights: Whether the weights are fetched, too.
+        check: Whether a published one is checked; otherwise the caller must, before anything reads it.
         **options: Options of the Hub's client: revision, token, cache_dir, ...
 
     Raises:
@@ -69,7 +70,7 @@ def find_checkpoint(source: str, *, weights: bool = True, **options: Any) -> Pat
                 f"{source} is not a folder here and cannot be fetched from the Hub: {explain(error)}"
             ) from error
         resolve_checkpoint(folder)
-    if is_published(folder):
+    if check and is_published(folder):
         check_published(folder)
     return folder
 

@@ -4,7 +4,6 @@ The base is fetched by commit and checked by hash. LeRobot's `from_pretrained` i
 ignores the revision, or returns random weights after a failure.
 """
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lerobot.policies.factory import get_policy_class
 
 from ..configuration_grids import GRIDS_TYPE
 from ..errors import CheckpointError, causes
-from ..families import families, with_extra
+from ..families import families, get_family
 from .digests import digest_of
 from .files import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json
 from .hub_errors import explain
@@ -40,15 +39,9 @@ def build(config: PreTrainedConfig, *, fresh: bool = False, **kwargs: Any) -> An
             begin with. Otherwise nothing is downloaded that can be done without.
         **kwargs: More arguments for the policy's constructor.
     """
-    # A grids configuration passes this on to its base.
-    if hasattr(config, "load_vlm_weights"):
-        config.load_vlm_weights = False
-    kind = get_policy_class(config.type)
     if config.type == GRIDS_TYPE:
-        return kind(config, fresh=fresh, **kwargs)
-    family = families().get(config.type)
-    with with_extra(config.type), nullcontext() if fresh or family is None else family.without_weights(config):
-        return kind(config, **kwargs)
+        return get_policy_class(GRIDS_TYPE)(config, fresh=fresh, **kwargs)
+    return get_family(config.type).build(config, fresh=fresh, **kwargs)
 
 
 def load_checkpoint(policy: Any, folder: Path, *, verify: bool = False) -> None:

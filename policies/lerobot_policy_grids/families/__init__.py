@@ -3,15 +3,14 @@
 A module of this package that holds `FAMILIES` declares those LeRobot policy types; being there registers them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from ..errors import UnsupportedPolicyError, first_line
+from ..errors import UnsupportedPolicyError
 from .base import DensePolicy, Family, Recipe, Stages, Target
+from .refused import REFUSED
 from .seam import Seam
 
 
@@ -30,8 +29,9 @@ def get_family(policy_type: str) -> Family:
     """
     known = families()
     if policy_type not in known:
+        why = f": {REFUSED[policy_type].reason}" if policy_type in REFUSED else ""
         raise UnsupportedPolicyError(
-            f"policy type '{policy_type}' is not supported; supported are {', '.join(sorted(known))}. "
+            f"policy type '{policy_type}' is not supported{why}; choose one of {', '.join(sorted(known))}. "
             "CONTRIBUTING.md says how to add a family"
         )
     return known[policy_type]
@@ -43,26 +43,8 @@ def acting_batch(policy_type: str, batch: dict[str, Any]) -> dict[str, Any]:
     return batch if family is None else family.acting(batch)
 
 
-@contextmanager
-def with_extra(policy_type: str) -> Iterator[None]:
-    """Around what imports the packages that a policy needs: without them, one line says how to install them.
-
-    Raises:
-        UnsupportedPolicyError: If they are not installed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        family = families().get(policy_type)
-        if family is None:
-            raise
-        raise UnsupportedPolicyError(
-            f"a '{policy_type}' policy needs packages that are not installed ({first_line(error)}); "
-            f"pip install 'lerobot_policy_grids[{family.extra}]'"
-        ) from error
-
-
 __all__ = [
+    "REFUSED",
     "DensePolicy",
     "Family",
     "Recipe",
@@ -72,5 +54,4 @@ __all__ = [
     "acting_batch",
     "families",
     "get_family",
-    "with_extra",
 ]

@@ -14,7 +14,7 @@ from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPolicyError
+from ..errors import UnsupportedPolicyError, first_line
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
 from ..runtime import FastRuntime, Phases
@@ -77,14 +77,15 @@ class Stages:
     Attributes:
         vision: The vision tower.
         projector: What maps its features to the trunk's width.
-        steps_field: Field of the configuration that counts the steps after the prefill (denoising or decoding).
-        prefix: Name of the method of `policy.model` that embeds the prefix.
+        steps_field: Field of the configuration that counts the steps after the prefill (denoising or decoding); None
+            for a policy that predicts its actions in one pass.
+        prefix: Name of the method of `policy.model`, or of a module in it, that returns the prefix.
         decodes: Whether steps generate tokens, each dearer than the one before; denoising steps all cost the same.
     """
 
     vision: nn.Module
     projector: nn.Module
-    steps_field: str
+    steps_field: str | None
     prefix: str
     decodes: bool = False
 
@@ -97,14 +98,15 @@ class Target:
         module: Its output is the prediction, its first input the trunk's last hidden state.
         loss: Distance of (student's output, teacher's output, batch), a scalar.
         softened: The same with a temperature as a fourth argument, where the prediction is a distribution.
-        noise: A module, and the keyword arguments with which it gets noise and time, where the policy draws them after
-            other draws of its training mode: the same seed before both would not give both the same.
+        noise: A module, and the arguments, by name or by place, with which it gets noise and time, where the policy
+            draws them after other draws of its training mode, or draws none when it acts: the same seed before both
+            would not give both the same.
     """
 
     module: nn.Module
     loss: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     softened: Callable[[Tensor, Tensor, Mapping[str, Tensor], float], Tensor] | None = None
-    noise: tuple[nn.Module, tuple[str, ...]] | None = None
+    noise: tuple[nn.Module, tuple[str | int, ...]] | None = None
 
 
 class Family(ABC):
@@ -119,26 +121,31 @@ class Family(ABC):
         language_tokens: Instruction tokens after padding.
 
     Attributes:
-        resolution_field: Field of the configuration with the size in pixels that images are brought to; empty where
-            that follows from the images.
-        extra: Extra of this distribution that installs what the policy needs.
+        resolution_field: Field of the configuration with the size in pixels that images are brought to; None where they
+            stay as they come, or where that follows from the images.
+        extra: Extra of this distribution that installs what the policy needs; None if LeRobot alone is enough.
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
         repositories: Field, key inside one, or option -> the repositories of tokenizers and models that it may name,
             or the words that it may hold.
         reads_state: Whether it cannot do without the robot's state.
+        spares_cameras: Whether it goes without a camera that sends no image.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
+        reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
+            none.
         counted_on_meta: Whether its FLOPs can be counted without values.
     """
 
-    resolution_field: ClassVar[str]
-    extra: ClassVar[str]
+    resolution_field: ClassVar[str | None]
+    extra: ClassVar[str | None]
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str | None]]] = {}
     reads_state: ClassVar[bool] = True
+    spares_cameras: ClassVar[bool] = True
     camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
+    reference: ClassVar[str | None] = None
     counted_on_meta: ClassVar[bool] = False
 
     def __init__(
@@ -184,6 +191,11 @@ class Family(ABC):
 
         In the latter, the tokens of an image may have another order.
         """
+
+    def change_features(self, policy: DensePolicy, features: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """What `feature_source` returns, with its tokens [b, n, c] changed; overridden where they have other axes."""
+        count = self.layout(policy).num_dense_tokens
+        return change(features if features.ndim > 2 else features.unflatten(0, (-1, count))).reshape(features.shape)
 
     @abstractmethod
     def image_region(self, policy: DensePolicy, height: int, width: int) -> Region:
@@ -337,7 +349,7 @@ class Family(ABC):
 
     def set_steps(self, policy: DensePolicy, steps: int) -> None:
         """Let `policy` take so many steps after the prefill from now on."""
-        setattr(policy.config, self.stages(policy).steps_field, steps)
+        setattr(policy.config, str(self.stages(policy).steps_field), steps)
 
     def complete(self, policy: DensePolicy, batch: dict[str, Any]) -> dict[str, Any]:
         """A made-up batch with what the pre-processor of this family adds beside or instead of instruction tokens.
@@ -352,7 +364,48 @@ class Family(ABC):
         """A batch that was prepared for training as the policy acts on it."""
         return batch
 
-    # Building it without a network.
+    # Building it.
+
+    def build(self, config: Any, *, fresh: bool = False, **kwargs: Any) -> Any:
+        """A new policy of this family.
+
+        Args:
+            config: Its configuration.
+            fresh: Whether no weights are loaded into it afterwards: some of LeRobot's classes then fetch those that
+                they begin with. Otherwise nothing is downloaded that can be done without.
+            **kwargs: What LeRobot's constructor takes besides.
+
+        Raises:
+            UnsupportedPolicyError: If the packages that it needs are not installed.
+            CheckpointError: If what it begins with cannot be downloaded.
+        """
+        from lerobot.policies.factory import get_policy_class
+
+        if not fresh:
+            self.without_download(config)
+        with self.needing_its_extra(), nullcontext() if fresh else self.without_weights(config):
+            policy: Any = get_policy_class(config.type)(config, **kwargs)
+        return policy
+
+    @contextmanager
+    def needing_its_extra(self) -> Iterator[None]:
+        """Around what imports the packages that a policy needs: without them, one line says how to install them.
+
+        Raises:
+            UnsupportedPolicyError: If they are not installed.
+        """
+        try:
+            yield
+        except ImportError as error:
+            raise UnsupportedPolicyError(
+                f"a '{self.policy_type}' policy needs packages that are not installed ({first_line(error)}); "
+                f"pip install 'lerobot_policy_grids[{self.extra}]'"
+            ) from error
+
+    def without_download(self, config: Any) -> None:
+        """Set a configuration so that building a policy of it downloads nothing that a checkpoint brings anyway."""
+        if hasattr(config, "load_vlm_weights"):
+            config.load_vlm_weights = False
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> PreTrainedConfig:
         """The configuration of the default checkpoint's architecture for these features.
@@ -363,7 +416,9 @@ class Family(ABC):
             size: Side in pixels of the square images.
             dtype: "bfloat16" or "float32", for families that have the choice.
         """
-        options: dict[str, Any] = {self.resolution_field: (size, size), "input_features": inputs}
+        options: dict[str, Any] = {"input_features": inputs}
+        if self.resolution_field is not None:
+            options[self.resolution_field] = (size, size)
         return PreTrainedConfig.get_choice_class(self.policy_type)(device="cpu", output_features=outputs, **options)
 
     def set_resolution(self, config: Any, size: int) -> None:
@@ -372,6 +427,11 @@ class Family(ABC):
         Raises:
             UnsupportedPolicyError: If the size of its images is no option.
         """
+        if self.resolution_field is None:
+            raise UnsupportedPolicyError(
+                f"--resolution {size}: the size of the images of a '{self.policy_type}' policy is that of the cameras; "
+                "drop it, or record smaller images"
+            )
         setattr(config, self.resolution_field, (size, size))
 
     def without_weights(self, config: Any) -> AbstractContextManager[None]:

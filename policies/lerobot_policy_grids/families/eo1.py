@@ -61,7 +61,7 @@ QWEN_2_5_VL_3B: dict[str, Any] = {
 class EO1(Family):
     """EO1 on Qwen2.5-VL."""
 
-    resolution_field = ""
+    resolution_field = None
     extra = "eo1"
     position_ids = "dense"
     steps: ClassVar = {

@@ -58,6 +58,7 @@ class Pi(Family):
 
     resolution_field = "image_resolution"
     extra = "pi"
+    reference = "openpi"
     counted_on_meta = True
     steps: ClassVar = {
         "pi0_new_line_processor": frozenset(),
@@ -115,7 +116,7 @@ class Pi(Family):
         return Tower(_vision(policy).encoder, _vision(policy).config.hidden_size)
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
-        act_through(policy, seam, runtime, self.stages(policy).steps_field, partial(_reduce, policy, seam))
+        act_through(policy, seam, runtime, str(self.stages(policy).steps_field), partial(_reduce, policy, seam))
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:

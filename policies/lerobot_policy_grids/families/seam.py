@@ -90,7 +90,7 @@ class Seam:
         images: list[Tensor],
         batch: Mapping[str, Any],
         encode: Callable[..., Tensor],
-        embed_language: Callable[[Tensor], Tensor],
+        embed_language: Callable[[Tensor], Tensor] | None,
     ) -> list[Tensor]:
         """Encode the images of all cameras in one call and reduce them.
 
@@ -100,7 +100,7 @@ class Seam:
             encode: Images [n, 3, height, width] to dense tokens [n, H * W, c]. In families whose towers can be sampled
                 inside, a second argument is what `sampling` is to be entered with around the tower, and then it gives
                 [n, k, c].
-            embed_language: Token ids [b, l] to [b, l, c].
+            embed_language: Token ids [b, l] to [b, l, c]; None for a policy that reads no instruction.
 
         Returns:
             [b, k, c] for each camera in the batch. Nothing attends to the blank images of missing ones, so they cost
@@ -149,7 +149,7 @@ class Seam:
         batch: Mapping[str, Any],
         cameras: list[int],
         encode: Callable[..., Tensor],
-        embed_language: Callable[[Tensor], Tensor],
+        embed_language: Callable[[Tensor], Tensor] | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Encode images and reduce what becomes of them, a function of tensors alone.
 
@@ -159,7 +159,7 @@ class Seam:
             batch: The policy's batch; only what the reducer is conditioned on is read.
             cameras: Their numbers.
             encode: As in `tokens`.
-            embed_language: Token ids [b, l] to [b, l, c].
+            embed_language: As in `tokens`.
 
         Returns:
             (Tokens [b, k, c] of each camera, their coordinates [b, k, 2]; none where all tokens are kept).
@@ -295,7 +295,7 @@ def gather_context(
     condition_on: Iterable[str],
     batch: Mapping[str, Tensor],
     *,
-    embed_language: Callable[[Tensor], Tensor],
+    embed_language: Callable[[Tensor], Tensor] | None,
     state_width: int,
     cameras: list[int],
 ) -> dict[str, Tensor]:
@@ -304,7 +304,7 @@ def gather_context(
     Args:
         condition_on: Which entries to build.
         batch: The policy's batch: token ids [b, l] with their mask, state [b, s] or [b, steps, s].
-        embed_language: The policy's embedding of token ids, [b, l] to [b, l, c].
+        embed_language: The policy's embedding of token ids, [b, l] to [b, l, c]; None if it reads no instruction.
         state_width: The state is padded with zeros to this many dimensions.
         cameras: Number of each camera whose images are stacked.
 
@@ -313,8 +313,9 @@ def gather_context(
         "camera" int64 [cameras * b].
     """
     context: dict[str, Tensor] = {}
-    tokens = batch[OBS_LANGUAGE_TOKENS]
-    if "language" in condition_on:
+    # Every policy reads at least one of them.
+    tokens = batch[OBS_STATE if embed_language is None else OBS_LANGUAGE_TOKENS]
+    if embed_language is not None and "language" in condition_on:
         context["language"] = masked_mean(embed_language(tokens).float(), batch[OBS_LANGUAGE_ATTENTION_MASK])
     if "state" in condition_on:
         state = batch[OBS_STATE]
@@ -323,5 +324,7 @@ def gather_context(
     context = {name: value.repeat(len(cameras), 1) for name, value in context.items()}
     if "camera" in condition_on:
         # Filled on the device: a list of numbers would be copied there, and waited for.
-        context["camera"] = torch.cat([tokens.new_full(tokens.shape[:1], number) for number in cameras])
+        context["camera"] = torch.cat(
+            [tokens.new_full(tokens.shape[:1], number, dtype=torch.int64) for number in cameras]
+        )
     return context

@@ -73,6 +73,7 @@ class SmolVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "smolvla"
+    reference = "lerobot"
     steps: ClassVar = {"smolvla_new_line_processor": frozenset()}
     repositories: ClassVar = {"vlm_model_name": MODELS, "tokenizer_name": MODELS}
 
@@ -152,7 +153,7 @@ class SmolVLA(Family):
         connector.pixel_shuffle = partial(_pixel_shuffle, connector, seam)
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
-        act_through(policy, seam, runtime, self.stages(policy).steps_field, partial(_reduce, policy, seam))
+        act_through(policy, seam, runtime, str(self.stages(policy).steps_field), partial(_reduce, policy, seam))
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:

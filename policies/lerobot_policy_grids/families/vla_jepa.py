@@ -33,7 +33,7 @@ from .small_qwen import write_small_qwen3
 class VLAJEPA(Family):
     """VLA-JEPA on Qwen3-VL."""
 
-    resolution_field = ""
+    resolution_field = None
     extra = "vla_jepa"
     position_ids = "dense"
     # Without a state LeRobot leaves it out.

@@ -51,10 +51,12 @@ class AnchoredSamplerConfig(CameraBudgetConfig):
         return self.sample_after_layer
 
     def arguments(self, layout: TokenLayout) -> dict[str, Any]:
+        widths = {"language": layout.language_width, "state": layout.state_width}
+        missing = {name for name, width in widths.items() if width == 0}
         return {
             **super().arguments(layout),
-            # Some policies have no robot state.
-            "condition_on": [name for name in self.condition_on if name != "state" or layout.state_width > 0],
+            # Some policies have no robot state, some read no instruction.
+            "condition_on": [name for name in self.condition_on if name not in missing],
             "language_width": layout.language_width,
             "state_width": layout.state_width,
             "num_cameras": len(layout.cameras),

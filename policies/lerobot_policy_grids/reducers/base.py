@@ -27,10 +27,12 @@ class ReducerConfig(draccus.ChoiceRegistry):
     Attributes:
         summary: Description of the k tokens for a model card: "K visual tokens per camera, <summary>".
         in_trunk: Whether the reducer drops tokens between layers of the trunk instead of before it.
+        dense_at_all_tokens: Whether the tokens are the dense ones at K = H * W before training.
     """
 
     summary: ClassVar[str] = ""
     in_trunk: ClassVar[bool] = False
+    dense_at_all_tokens: ClassVar[bool] = True
 
     @classmethod
     def default_choice_name(cls) -> str:

@@ -16,7 +16,7 @@ class TokenLayout:
         token_grid: (H, W) of one camera's feature map.
         width: C, channels of a visual token.
         cameras: Feature keys of the cameras that send images, in the policy's order.
-        language_width: Channels of an embedded language token.
+        language_width: Channels of an embedded language token; 0 for a policy that reads no instruction.
         state_width: Dimensions of the (padded) robot state; 0 for a policy without one.
         regions: For each camera, the part of the vision tower's input that holds its image; the rest is padding.
         extra_tokens: Tokens per camera in front of the grid that are not cells of it; they are not reduced.
