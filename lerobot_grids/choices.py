@@ -1,5 +1,7 @@
 """Names that a command line may choose from. Without heavy imports, so that a mistake is answered at once."""
 
+from importlib.util import find_spec
+
 # Tampering -> effect, as in `eval --help`.
 TAMPERINGS = {
     "image": "every camera is black",
@@ -10,11 +12,21 @@ TAMPERINGS = {
 }
 PERTURBATIONS = ("camera", "light", "background", "noise", "robot", "layout", "instruction")
 SEVERITIES = (1, 2, 3)
+# Format of an export -> the modules that write and run it, besides torch. The extra that installs them has its name.
+EXPORTS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torch": ()}
 
 
 def parts(text: str | None) -> list[str]:
     """The parts of a comma-separated list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def export_fault(name: str) -> str | None:
+    """What a format of an export needs and is not installed, in words; None if nothing."""
+    missing = [module for module in EXPORTS[name] if find_spec(module) is None]
+    if not missing:
+        return None
+    return f"--format {name} needs {', '.join(missing)}: pip install 'lerobot_policy_grids[{name}]'"
 
 
 def tampering_fault(text: str | None) -> str | None:

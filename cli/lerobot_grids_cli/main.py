@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": ("bench", "count FLOPs and measure milliseconds per stage, with all visual tokens and with K"),
     "eval": ("eval", "measure closed-loop success in simulation, with intervals and films"),
     "compare": ("compare", "compare policies on the same episodes, with paired tests and costs"),
+    "export": ("export", "write a policy's graphs for ONNX Runtime, OpenVINO or torch, and run them beside it"),
     "push": ("push", "push a checkpoint to the Hub, with a model card"),
     "pull": ("pull", "fetch a checkpoint from the Hub and check every file"),
     "merge": ("merge", "make a full checkpoint from an adapter"),
