@@ -13,7 +13,7 @@ TAMPERINGS = {
 PERTURBATIONS = ("camera", "light", "background", "noise", "robot", "layout", "instruction")
 SEVERITIES = (1, 2, 3)
 # Format of an export -> the modules that write and run it, besides torch. The extra that installs them has its name.
-EXPORTS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torch": ()}
+EXPORTS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
 
 
 def parts(text: str | None) -> list[str]:

@@ -66,9 +66,7 @@ def export(
     if threads is not None:
         torch.set_num_threads(threads)
     with Console(stderr=True).status("loading") as status:
-        loaded = load(
-            policy, device="cpu", num_tokens=tokens, reducer=reducer, num_steps=num_steps, verify=verify
-        )
+        loaded = load(policy, device="cpu", num_tokens=tokens, reducer=reducer, num_steps=num_steps, verify=verify)
         result = run_export(
             loaded,
             folder,

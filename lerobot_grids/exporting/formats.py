@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,8 +51,10 @@ class Onnx(Format):
 
     def write(self, graph: Graph, file: Path) -> None:
         # Weights above 1.5 GB go to a second file, because one of ONNX holds 2 GB at most.
-        names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
-        program: Any = torch.onnx.export(graph.program, dynamo=True, verbose=False, **names)
+        inputs, outputs = list(graph.inputs), list(graph.outputs)
+        program: Any = torch.onnx.export(
+            graph.program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs
+        )
         program.save(file)
 
     def open(self, graph: Graph, file: Path, threads: int) -> Run:
@@ -78,14 +81,11 @@ class OpenVino(Format):
     def write(self, graph: Graph, file: Path) -> None:
         import openvino
 
-        model = openvino.convert_model(graph.program)
-        for place, (name, example) in zip(model.inputs, graph.inputs.items(), strict=True):
-            place.get_tensor().set_names({name})
-            place.get_node().set_partial_shape(openvino.PartialShape(list(example.shape)))
-        for place, name in zip(model.outputs, graph.outputs, strict=True):
-            place.get_tensor().set_names({name})
-        model.validate_nodes_and_infer_types()
-        openvino.save_model(model, file, compress_to_fp16=False)
+        # Through ONNX: what OpenVINO 2026.4 makes of a program of torch.export gave other keys with two cameras.
+        with TemporaryDirectory() as folder:
+            onnx = Path(folder) / f"{graph.name}.onnx"
+            Onnx().write(graph, onnx)
+            openvino.save_model(openvino.convert_model(onnx), file, compress_to_fp16=False)
 
     def open(self, graph: Graph, file: Path, threads: int) -> Run:
         import openvino

@@ -166,8 +166,8 @@ def export(
         on_progress(f"running {form.runtime}")
         with quiet():
             threads = torch.get_num_threads()
-            runs = [form.open(graph, file, threads) for graph, file in zip(graphs, files, strict=True)]
-            exported = ExportedPolicy(*runs, steps=steps)
+            prefill, step = (form.open(graph, file, threads) for graph, file in zip(graphs, files, strict=True))
+            exported = ExportedPolicy(prefill, step, steps)
             check = _compare(form, eager, lambda: exported.chunk(inputs, noise.numpy()), repeats)
         chunk = eager()
         require_alike("actions", restore(constants, chunk.numpy()), loaded.postprocessor(chunk.clone())[0].numpy())
@@ -192,7 +192,8 @@ def _wrapped(loaded: Any) -> tuple[GridsPolicy, AbstractContextManager[None]]:
     Raises:
         UnsupportedPolicyError: If it has no phases.
     """
-    policy, looking = loaded.policy, nullcontext()
+    policy: Any = loaded.policy
+    looking: AbstractContextManager[None] = nullcontext()
     if not isinstance(policy, GridsPolicy):
         policy = loaded.policy = compress(policy, 1, "uniform")
         looking = policy.looking_everywhere()
@@ -251,15 +252,13 @@ def _to_length(observation: Observation, length: int, task: str) -> Observation:
     return observation._replace(tokens=tokens * mask, token_mask=mask)
 
 
-def _compare(
-    form: Format, eager: Callable[[], Tensor], exported: Callable[[], np.ndarray], repeats: int
-) -> Check:
+def _compare(form: Format, eager: Callable[[], Tensor], exported: Callable[[], np.ndarray], repeats: int) -> Check:
     """Run both ways.
 
     Raises:
         GridsError: If they are further apart than rounding explains.
     """
-    expected, found = eager().numpy(), exported()[:, :, :]
+    expected, found = eager().numpy(), exported()
     found = found[:, :, : expected.shape[-1]]
     difference = float(np.abs(found - expected).max())
     share = difference / max(float(expected.max() - expected.min()), 1e-9)
@@ -312,8 +311,8 @@ def print_export(result: Exported) -> None:
     image, language, action = constants["image"], constants["language"], constants["action"]
     tokens = " + ".join(map(str, constants["visual_tokens"]))
     print(
-        f"fixed in the graphs: batch 1, cameras {cameras} (images {image['height']} x {image['width']}), {tokens} visual "
-        f"tokens, {language['length']} instruction tokens, {constants['num_steps']} steps, chunks of "
+        f"fixed in the graphs: batch 1, cameras {cameras} (images {image['height']} x {image['width']}), {tokens} "
+        f"visual tokens, {language['length']} instruction tokens, {constants['num_steps']} steps, chunks of "
         f"{action['chunk_size']} actions; to change one, export again"
     )
     if result.was != ["float32"]:
