@@ -328,7 +328,7 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
-    elif name in ("latency", "libero_expert", "scenes", "tower"):
+    elif name in ("latency", "libero_expert", "scenes", "soak", "tower"):
         assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments
@@ -400,7 +400,7 @@ def known_options():
     options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
-    for script in ("latency", "libero_expert"):
+    for script in ("latency", "libero_expert", "soak"):
         options |= arguments_of(ROOT / "benchmarks" / f"{script}.py")
     return options | {"--reducer.type", "--dry-run"} | FOREIGN
 

@@ -82,7 +82,7 @@ class OpenVino(Format):
         import openvino
 
         # Through ONNX: what OpenVINO 2026.4 makes of a program of torch.export gave other keys with two cameras.
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory(dir=file.parent) as folder:
             onnx = Path(folder) / f"{graph.name}.onnx"
             Onnx().write(graph, onnx)
             openvino.save_model(openvino.convert_model(onnx), file, compress_to_fp16=False)
