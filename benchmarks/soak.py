@@ -105,6 +105,8 @@ def act(loaded: Any, options: argparse.Namespace) -> Record:
     for task, tokens in itertools.product(TASKS, options.tokens):
         policy.num_tokens = tokens
         policy.warm_up(robot.observe(task))
+    # What exists already is not looked through after each episode.
+    gc.freeze()
     start = due = time.perf_counter()
     while time.perf_counter() - start < 60 * options.minutes:
         task, policy.num_tokens = draw.choice(TASKS), draw.choice(options.tokens)
@@ -120,6 +122,7 @@ def act(loaded: Any, options: argparse.Namespace) -> Record:
             time.sleep(max(0, waiting))
         gc.collect()
         record.memory_mib.append(process.memory_info().rss / MIB)
+    gc.unfreeze()
     return record
 
 

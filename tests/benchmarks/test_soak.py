@@ -10,7 +10,20 @@ from lerobot.configs import FeatureType, PolicyFeature
 import kept_results
 
 soak = kept_results.load_script("soak")
-OPTIONS = argparse.Namespace(clock="wall", seed=0, tokens=[2, 4], minutes=0.012, episode=0.04, rate=500)
+OPTIONS = argparse.Namespace(clock="wall", seed=0, tokens=[2, 4], minutes=1.4, episode=4, rate=2)
+
+
+class Time:
+    """A clock on which only sleeping takes time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
 
 
 class Policy:
@@ -38,14 +51,16 @@ def run(leak_mib):
     return loaded.policy, soak.act(loaded, OPTIONS)
 
 
-def test_a_steady_policy_passes_and_a_leak_does_not():
+def test_a_steady_policy_passes_and_a_leak_does_not(monkeypatch):
+    monkeypatch.setattr(soak, "time", Time())
     policy, record = run(0)
     result = soak.judge(record, max_growth_mib=8, max_drift=1e9)
     assert result["faults"] == []
-    assert result["calls"] == 20 * result["episodes"]
-    assert policy.resets == result["episodes"]
+    assert result["calls"] == 8 * result["episodes"]
+    assert policy.resets == result["episodes"] == 21
+    assert result["late"] == 0
     assert len(policy.budgets) == len(soak.TASKS) * 2
-    _, record = run(0.5)
+    _, record = run(1)
     (fault,) = soak.judge(record, max_growth_mib=8, max_drift=1e9)["faults"]
     assert fault.startswith("memory grew by")
 
