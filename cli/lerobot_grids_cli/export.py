@@ -82,4 +82,6 @@ def export(
 
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
+    # Other commands have an option for what is the only argument here.
+    arguments = [argument.removeprefix("--policy=") for argument in arguments if argument != "--policy"]
     run(export, "export", arguments, positional=True)
