@@ -17,7 +17,8 @@ from driving import train_offsets, wrap
 from lerobot_grids import choices
 from lerobot_grids.exporting import export
 from lerobot_grids.policies.loaded import LoadedPolicy
-from lerobot_policy_grids.errors import GridsError, OutputExistsError, UnsupportedPolicyError
+from lerobot_grids_cli.main import main
+from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.runtime import buckets, flow
 from trials import small_world
@@ -143,15 +144,26 @@ def test_what_is_fixed_is_said(onnx, capsys):
         assert part in said
 
 
-@pytest.mark.parametrize("name", ["torch", pytest.param("openvino", marks=needs("openvino"))])
-def test_other_formats(name, family_row, tmp_path):
+@needs("openvino")
+def test_openvino_acts_as_a_dense_policy(family_row, tmp_path):
     loaded = load(family_row("tiny_smolvla"), tmp_path / "tokenizer", k=None)
-    exported = export(loaded, tmp_path / "graphs", name, task=TASK, language_bucket=16, repeats=1)
+    exported = export(loaded, tmp_path / "graphs", "openvino", task=TASK, repeats=1)
     assert exported.check.share < ROUNDING
     assert exported.constants["visual_tokens"] == [144, 144]
-    assert exported.constants["language"]["length"] == 16
-    with pytest.raises(OutputExistsError):
-        export(loaded, tmp_path / "graphs", name, task=TASK)
+
+
+def test_the_command_exports_the_shipped_policy(tmp_path, capsys):
+    folder, file = tmp_path / "graphs", tmp_path / "about.json"
+    command = ["export", "--policy", "tiny_metaworld", f"--output={folder}", "--format=torch"]
+    assert main([*command, "--language_bucket=16", "--repeats=1", f"--json={file}"]) == 0
+    said = capsys.readouterr().out
+    assert "144 visual tokens, 16 instruction tokens" in said
+    about = json.loads(file.read_text())
+    assert f"largest difference from the eager policy {about['check']['difference']:.1e}" in said
+    assert about["check"]["share"] < ROUNDING
+    assert {path.name for path in folder.iterdir()} == {"prefill.pt2", "denoise_step.pt2", "export.json", "tokenizer"}
+    assert main(command) == 1
+    assert "already exists; choose another folder or remove it" in capsys.readouterr().err
 
 
 def test_graphs_that_act_otherwise_are_not_written(tiny, tmp_path, monkeypatch):
@@ -195,8 +207,8 @@ def test_families_without_phases_say_so(name, family_row, tmp_path):
         export(loaded, tmp_path / "graphs", "torch", task=TASK)
 
 
-def test_a_runtime_that_is_missing_is_named(monkeypatch):
+def test_a_runtime_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setitem(choices.EXPORTS, "onnx", ("numpy", "no_such_runtime"))
-    fault = choices.export_fault("onnx")
-    assert fault == "--format onnx needs no_such_runtime: pip install 'lerobot_policy_grids[onnx]'"
-    assert choices.export_fault("torch") is None
+    assert main(["export", "no_such_policy"]) == 1
+    expected = "lerobot-grids: error: --format onnx needs no_such_runtime: pip install 'lerobot_policy_grids[onnx]'\n"
+    assert capsys.readouterr().err == expected
