@@ -15,7 +15,7 @@ from lerobot.processor import NormalizerProcessorStep
 
 from driving import train_offsets, wrap
 from lerobot_grids import choices
-from lerobot_grids.exporting import export
+from lerobot_grids.exporting import export, formats
 from lerobot_grids.policies.loaded import LoadedPolicy
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
@@ -166,7 +166,28 @@ def test_the_command_exports_the_shipped_policy(tmp_path, capsys):
     assert "already exists; choose another folder or remove it" in capsys.readouterr().err
 
 
-def test_graphs_that_act_otherwise_are_not_written(tiny, tmp_path, monkeypatch):
+class Untraced(formats.Torch):
+    """Runs phases as they are, in no time."""
+
+    def write(self, graph, file):
+        pass
+
+    def open(self, graph, file, threads):
+        def run(inputs):
+            results = graph.program(*(torch.from_numpy(inputs[name]) for name in graph.inputs))
+            results = results if isinstance(results, tuple) else (results,)
+            return {name: value.numpy() for name, value in zip(graph.outputs, results, strict=True)}
+
+        return run
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_graphs_that_act_otherwise_are_not_written(wrong, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.export, "export", lambda module, inputs, strict: module)
+    monkeypatch.setitem(formats.FORMATS, "torch", Untraced())
+    if not wrong:
+        assert export(tiny, tmp_path / "graphs", "torch", task=TASK).check.share < ROUNDING
+        return
     for place in (flow, sys.modules[type(tiny.policy.family).__module__]):
         monkeypatch.setattr(place, "step_times", lambda steps, device: torch.linspace(0, 1, steps))
     with pytest.raises(GridsError, match=r"differ from the policy by .* more than 1e-04, so nothing was written"):
