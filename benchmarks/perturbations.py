@@ -17,7 +17,8 @@ from lerobot_grids.choices import SEVERITIES
 from lerobot_grids.evaluation.films import contact_sheet
 from lerobot_grids.simulation.metaworld import DEFAULT_TASKS, MetaworldEnv
 from lerobot_grids.simulation.metaworld_expert import demonstrate
-from lerobot_grids.simulation.perturbations import KINDS, Perturbation
+from lerobot_grids.simulation.perturbations import Perturbation
+from lerobot_grids.simulation.perturbations.metaworld import KINDS
 
 SHOWN = {"push-v3": 100_000, "coffee-push-v3": 100_002}
 SIZE, LABEL_HEIGHT, FIRST_SEED = 112, 52, 100_000

@@ -121,7 +121,7 @@ class Study:
         """Train a method with one seed."""
         options = [*words(self.content.get("fit")), *words(self.methods[name].get("fit"))]
         options += [] if self.asked.steps is None else ["--steps", str(self.asked.steps)]
-        start = ["fit", "--policy", self.content["base"], "--dataset", "demonstrations"]
+        start = ["fit", "--policy", *words(self.content["base"]), "--dataset", "demonstrations"]
         self.command(f"{name}-s{seed}", [*start, *options, "--seed", str(seed)], creates=True)
         return []
 

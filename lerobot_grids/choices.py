@@ -10,7 +10,11 @@ TAMPERINGS = {
     "instruction": "the instruction is that of the next evaluated task",
     "state": "the robot state is always the mean of the training data",
 }
-PERTURBATIONS = ("camera", "light", "background", "noise", "robot", "layout", "instruction")
+# Environment -> kinds of perturbations.
+PERTURBATIONS = {
+    "metaworld": ("camera", "light", "background", "noise", "robot", "layout", "instruction"),
+    "libero": ("light", "noise", "view", "occlusion", "novel"),
+}
 SEVERITIES = (1, 2, 3)
 # Format of an export -> the modules that write and run it, besides torch. The extra that installs them has its name.
 EXPORTS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
@@ -35,13 +39,15 @@ def tampering_fault(text: str | None) -> str | None:
     return f"tampering '{unknown[0]}' is unknown; choose from {', '.join(TAMPERINGS)}" if unknown else None
 
 
-def perturbation_fault(text: str | None) -> str | None:
-    """What is wrong with a list such as "camera:2,light:1", in words; None if nothing is."""
+def perturbation_fault(text: str | None, env: str) -> str | None:
+    """What is wrong with a list such as "camera:2,light:1" for an environment, in words; None if nothing is."""
+    if text and env not in PERTURBATIONS:
+        return f"environment '{env}' cannot be perturbed, only {' and '.join(PERTURBATIONS)} can; drop --perturb"
     kinds = []
     for part in parts(text):
         kind, _, severity = part.partition(":")
-        if kind not in PERTURBATIONS:
-            return f"perturbation '{kind}' is unknown; choose from {', '.join(PERTURBATIONS)}"
+        if kind not in PERTURBATIONS[env]:
+            return f"perturbation '{kind}' is unknown in {env}; choose from {', '.join(PERTURBATIONS[env])}"
         if severity not in map(str, SEVERITIES):
             return (
                 f"perturbation '{part}' has {'an unknown' if severity else 'no'} severity; "

@@ -210,7 +210,7 @@ def check_values(options):
     if "schedule" in options:
         TokenSchedule(options["schedule"], 256, 16, 100)
     parse_tamperings(options.get("tamper"))
-    parse_perturbations(options.get("perturb") or "")
+    parse_perturbations(options.get("perturb") or "", options.get("env") or "metaworld")
     for method in (options.get("methods") or {}).values():
         check_values({name: value for name, value in method.items() if name != "policies"})
 
@@ -328,7 +328,7 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
-    elif name in ("latency", "libero_expert", "scenes", "soak", "tower"):
+    elif name in ("latency", "libero_expert", "scenes", "sheet", "soak", "tower"):
         assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments

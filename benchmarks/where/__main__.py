@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class Dense(nn.Module):
-    """All tokens."""
+    """All tokens, the same for each question about a picture."""
 
     def forward(self, feature_map: Tensor, context: Mapping[str, Tensor]) -> Sampled:
         places = cell_coordinates((GRID, GRID)).expand(len(feature_map), -1, -1)
@@ -112,10 +112,10 @@ class Questions:
     table: Table
 
     def of(self, pictures: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(maps, names [b, 2], places [b, 2] in [0, 1], headings [b]) of objects [n, q] in pictures [n]."""
+        """(maps [n, ...], names [b, 2], places [b, 2] in [0, 1], headings [b]) of objects [n, q] in pictures [n]."""
         rows = pictures[:, None]
         kinds = self.table.kinds[rows, objects].flatten()
-        maps = self.maps[pictures].float().repeat_interleave(objects.shape[1], 0)
+        maps = self.maps[pictures].float()
         places = (self.table.centres[rows, objects] / SIDE).flatten(0, 1)
         return maps, torch.stack([kinds // 4, 4 + kinds % 4], -1), places, self.table.headings[rows, objects].flatten()
 
@@ -131,11 +131,14 @@ class Run:
 
     def __call__(self, maps: Tensor, names: Tensor, places: Tensor, told: bool = True) -> tuple[Tensor, Tensor]:
         """(answers, coordinates)."""
+        if not isinstance(self.reducer, Dense):
+            maps = maps.repeat_interleave(len(names) // len(maps), 0)
         instruction = self.decoder.instruction(names)
         context = {"language": instruction if told else torch.zeros_like(instruction), "place": places}
         sampled = self.reducer(maps, context)
         kept = self.tokens if self.method == "fastv-rule" else None
-        return self.decoder(sampled.tokens, names, kept), sampled.coordinates
+        coordinates = sampled.coordinates.repeat_interleave(len(names) // len(sampled.coordinates), 0)
+        return self.decoder(sampled.tokens, names, kept), coordinates
 
     def train(self, questions: Questions, steps: int, lr: float) -> None:
         """Train reducer and decoder."""
@@ -270,7 +273,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     file = asked.results or asked.output / "where.jsonl"
-    sizes = (200, 20, 20) if asked.quick else (PICTURES, 1200, 2000)
+    sizes = (200, 20, 20) if asked.quick else (PICTURES, 2400, 8000)
     made = prepare(asked.output, sizes, lambda text: print(text, flush=True))
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     done = {(line["method"], line["tokens"], line["seed"]) for line in lines}

@@ -67,11 +67,12 @@ class Layer(nn.Module):
 
     def forward(self, words: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """(words, attention [b, heads, words, visual tokens])."""
+        questions = len(words) // len(visual)
         query, key, value = (_heads(part) for part in self.own(self.norms[0](words)).chunk(3, -1))
         mixed = functional.scaled_dot_product_attention(query, key, value)
         words = words + self.own_out(mixed.transpose(1, 2).flatten(2))
         query = _heads(self.ask(self.norms[1](words)))
-        key, value = (_heads(part) for part in self.seen(visual).chunk(2, -1))
+        key, value = (_heads(part).repeat_interleave(questions, 0) for part in self.seen(visual).chunk(2, -1))
         attention = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
         words = words + self.seen_out((attention @ value).transpose(1, 2).flatten(2))
         return words + self.mlp(self.norms[2](words)), attention
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
         """Answers [b, 6]: (x, y) from -2 to 2, and four headings.
 
         Args:
-            tokens: [b, k, 64].
+            tokens: [b, k, 64], or [b / q, k, 64] if q questions in a row are about the same tokens.
             names: int64 [b, 2], colour and shape.
             kept: Keep only so many tokens after the first layer, those that it attends to most: FastV's rule.
         """
@@ -106,6 +107,7 @@ class Decoder(nn.Module):
             words, attention = layer(words, visual)
             if kept is not None and number == 0:
                 index = attention.mean((1, 2)).topk(kept).indices
+                visual = visual.repeat_interleave(len(names) // len(visual), 0)
                 visual = visual.gather(1, index[..., None].expand(-1, -1, HIDDEN))
         answer: Tensor = self.answer(words[:, -1])
         return answer

@@ -50,13 +50,13 @@ def compare(
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
         json: Further JSON file for the result.
         env_args: More fields of the environment's configuration.
-        perturb: Perturb MetaWorld by kind:severity, comma-separated, as in `eval`.
+        perturb: Perturb episodes by kind:severity, comma-separated, as in `eval`.
         layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
             or dealt anew by each episode's seed, the same for every policy. Defaults to official.
         tamper: Remove or shuffle inputs of the policies, as in `eval`.
     """
     require_at_least(1, episodes=episodes, batch_size=batch_size, workers=workers)
-    refuse(tampering_fault(tamper) or perturbation_fault(perturb))
+    refuse(tampering_fault(tamper) or perturbation_fault(perturb, env))
     named = _named(policies or [], methods or {})
     from functools import partial
     from pathlib import Path

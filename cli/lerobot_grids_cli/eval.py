@@ -52,9 +52,10 @@ def evaluate(
         json: Further JSON file for the result.
         rename_map: Names of the environment's observations -> the policy's names, where they differ.
         env_args: More fields of the environment's configuration, such as '{"max_steps": 300}'.
-        perturb: Perturb MetaWorld by kind:severity, comma-separated, such as camera:2,light:1. Kinds: camera, light,
-            background, noise, robot (its start), layout, instruction; severities 1, 2, 3. The perturbation depends on
-            the episode's seed, so every policy gets the same episodes.
+        perturb: Perturb episodes by kind:severity, comma-separated, such as camera:2,light:1. Kinds in MetaWorld:
+            camera, light, background, noise, robot (its start), layout, instruction. In LIBERO: light, noise, view
+            (field of view), occlusion and novel (of the named object). Severities: 1, 2, 3. The perturbation depends
+            on the episode's seed, so every policy gets the same episodes.
         layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
             or dealt anew by each episode's seed, the same for every policy. Defaults to official.
         tamper: Remove or shuffle inputs, to test whether the policy uses them, comma-separated: image (black), patches
@@ -67,7 +68,7 @@ def evaluate(
     require_at_least(1, episodes=episodes, batch_size=batch_size, tokens=tokens, resolution=resolution)
     require_at_least(1, n_action_steps=n_action_steps, num_steps=num_steps)
     require_at_least(0, videos=videos)
-    refuse(tampering_fault(tamper) or perturbation_fault(perturb))
+    refuse(tampering_fault(tamper) or perturbation_fault(perturb, env))
     from pathlib import Path
 
     from lerobot_grids.console import counting_bar, require_writable

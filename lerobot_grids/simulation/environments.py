@@ -8,6 +8,7 @@ from lerobot.envs.configs import EnvConfig
 
 from lerobot_policy_grids.errors import SimulationError
 
+from ..choices import perturbation_fault
 from .demonstrations import Demonstrator
 from .libero.installed import LIBERO_KINDS, require_libero
 
@@ -39,11 +40,9 @@ def make_env_config(
     Raises:
         SimulationError: If the environment or a field is unknown, a package is missing, or it cannot be perturbed.
     """
-    if perturb and name != "metaworld":
-        raise SimulationError(
-            f"environment '{name}' cannot be perturbed, only 'metaworld' can; drop --perturb"
-            + (", or evaluate LIBERO's perturbed tasks with --env libero_plus" if name == "libero" else "")
-        )
+    fault = perturbation_fault(perturb, name)
+    if fault is not None:
+        raise SimulationError(fault)
     if layout and name != "libero":
         raise SimulationError(f"environment '{name}' has no layouts, only 'libero' has; drop --layout")
     if name in LIBERO_KINDS:

@@ -35,6 +35,7 @@ from lerobot_policy_grids.errors import SimulationError
 from ..choices import parts
 from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at
 from .perturbations import Perturbation, Perturber, parse_perturbations
+from .perturbations.metaworld import KINDS, SavedMetaworld
 
 # LeRobot has this function since 0.6.1; older environments were made without it.
 _frozen_at_its_end = getattr(lerobot_utils, "freeze_after_episode_end", lambda make: make)
@@ -108,6 +109,11 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         self._perturber: Perturber | None = None
 
     @property
+    def model(self) -> Any:
+        """MuJoCo's model; only after the first reset."""
+        return self._env.model
+
+    @property
     def positions(self) -> np.ndarray:
         """Positions of object and goal, float32 [6] in metres. Only for experts and auxiliary losses."""
         parts = (self.raw_observation[OBJECT_POSITION], self.raw_observation[GOAL_POSITION])
@@ -133,7 +139,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         env.width = env.height = self.size
         env.mujoco_renderer.width = env.mujoco_renderer.height = self.size
         if self.perturbations:
-            self._perturber = Perturber(self, self.perturbations)
+            self._perturber = Perturber(SavedMetaworld(self), KINDS, self.perturbations)
 
     def reset(self, seed: int | None = None, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self._steps = 0
@@ -161,7 +167,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
                 f"rendering with MUJOCO_GL={choose_renderer()} failed ({error}); "
                 "try another renderer: install libosmesa6 and set MUJOCO_GL=osmesa"
             ) from error
-        return image if self._perturber is None else self._perturber.see(image, self._steps)
+        return image if self._perturber is None else self._perturber.see(image, self.camera_name, self._steps)
 
     def use_own_context(self) -> None:
         """Make this environment's OpenGL context current.
@@ -220,12 +226,12 @@ class MetaworldConfig(lerobot_configs.MetaworldEnv):
             if not isinstance(value, int) or value < 1:
                 raise SimulationError(f"{name}={value!r}; give a whole number of at least 1")
         expand_tasks(self.task)
-        parse_perturbations(self.perturb)
+        parse_perturbations(self.perturb, "metaworld")
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
         """Make one vector environment with `n_envs` copies per task: {task: {0: environment}}."""
-        perturbations = parse_perturbations(self.perturb)
+        perturbations = parse_perturbations(self.perturb, "metaworld")
         vector = lerobot_configs._make_vec_env_cls(use_async_envs, n_envs)
         envs: dict[str, dict[int, gymnasium.vector.VectorEnv]] = {}
         for task in expand_tasks(self.task):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_help_teaches_every_perturbation_and_tampering():
     from lerobot_grids.choices import PERTURBATIONS, TAMPERINGS
 
     words = re.findall(r"[a-z]+", shell("eval", "--help").stdout)
-    assert {*PERTURBATIONS, *TAMPERINGS} <= set(words)
+    assert {*chain(*PERTURBATIONS.values()), *TAMPERINGS} <= set(words)
 
 
 @pytest.mark.parametrize(
@@ -271,8 +272,9 @@ def test_eval_verify_hashes_again(grids_checkpoint, tmp_path, capsys, monkeypatc
         (["--env_args={max_steps: 0}"], "max_steps=0"),
         (["--env_args={max_steps: a}"], "max_steps='a'"),
         (["--json=/"], "is a folder"),
-        (["--perturb=fog:1"], "perturbation 'fog' is unknown; choose from camera"),
+        (["--perturb=fog:1"], "perturbation 'fog' is unknown in metaworld; choose from camera"),
         (["--perturb=camera:7"], "one of 1, 2, 3"),
+        (["--env=libero", "--perturb=camera:1"], "perturbation 'camera' is unknown in libero; choose from light"),
         (["--env=pusht", "--perturb=camera:1"], "'pusht' cannot be perturbed"),
         (["--tamper=smell"], "tampering 'smell' is unknown; choose from image"),
         (["--n_action_steps=99"], "chunks have 16 steps"),

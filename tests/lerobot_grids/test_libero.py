@@ -121,11 +121,6 @@ def test_the_first_import_needs_no_configuration(install):
     require_libero("libero")
 
 
-def test_perturbations_are_libero_plus():
-    with pytest.raises(SimulationError, match=r"'libero' cannot be perturbed.*--env libero_plus"):
-        make_env_config("libero", None, perturb="camera:1")
-
-
 STARTED: list[tuple[str, int, int]] = []
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from lerobot_grids.choices import PERTURBATIONS, SEVERITIES
 from lerobot_grids.data import PLACES
 from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_demonstrator, make_env_config, task_names
+from lerobot_grids.simulation.perturbations import parse_perturbations
 from lerobot_grids.simulation.recording import record
 from lerobot_policy_grids.errors import SimulationError
 
@@ -66,6 +68,37 @@ def test_named_objects_are_where_the_image_shows_them(env):
         rows, columns = np.nonzero(np.abs(before - after).sum(-1) > 30)
         assert len(rows) > 3
         assert np.hypot(columns.mean() + 0.5 - x, rows.mean() + 0.5 - y) < 3
+
+
+def test_perturbations_change_what_they_say_and_nothing_else(env):
+    from lerobot_grids.simulation.libero.expert import Expert
+    from lerobot_grids.simulation.perturbations.libero import KINDS
+
+    assert tuple(KINDS) == PERTURBATIONS["libero"]
+    plain = env.reset(seed=7)[0]["pixels"]
+    where = env.image_place("agentview_image", Expert(env.simulation).object_position()) * SIZE
+    perturbed = environment(perturb="view:3")
+    for kind in KINDS:
+        changes = []
+        for severity in SEVERITIES:
+            perturbed.perturbations[:] = parse_perturbations(f"{kind}:{severity}", "libero")
+            # An episode is a function of its seed, whatever came before.
+            perturbed.reset(seed=8)
+            seen = perturbed.reset(seed=7)[0]["pixels"]
+            assert np.array_equal(positions(perturbed), positions(env))
+            apart = {camera: np.abs(seen[camera].astype(int) - plain[camera])[::-1, ::-1].sum(-1) for camera in seen}
+            assert apart["image2"].any() == (kind in ("light", "noise", "novel")), kind
+            if kind in ("occlusion", "novel"):
+                # Only what is at the named object.
+                rows, columns = np.nonzero(apart["image"] > 30)
+                assert np.hypot(columns + 0.5 - where[0], rows + 0.5 - where[1]).max() < 8, kind
+            else:
+                assert (apart["image"] > 0).mean() > 0.3, kind
+            changes.append(apart["image"].sum())
+        # A small object has few rows of pixels, so two severities may hide the same ones.
+        assert changes == sorted(changes), (kind, changes)
+        assert changes[0] < changes[2], (kind, changes)
+    perturbed.close()
 
 
 def test_images_between_looks_are_repeated():

@@ -12,7 +12,8 @@ from lerobot_grids.policies import load
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
 from lerobot_grids.simulation.paraphrases import paraphrase
-from lerobot_grids.simulation.perturbations import KINDS, Perturbation, parse_perturbations
+from lerobot_grids.simulation.perturbations import Perturbation, parse_perturbations
+from lerobot_grids.simulation.perturbations.metaworld import KINDS
 from lerobot_policy_grids.errors import SimulationError
 
 SEED = 100_000
@@ -21,7 +22,7 @@ LOOKS_ONLY = ("camera", "light", "background", "noise")
 
 def first(perturb="", seed=SEED, task="push-v3"):
     """Image, state, positions of object and goal, and instruction at the start of an episode in a new environment."""
-    env = MetaworldEnv(task, perturbations=parse_perturbations(perturb))
+    env = MetaworldEnv(task, perturbations=parse_perturbations(perturb, "metaworld"))
     observation, _ = env.reset(seed=seed)
     seen = (observation["pixels"].astype(int), observation["agent_pos"], env.positions, env.task_description)
     env.close()
@@ -53,7 +54,7 @@ def distance(kind, a, b):
 
 
 def test_the_command_line_knows_every_kind():
-    assert tuple(KINDS) == PERTURBATIONS
+    assert tuple(KINDS) == PERTURBATIONS["metaworld"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,7 +168,7 @@ def test_every_instruction_has_paraphrases(task):
 
 def test_errors_are_one_line_and_say_what_to_do():
     for text, message in {
-        "fog:1": "'fog' is unknown; choose from camera, light",
+        "fog:1": "'fog' is unknown in metaworld; choose from camera, light",
         "camera:9": "'camera:9' has an unknown severity; write camera: and one of 1, 2, 3",
         "camera": "'camera' has no severity; write",
         "camera:1,camera:2": "'camera' is given twice",

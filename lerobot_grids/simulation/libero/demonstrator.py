@@ -80,8 +80,13 @@ class LiberoDemonstrator:
         return None
 
     def _config(self, names: str) -> LiberoConfig:
-        size = {"observation_height": self.size, "observation_width": self.size}
-        return LiberoConfig(task=names, layout=self.layout, drawing="fast", **size)
+        return LiberoConfig(
+            task=names,
+            layout=self.layout,
+            drawing="fast",
+            observation_height=self.size,
+            observation_width=self.size,
+        )
 
 
 # The environment of the last task in this process; a scene takes a gigabyte.

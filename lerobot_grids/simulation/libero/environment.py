@@ -4,6 +4,7 @@ Differences from `lerobot.envs.libero`, each an option whose default is LeRobot'
 - `layout="dealt"` deals the objects anew; see `layouts`.
 - `drawing="fast"` draws without multisampling and shadow map, at about half the price on a CPU, and resets the
   simulator without building the scene again.
+- `perturb="occlusion:2"` perturbs each episode; see `perturbations`.
 - `render_interval=n` draws the cameras at every n-th step only, for policies that execute n actions of a chunk.
 
 Use it in LeRobot's own commands with `--env.discover_packages_path=lerobot_grids.simulation.libero
@@ -33,6 +34,9 @@ from libero.libero.envs import OffScreenRenderEnv
 from lerobot_policy_grids.errors import SimulationError
 
 from ...choices import parts
+from ..perturbations import Perturbation, Perturber, parse_perturbations
+from ..perturbations.libero import KINDS
+from ..perturbations.saved import SavedScene
 from .layouts import Pose, deal, require_layout
 
 DRAWINGS = ("libero", "fast")
@@ -86,6 +90,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         layout: "official" or "dealt".
         drawing: "libero" or "fast".
         render_interval: Number of steps between two images; the last ones are repeated in between.
+        perturbations: Changes to each episode. The episode's seed decides their direction.
     """
 
     # `render` returns the policy's first image, so films can draw the sampled points on it.
@@ -98,9 +103,12 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         layout: str = "official",
         drawing: str = "libero",
         render_interval: int = 1,
+        perturbations: list[Perturbation] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.perturbations = perturbations or []
+        self._perturber: Perturber | None = None
         self.suite = kwargs["task_suite_name"]
         self.layout, self.drawing, self.render_interval = layout, drawing, render_interval
         # Otherwise robosuite draws both cameras in every step, while objects settle too.
@@ -113,6 +121,21 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
     def simulation(self) -> Any:
         """Robosuite's environment, for experts; None before the first reset."""
         return None if self._env is None else self._env.env
+
+    @property
+    def model(self) -> Any:
+        """MuJoCo's model; only after the first reset."""
+        return self.simulation.sim.model._model
+
+    def body_of(self, name: str) -> int:
+        """Number of an object's body in MuJoCo's model."""
+        return int(self.simulation.obj_body_id[name])
+
+    def upload_texture(self, texture: int) -> None:
+        """Send a changed texture to the renderer, which keeps a copy."""
+        context = self.simulation.sim._render_context_offscreen
+        context.gl_ctx.make_current()
+        mujoco.mjr_uploadTexture(self.model, context.con, texture)
 
     def _ensure_env(self) -> None:
         if self._env is not None:
@@ -147,9 +170,18 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         elif not self.simulation.hard_reset:
             self._begin(state, {})
         self._settling = False
-        if self.layout == "dealt" or self._draws:
+        if self.perturbations:
+            self._perturb(seed)
+        if self.layout == "dealt" or self._draws or self.perturbations:
             observation = self._format_raw_obs(self.simulation._get_observations(force_update=True))
         return observation, info
+
+    def _perturb(self, seed: int | None) -> None:
+        """Perturb the episode that begins, when its objects stand."""
+        if self._perturber is None or self.simulation.hard_reset:
+            # A hard reset builds the scene again.
+            self._perturber = Perturber(SavedScene(self), KINDS, self.perturbations)
+        self._perturber.begin(self, seed)
 
     def _deal(self, state: int, random: np.random.Generator) -> None:
         """Deal the objects until they stay where they are put."""
@@ -209,6 +241,9 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
                 sensors = self.simulation._observables
                 self._frames = {camera: sensors[camera]._sensor({}) for camera in self.camera_name}
             raw_obs = raw_obs | self._frames
+        if self._perturber is not None and not self._settling:
+            seen = {name: self._perturber.see(raw_obs[name], name, self._steps) for name in self.camera_name}
+            raw_obs = raw_obs | seen
         result: dict[str, Any] = super()._format_raw_obs(raw_obs)
         return result
 
@@ -222,7 +257,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         Returns:
             (x, y) from 0 to 1, or outside if the camera does not see it; (-1, -1) behind the camera.
         """
-        model, data = self.simulation.sim.model._model, self.simulation.sim.data._data
+        model, data = self.model, self.simulation.sim.data._data
         number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera.removesuffix("_image"))
         x, y, z = data.cam_xmat[number].reshape(3, 3).T @ (point - data.cam_xpos[number])
         if z > -1e-3:
@@ -242,15 +277,18 @@ class LiberoConfig(lerobot_configs.LiberoEnv):
         layout: "official" for LIBERO's own initial states, "dealt" for objects dealt anew by the episode's seed.
         drawing: "libero" for LIBERO's own images and resets, "fast" for cheaper ones.
         render_interval: See `LiberoEnv`.
+        perturb: Perturbations as kind:severity, comma-separated; see `perturbations`.
     """
 
     task: str = "libero_object"
     layout: str = "official"
     drawing: str = "libero"
     render_interval: int = 1
+    perturb: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_perturbations(self.perturb, "libero")
         if self.drawing not in DRAWINGS:
             raise SimulationError(f"drawing '{self.drawing}' is unknown; choose from {', '.join(DRAWINGS)}")
         require_layout(self.layout, list(self.chosen))
@@ -294,5 +332,6 @@ class LiberoConfig(lerobot_configs.LiberoEnv):
             layout=self.layout,
             drawing=self.drawing,
             render_interval=self.render_interval,
+            perturbations=parse_perturbations(self.perturb, "libero"),
             **{key: value for key, value in self.gym_kwargs.items() if key != "task_ids"},
         )

@@ -1,114 +1,31 @@
-"""Perturbed MetaWorld episodes, after LIBERO-Plus (arXiv 2510.13626): seven kinds, three severities.
+"""Kinds of perturbations in this package's MetaWorld."""
 
-The perturbation of an episode depends only on (kind, severity, episode seed). Every policy gets the same episodes, so
-results can be paired. The seed chooses the direction and the severity chooses the distance, so a higher severity is a
-larger change in the same direction.
-
-To add a kind, write one function (environment, perturbation, random) -> None, add one line to `KINDS`, and its name to
-`choices.PERTURBATIONS`.
-"""
-
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import mujoco
 import numpy as np
-from PIL import Image, ImageFilter
 
 from lerobot_policy_grids.errors import SimulationError
 
-from ..choices import SEVERITIES, parts, perturbation_fault
-from .camera import CAMERA_TARGET, look_at
-from .paraphrases import paraphrase
+from ..camera import CAMERA_TARGET, look_at
+from ..paraphrases import paraphrase
+from . import Kind, Perturbation
+from .saved import SavedScene
+from .shared import add_noise, change_light
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """One kind at one severity."""
-
-    kind: str
-    severity: int
-
-    @property
-    def strength(self) -> float:
-        """Severity as a share of the largest one, in (0, 1]."""
-        return self.severity / max(SEVERITIES)
-
-    def random(self, *seeds: int) -> np.random.Generator:
-        """Random numbers for this kind in one episode; they are the same for every severity."""
-        return np.random.default_rng([*seeds, zlib.crc32(self.kind.encode())])
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.severity}"
-
-
-def parse_perturbations(text: str) -> list[Perturbation]:
-    """Perturbations in a list such as "camera:2,light:1"; an empty text gives none.
-
-    Raises:
-        SimulationError: If a kind or a severity is unknown, or a kind is given twice.
-    """
-    fault = perturbation_fault(text)
-    if fault is not None:
-        raise SimulationError(fault)
-    return [Perturbation(kind, int(severity)) for kind, severity in (part.split(":") for part in parts(text))]
-
-
-class Perturber:
-    """Applies the perturbations of each episode to one `MetaworldEnv`.
-
-    Args:
-        env: The environment; its simulator must exist and be unperturbed.
-        perturbations: Perturbations, at most one of each kind.
-    """
-
-    def __init__(self, env: Any, perturbations: list[Perturbation]) -> None:
-        self.perturbations = perturbations
-        self._nominal = Nominal(env)
-        self._seed: int | None = None
-
-    def begin(self, env: Any, seed: int | None) -> None:
-        """Perturb the episode that the next reset starts. Without a seed the previous perturbation stays."""
-        seed = (self._seed or 0) if seed is None else seed
-        if seed == self._seed:
-            return
-        self._seed = seed
-        self._nominal.restore(env)
-        for perturbation in self.perturbations:
-            KINDS[perturbation.kind](env, perturbation, perturbation.random(seed))
-
-    def see(self, image: np.ndarray, step: int) -> np.ndarray:
-        """Apply blur and noise, if perturbed, to the image uint8 [h, w, 3] of one step."""
-        for perturbation in self.perturbations:
-            if perturbation.kind == "noise":
-                image = blur_and_noise(image, perturbation.strength, perturbation.random(self._seed or 0, step))
-        return image
-
-
-class Nominal:
-    """The unperturbed scene of the training data; it is restored before each perturbation."""
-
-    ARRAYS = ("cam_pos", "cam_quat", "cam_fovy", "light_diffuse", "light_dir", "tex_data")
-    HEADLIGHT = ("ambient", "diffuse")
+class SavedMetaworld(SavedScene):
+    """The scene, and what the simulator draws positions from."""
 
     def __init__(self, env: Any) -> None:
-        model, headlight = env._env.model, env._env.model.vis.headlight
-        self._arrays = {name: getattr(model, name).copy() for name in self.ARRAYS}
-        self._headlight = {name: getattr(headlight, name).copy() for name in self.HEADLIGHT}
+        super().__init__(env)
         self._hand = np.array(env._env.hand_init_pos)
         self._spaces = env._env._random_reset_space, env._env.goal_space
         self._instruction = env.task_description
 
     def restore(self, env: Any) -> None:
-        """Undo all perturbations."""
-        model = env._env.model
-        for name, value in self._arrays.items():
-            getattr(model, name)[:] = value
-        for name, value in self._headlight.items():
-            getattr(model.vis.headlight, name)[:] = value
+        super().restore(env)
         env._env.hand_init_pos = self._hand.copy()
         set_spaces(env._env, *self._spaces)
         env.task_description = self._instruction
@@ -120,7 +37,7 @@ def move_camera(env: Any, perturbation: Perturbation, random: np.random.Generato
     At full strength: 15 degrees of azimuth, up to 8 degrees of elevation, 15 % of the distance, 3 cm of the aim and 8 %
     of the field of view.
     """
-    model, strength = env._env.model, perturbation.strength
+    model, strength = env.model, perturbation.strength
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, env.camera_name)
     offset = model.cam_pos[camera] - CAMERA_TARGET
     distance, azimuth = np.linalg.norm(offset), np.arctan2(offset[1], offset[0])
@@ -136,24 +53,9 @@ def move_camera(env: Any, perturbation: Perturbation, random: np.random.Generato
     model.cam_fovy[camera] *= 1.08 ** (strength * random.uniform(-1, 1))
 
 
-def change_light(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Lighting: make all lights dimmer (down to a third), and change their colour and direction.
-
-    Lights never get brighter: table and floor already have the renderer's maximum and would not change.
-    """
-    model, strength = env._env.model, perturbation.strength
-    gains = random.uniform(0.2, 1, 3)
-    gains = (gains / gains.max() * random.uniform(0.35, 0.6)) ** strength
-    for part in (model.light_diffuse, model.vis.headlight.ambient, model.vis.headlight.diffuse):
-        part[:] *= gains
-    angle = strength * np.radians(random.uniform(60, 120)) * random.choice([-1, 1])
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    model.light_dir[:] = model.light_dir @ turn.T
-
-
 def repaint_background(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
     """Background: mix the textures of table, floor and walls with stripes or checks of two random colours."""
-    model, strength = env._env.model, perturbation.strength
+    model, strength = env.model, perturbation.strength
     for texture in background_textures(model):
         height, width = int(model.tex_height[texture]), int(model.tex_width[texture])
         start = int(model.tex_adr[texture])
@@ -181,7 +83,7 @@ def upload_texture(env: Any, texture: int) -> None:
     """Send a changed texture to the renderer, which keeps a copy after its first image."""
     env.use_own_context()
     for viewer in env.viewers():
-        mujoco.mjr_uploadTexture(env._env.model, viewer.con, texture)
+        mujoco.mjr_uploadTexture(env.model, viewer.con, texture)
 
 
 def start_elsewhere(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
@@ -234,22 +136,11 @@ def say_otherwise(env: Any, perturbation: Perturbation, random: np.random.Genera
     env.task_description = paraphrase(env.task_description, perturbation.severity, random)
 
 
-def leave_scene(env: Any, perturbation: Perturbation, random: np.random.Generator) -> None:
-    """Noise: leave the scene unchanged, because `Perturber.see` changes each image."""
-
-
-def blur_and_noise(image: np.ndarray, strength: float, random: np.random.Generator) -> np.ndarray:
-    """Add blur (up to 1.5 % of the width) and Gaussian noise (up to 20 % of the range) to an image uint8 [h, w, 3]."""
-    blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.015 * image.shape[1] * strength))
-    noise = random.normal(0, 0.2 * 255 * strength, image.shape)
-    return np.clip(np.round(np.asarray(blurred) + noise), 0, 255).astype(np.uint8)
-
-
-KINDS: dict[str, Callable[[Any, Perturbation, np.random.Generator], None]] = {
+KINDS: dict[str, Kind] = {
     "camera": move_camera,
     "light": change_light,
     "background": repaint_background,
-    "noise": leave_scene,
+    "noise": add_noise,
     "robot": start_elsewhere,
     "layout": displace_objects,
     "instruction": say_otherwise,
