@@ -38,10 +38,19 @@ def describe(loaded: Any, observation: Observation, task: str, prompt: str) -> C
         observation: One that its processors made, at batch 1.
         task: Its instruction.
         prompt: What the processors made of it, for the tokenizer.
+
+    Raises:
+        GridsError: If the instruction is not found in the prompt.
     """
     policy = loaded.policy
     config = policy.base.config
     template = _template(prompt, task, observation.state)
+    if "{task}" not in template:
+        written = " ".join(prompt.split())
+        raise GridsError(
+            f"the policy's processors write --task '{task}' as '{written}', which does not show where an instruction "
+            "goes; give plain words"
+        )
     action = _step(loaded.postprocessor, UnnormalizerProcessorStep)
     tokens = observation.tokens[observation.token_mask].tolist()
     size = config.output_features[ACTION].shape[0]

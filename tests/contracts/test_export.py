@@ -221,6 +221,12 @@ def test_an_instruction_that_does_not_fit_is_refused(tiny, tmp_path):
         export(tiny, tmp_path / "graphs", "torch", task="push push push push", language_bucket=3)
 
 
+def test_an_instruction_that_is_written_otherwise_is_refused(family_row, tmp_path):
+    loaded = load(family_row("pi05"), tmp_path / "tokenizer")
+    with pytest.raises(GridsError, match=r"write --task 'pick_up' as 'Task: pick up, State: .*give plain words"):
+        export(loaded, tmp_path / "graphs", "torch", task="pick_up")
+
+
 @pytest.mark.parametrize("name", ["pi0_fast", "xvla"])
 def test_families_without_phases_say_so(name, family_row, tmp_path):
     loaded = LoadedPolicy(family_row(name).policy(), None, None)
