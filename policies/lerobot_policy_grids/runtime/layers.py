@@ -243,8 +243,8 @@ def score_mask(visible: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def add_linear(residual: Tensor, inner: Tensor, linear: nn.Linear) -> Tensor:
     """A linear layer's output plus a residual of the same shape, in one operation."""
     residual, inner = residual.to(linear.weight.dtype), inner.to(linear.weight.dtype)
-    # Weights of other kinds have a product of their own, and none that adds.
-    if linear.bias is not None or type(linear.weight) is not nn.Parameter:
+    # Other kinds of linear layers have a product of their own, and none that adds.
+    if linear.bias is not None or type(linear) is not nn.Linear:
         return residual + linear(inner)
     added = torch.addmm(residual.flatten(0, 1), inner.flatten(0, 1), linear.weight.t())
     return added.view(residual.shape)

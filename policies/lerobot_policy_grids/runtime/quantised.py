@@ -12,6 +12,10 @@ from .phases import Phases, UnavailableError
 QUANTISATIONS = ("none", "int8", "int8_dynamic")
 
 
+class Quantised(nn.Linear):
+    """A linear layer whose weights torchao keeps."""
+
+
 def quantise(phases: Phases, name: str) -> None:
     """Give the decoder layers of both phases weights of 8 bits. The policy's own, and the vision tower's, stay.
 
@@ -41,7 +45,7 @@ def _quantised(linear: nn.Linear, name: str) -> nn.Linear:
     )
 
     # torchao changes a layer in place, and this one may be the policy's.
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    copy = Quantised(linear.in_features, linear.out_features, bias=False, device="meta")
     copy.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
     quantize_(copy, Int8WeightOnlyConfig() if name == "int8" else Int8DynamicActivationInt8WeightConfig())
     copy.register_parameter("bias", linear.bias)
