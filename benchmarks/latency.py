@@ -10,6 +10,7 @@ is synchronised before each time is read. Operations are what torch is asked to 
 """
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -36,6 +37,7 @@ from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
 from lerobot_policy_grids.reducers import reducer_config
+from lerobot_policy_grids.runtime import QUANTISATIONS
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 STAGES = ("vision", "prefill", "steps", "total")
@@ -196,10 +198,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         policy = compress(dense, reducer=reducer_config("grids", num_tokens=options.tokens, **inside))
         name = f"K={options.tokens}" + ("" if layer is None else f" L={layer}")
         expected = add(name, policy)
-        for runtime in ("fast", *(["compiled"] if options.compiled else [])):
-            policy.use_runtime(runtime)
+        runtimes = ("fast", *(["compiled"] if options.compiled else []))
+        for runtime, quantisation in itertools.product(runtimes, ("none", *options.quantise)):
+            policy.use_runtime(runtime, quantisation)
             policy.warm_up(batch)
-            add(f"{name} {runtime}", policy, expected)
+            add(f"{name} {runtime}" + ("" if quantisation == "none" else f" {quantisation}"), policy, expected)
         dense = policy.detach()
     return {
         "kind": "latency",
@@ -209,6 +212,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "cameras": options.cameras,
         "tokens": options.tokens,
         "sample_after_layer": options.sample_after_layer,
+        "quantise": options.quantise,
         "dense_tokens": family.layout(dense).num_dense_tokens,
         "words": options.words,
         "device": device_name(options.device),
@@ -249,6 +253,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="runs before the first time is read")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile, which takes minutes")
+    weights = "also with weights of 8 bits in trunk and expert: int8, int8_dynamic; needs torchao"
+    parser.add_argument("--quantise", nargs="+", default=[], choices=QUANTISATIONS[1:], help=weights)
     parser.add_argument("--json", type=Path, help="append the result to this file, as one line")
     options = parser.parse_args()
     if options.threads:

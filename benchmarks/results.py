@@ -24,6 +24,7 @@ KEYED = {
     "trial": ("kind", "family", "dataset", "command"),
     "fuzz": ("kind", "seed", "number"),
     "latency": ("kind", "family", "narrow", "dtype", "cameras", "tokens", "device", "threads", "clock"),
+    "soak": ("kind", "policy", "runtime", "minutes", "rate", "threads", "clock"),
     "libero-expert": ("kind", "suite", "task", "layout", "expert"),
 }
 # Costs in the line of a comparison, and their format.

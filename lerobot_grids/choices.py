@@ -18,6 +18,8 @@ PERTURBATIONS = {
 SEVERITIES = (1, 2, 3)
 # Logger of `fit` -> the package that it needs, besides this project's own.
 LOGGERS = {"csv": None, "tensorboard": None, "wandb": "wandb", "trackio": "trackio"}
+# Format of an export -> the modules that write and run it, besides torch. The extra that installs them has its name.
+EXPORTS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
 
 
 def parts(text: str | None) -> list[str]:
@@ -36,6 +38,14 @@ def logger_fault(text: str) -> str | None:
         if package is not None and find_spec(package) is None:
             return f"--logger {name} needs a package that is not installed: pip install {package}"
     return None
+
+
+def export_fault(name: str) -> str | None:
+    """What a format of an export needs and is not installed, in words; None if nothing."""
+    missing = [module for module in EXPORTS[name] if find_spec(module) is None]
+    if not missing:
+        return None
+    return f"--format {name} needs {', '.join(missing)}: pip install 'lerobot_policy_grids[{name}]'"
 
 
 def tampering_fault(text: str | None) -> str | None:

@@ -231,7 +231,8 @@ def test_every_block_says_its_language():
         assert block.language or "/" in block.text.splitlines()[0], f"{block.path}:{block.line}"
 
 
-WITH_PYTHON = sorted({block.path for block in BLOCKS if block.language == "python"})
+# Those of export.md need neither torch nor a policy: tests/contracts/test_export.py runs them without.
+WITH_PYTHON = sorted({b.path for b in BLOCKS if b.language == "python" and b.path.name != "export.md"})
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.name)
@@ -356,7 +357,7 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
-    elif name in ("latency", "libero_expert", "scenes", "sheet", "tower", "grounding"):
+    elif name in ("latency", "libero_expert", "scenes", "sheet", "tower", "grounding", "soak"):
         assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments
@@ -428,7 +429,7 @@ def known_options():
     options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
-    for script in ("latency", "libero_expert"):
+    for script in ("latency", "libero_expert", "soak"):
         options |= arguments_of(ROOT / "benchmarks" / f"{script}.py")
     options |= {f"--{name}" for name in client_options()}
     return options | {"--reducer.type", "--dry-run"} | FOREIGN

@@ -13,6 +13,10 @@ def import_reference(checkpoint: str, output: str = "", convention: str | None =
         convention: Where coordinates are on the feature map: lerobot or openpi. Defaults to that of the published
             checkpoints of the policy's type.
         json: JSON file for what was imported.
+
+    Examples:
+        lerobot-grids import-reference me/smolvla-grids --output outputs/smolvla-grids
+        lerobot-grids import-reference published/pi0 --output outputs/pi0-grids --convention openpi
     """
     if not output:
         raise OptionError("where to? give --output FOLDER")

@@ -23,6 +23,7 @@ COMMANDS = {
     "view": ("view", "show where a policy looks along an episode: a strip, a film, a rerun recording"),
     "report": ("report", "write one HTML page about a checkpoint: success, looks, costs, training"),
     "serve": ("serve", "answer LeRobot's robot_client: the policy here, the robot on another machine"),
+    "export": ("export", "write a policy's graphs for ONNX Runtime, OpenVINO or torch, and run them beside it"),
     "push": ("push", "push a checkpoint to the Hub, with a model card"),
     "pull": ("pull", "fetch a checkpoint from the Hub and check every file"),
     "merge": ("merge", "make a full checkpoint from an adapter"),

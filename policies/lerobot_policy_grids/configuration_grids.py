@@ -15,7 +15,7 @@ from .base_options import add_base_options, base_options, hand_to_base, hide_fro
 from .errors import BudgetError, CheckpointError, GridsError
 from .families import families
 from .reducers import ReducerConfig, reducer_config
-from .runtime import RUNTIMES
+from .runtime import QUANTISATIONS, RUNTIMES
 from .schedule import GRAMMAR, TokenSchedule
 
 GRIDS_TYPE = "grids"
@@ -29,6 +29,7 @@ TYPES: dict[str, Any] = {
     "base": PreTrainedConfig | None,
     "reducer": ReducerConfig,
     "runtime": str,
+    "quantise": str,
     "schedule": str,
     "schedule_steps": int,
     "version": int,
@@ -102,6 +103,13 @@ class GridsConfig(PreTrainedConfig):
             "graphs on a GPU; compiled also has torch compile it. Both are checked against eager first."
         },
     )
+    quantise: str = field(
+        default="none",
+        metadata={
+            "help": f"Weights of trunk and action expert when acting with a fast or compiled runtime: one of "
+            f"{QUANTISATIONS}. Needs torchao; checked against eager first."
+        },
+    )
     base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})
     base_revision: str | None = field(default=None, metadata={"help": "Commit of base_repo_id that was used."})
     # Version of this format; raised when a field changes its meaning.
@@ -129,7 +137,7 @@ class GridsConfig(PreTrainedConfig):
         if self.num_tokens is not None:
             self.set_num_tokens(self.num_tokens)
             self.num_tokens = None
-        self.set_runtime(self.runtime)
+        self.set_runtime(self.runtime, self.quantise)
         if self.position_ids not in (None, *POSITION_IDS):
             raise GridsError(f"position_ids '{self.position_ids}' is unknown; choose one of {', '.join(POSITION_IDS)}")
         if self.position_ids == "dense" and self.reducer.in_trunk:
@@ -172,15 +180,21 @@ class GridsConfig(PreTrainedConfig):
         reducer.num_tokens = num_tokens
         reducer.__post_init__()
 
-    def set_runtime(self, runtime: str) -> None:
+    def set_runtime(self, runtime: str, quantise: str = "none") -> None:
         """Have actions computed in this way.
 
         Raises:
             GridsError: If there is no such way.
         """
+        if quantise not in QUANTISATIONS:
+            raise GridsError(f"quantise '{quantise}' is unknown; choose one of {', '.join(QUANTISATIONS)}")
         if runtime not in RUNTIMES:
             raise GridsError(f"runtime '{runtime}' is unknown; choose one of {', '.join(RUNTIMES)}")
-        self.runtime = runtime
+        if runtime == "eager" and quantise != "none":
+            raise GridsError(
+                f"quantise={quantise} with runtime=eager, which runs the weights as they are; give runtime=fast"
+            )
+        self.runtime, self.quantise = runtime, quantise
 
     @property
     def token_schedule(self) -> TokenSchedule:

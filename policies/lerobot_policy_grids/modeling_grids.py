@@ -140,27 +140,30 @@ class GridsPolicy(PreTrainedPolicy):
             if config.position_ids == "dense":
                 self.family.keep_positions(base, self.seam)
         self.to(config.device)
-        self.use_runtime(config.runtime)
+        self.use_runtime(config.runtime, config.quantise)
 
-    def use_runtime(self, runtime: str) -> None:
+    def use_runtime(self, runtime: str, quantise: str = "none") -> None:
         """Act in another way from now on; for the same observation and noise the actions are the same up to rounding.
 
         Args:
             runtime: "eager" runs LeRobot's own loop. "fast" runs a prefill and denoising steps without what does not
                 change the actions, on a GPU as CUDA graphs. "compiled" lets torch compile these first. Both are held
                 against the eager way at the first observation, and say how far they are apart.
+            quantise: Weights of trunk and action expert: "none" as they are, "int8" with 8 bits, "int8_dynamic" with
+                8 bits and what they are multiplied with, too. Needs torchao, and a runtime that is not "eager".
 
         Raises:
             UnsupportedPolicyError: If the base policy, or the reducer, cannot act in that way.
         """
         base = self.require_attached()
-        before = self.config.runtime
-        self.config.set_runtime(runtime)
+        before = self.config.runtime, self.config.quantise
+        self.config.set_runtime(runtime, quantise)
         act_eagerly(base, self.seam)
         if runtime == "eager":
             return
         fast = FastRuntime(
             runtime,
+            quantise,
             build=partial(self.family.phases, base, self.seam),
             budget=self.seam.budget,
             weights=partial(_modules, self),
@@ -174,7 +177,7 @@ class GridsPolicy(PreTrainedPolicy):
                 )
             self.family.act_through(base, self.seam, fast)
         except UnsupportedPolicyError:
-            self.config.set_runtime("eager" if before == runtime else before)
+            self.config.set_runtime(*(("eager", "none") if before == (runtime, quantise) else before))
             raise
 
     def warm_up(self, batch: dict[str, Tensor]) -> None:

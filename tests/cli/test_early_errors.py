@@ -46,6 +46,8 @@ CASES = [
     ([*BENCH, "--train", "--device=cuda"], 1, "--device cuda with --train"),
     (["validate", "--policy=p", "--dataset=d", "--tokens=4,dense"], 1, "--tokens dense: a budget is a number"),
     (["compare", "a=x"], 1, "1 policies given; give at least two"),
+    (["export", "p", "--tokens=-3"], 1, "--tokens -3; give at least 1"),
+    (["export", "p", "--format=tflite"], 2, "Literal['onnx', 'openvino', 'torch']"),
     (["record", "--output=o", "--episodes=0"], 1, "--episodes 0; give at least 1"),
     ([*FIT, "--logger=wandbb"], 1, "--logger wandbb names no logger; choose from csv, tensorboard, wandb, trackio"),
     (["help", "serve"], 0, ""),

@@ -336,7 +336,7 @@ def _chosen(request: Any, tmp_path_factory: Any, rows: Mapping[str, Row] = FAMIL
     return row
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def family_row(tmp_path_factory) -> Any:
     """Gives a row by its name."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lerobot_policy_grids import GridsConfig, compress
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import acting, get_family
 from lerobot_policy_grids.families import seam as seams
-from lerobot_policy_grids.runtime import buckets, fast, flow, graphs, layers, program
+from lerobot_policy_grids.runtime import buckets, fast, flow, graphs, layers, program, quantised
 
 # Share of the range of the actions. Both paths are float32 and round in other places; 2e-7 was measured.
 ROUNDING = 3e-6
@@ -564,3 +565,55 @@ def test_a_recorded_function_follows_its_inputs():
         product, more = recorded(x)
         torch.testing.assert_close(product, weight @ x)
         torch.testing.assert_close(more, x + 1)
+
+
+NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao: extra 'quantise' is not installed")
+
+
+@NEEDS_TORCHAO
+@pytest.mark.parametrize("quantisation", ["int8", "int8_dynamic"])
+def test_weights_of_8_bits_act_nearly_as_the_policy(phased, quantisation, capfd):
+    policy, batch = phased
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    expected = act(policy, batch)
+    policy.use_runtime("fast", quantisation)
+    act(policy, batch)
+    assert f"runtime=fast quantise={quantisation}: 2 cameras" in capfd.readouterr().err
+    assert 10 * ROUNDING < apart(expected, act(policy, batch)) < fast.INT8_BOUND
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    policy.use_runtime("fast")
+    act(policy, batch)
+    assert policy.config.quantise == "none"
+    assert apart(expected, act(policy, batch)) < ROUNDING
+
+
+@NEEDS_TORCHAO
+def test_weights_that_became_others_are_not_used(pi0, monkeypatch, caplog):
+    policy, batch = pi0
+    expected = act(policy, batch)
+    own = quantised._quantised
+
+    def wrong(linear, name):
+        rolled = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        rolled.weight = torch.nn.Parameter(linear.weight.detach().roll(1, 0), requires_grad=False)
+        rolled.register_parameter("bias", linear.bias)
+        return own(rolled, name)
+
+    monkeypatch.setattr(quantised, "_quantised", wrong)
+    policy.use_runtime("fast", "int8")
+    for _ in range(2):
+        assert torch.equal(act(policy, batch), expected)
+    assert "runtime=fast quantise=int8 is not used, the policy acts eagerly" in caplog.text
+
+
+def test_quantisation_without_torchao_or_a_fast_runtime_says_so(pi0, monkeypatch, caplog):
+    policy, batch = pi0
+    with pytest.raises(GridsError, match=r"quantise=int8 with runtime=eager.*give runtime=fast"):
+        policy.use_runtime("eager", "int8")
+    with pytest.raises(GridsError, match="quantise 'int3' is unknown; choose one of none, int8, int8_dynamic"):
+        policy.use_runtime("fast", "int3")
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    expected = act(policy, batch)
+    policy.use_runtime("fast", "int8")
+    assert torch.equal(act(policy, batch), expected)
+    assert "quantise=int8 needs torchao: pip install 'lerobot_policy_grids[quantise]'" in caplog.text

@@ -53,14 +53,14 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
     if not replace:
-        _require_absent(target)
+        require_absent(target)
     with _hidden(target, "old") as old, _hidden(target, "partial") as partial, naming(partial, target):
         try:
             partial.mkdir()
             yield partial
             _sync_all(partial)
             if not replace:
-                _require_absent(target)
+                require_absent(target)
             elif target.exists():
                 target.rename(old)
             _move(partial, target)
@@ -170,7 +170,8 @@ def _hidden(target: Path, kind: str, shown: Path | None = None) -> Iterator[Path
             _in_use.discard(path)
 
 
-def _require_absent(target: Path) -> None:
+def require_absent(target: Path) -> None:
+    """Raise `OutputExistsError` if there is something."""
     if target.exists():
         raise OutputExistsError(f"{target} already exists; choose another folder or remove it first")
 

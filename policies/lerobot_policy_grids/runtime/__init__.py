@@ -3,7 +3,7 @@
 It knows torch and no policy: each family says in its own file what its phases are made of.
 """
 
-from .fast import RUNTIMES, FastRuntime
+from .fast import QUANTISATIONS, RUNTIMES, FastRuntime
 from .phases import Cache, Observation, Phases, UnavailableError
 
-__all__ = ["RUNTIMES", "Cache", "FastRuntime", "Observation", "Phases", "UnavailableError"]
+__all__ = ["QUANTISATIONS", "RUNTIMES", "Cache", "FastRuntime", "Observation", "Phases", "UnavailableError"]

@@ -18,6 +18,7 @@ from ..errors import GridsError, first_line
 from .flow import integrate
 from .phases import Observation, Phases, UnavailableError
 from .program import Loop, Program
+from .quantised import QUANTISATIONS, quantise
 from .weights import Mark, mark
 
 RUNTIMES = ("eager", "fast", "compiled")
@@ -27,6 +28,8 @@ RUNTIMES = ("eager", "fast", "compiled")
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Of float32 where matrix products round their inputs to 10 bits.
 TF32_BOUND = 2e-2
+# With weights of 8 bits.
+INT8_BOUND = 5e-2
 
 
 class FastRuntime:
@@ -34,6 +37,7 @@ class FastRuntime:
 
     Args:
         name: "fast" or "compiled".
+        quantisation: One of `QUANTISATIONS`: of the weights of trunk and action expert.
         build: (numbers of the cameras, denoising steps) to the phases; raises UnavailableError.
         budget: Numbers of the cameras to what says how their tokens are reduced at the moment.
         weights: The modules whose weights the phases use.
@@ -49,13 +53,15 @@ class FastRuntime:
     def __init__(
         self,
         name: str,
+        quantisation: str = "none",
         *,
         build: Callable[[list[int], int], Phases],
         budget: Callable[[list[int]], Any],
         weights: Callable[[], Iterable[nn.Module]],
         blocked: Callable[[], str | None],
     ) -> None:
-        self.name = name
+        self.name, self.quantisation = name, quantisation
+        self.title = f"runtime={name}" + ("" if quantisation == "none" else f" quantise={quantisation}")
         self._build, self._budget, self._weights, self._blocked = build, budget, weights, blocked
         self.acting = False
         self.differences: dict[Any, float | str] = {}
@@ -148,7 +154,7 @@ class FastRuntime:
         self.programs[key] = program
         self.differences[key] = difference
         print(
-            f"runtime={self.name}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual tokens, "
+            f"{self.title}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual tokens, "
             f"{observation.tokens.shape[1]} language tokens on {noise.device}: the first action chunk differs from the "
             f"eager one by {difference:.1e} of the range of the actions (at most {bound:.0e})",
             file=sys.stderr,
@@ -162,12 +168,16 @@ class FastRuntime:
         budget = self._budget(cameras)
         key = (tuple(cameras), steps, None if budget is None else budget[0])
         if key not in self._phases:
-            self._phases[key] = self._build(cameras, steps)
+            phases = self._build(cameras, steps)
+            quantise(phases, self.quantisation)
+            self._phases[key] = phases
         return self._phases[key]
 
     def _bound(self, device: torch.device) -> float:
         dtypes = {weight.dtype for module in self._weights() for weight in module.parameters()}
         bound = max(BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes)
+        if self.quantisation != "none":
+            bound = max(bound, INT8_BOUND)
         rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         return max(bound, TF32_BOUND) if rounds else bound
 
@@ -179,7 +189,7 @@ class FastRuntime:
     def _warn(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            logging.getLogger(__name__).warning(f"runtime={self.name} is not used, the policy acts eagerly: {reason}")
+            logging.getLogger(__name__).warning(f"{self.title} is not used, the policy acts eagerly: {reason}")
 
     def _notice_changes(self) -> None:
         now = mark(self._weights(), self._parked)
@@ -224,4 +234,4 @@ def _described(budget: Any) -> str:
     return "all" if budget is None else " + ".join(str(count) for count in budget[1])
 
 
-__all__ = ["RUNTIMES", "FastRuntime", "UnavailableError"]
+__all__ = ["QUANTISATIONS", "RUNTIMES", "FastRuntime", "UnavailableError"]

@@ -7,7 +7,7 @@ Differs from LeRobot's loop, up to rounding in nothing:
 - the last layer of the prefix makes keys and values only; the rest of it nobody reads.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +116,17 @@ class DecoderLayer(nn.Module):
         inner = normalise(hidden, after, self.eps).to(self.gate.weight.dtype)
         inner = self.activation(self.gate(inner)) * self.up(inner)
         return _add(hidden, inner, self.down, after.gate), own
+
+    def change_weights(self, change: Callable[[nn.Linear], nn.Linear]) -> None:
+        """Go on with other weights.
+
+        Args:
+            change: A linear layer to what takes its place; the layer itself stays as it is.
+        """
+        joined = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        joined.weight = nn.Parameter(self.weight, requires_grad=False)
+        self.weight = change(joined).weight.detach()
+        self.output, self.gate, self.up, self.down = map(change, (self.output, self.gate, self.up, self.down))
 
     def keys_values(self, hidden: Tensor, rotation: Rotation, before: Norm) -> Tensor:
         """Only the keys and values [b, 2 * g, t, d] of `forward`."""
@@ -232,7 +243,8 @@ def score_mask(visible: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def add_linear(residual: Tensor, inner: Tensor, linear: nn.Linear) -> Tensor:
     """A linear layer's output plus a residual of the same shape, in one operation."""
     residual, inner = residual.to(linear.weight.dtype), inner.to(linear.weight.dtype)
-    if linear.bias is not None:
+    # Other kinds of linear layers have a product of their own, and none that adds.
+    if linear.bias is not None or type(linear) is not nn.Linear:
         return residual + linear(inner)
     added = torch.addmm(residual.flatten(0, 1), inner.flatten(0, 1), linear.weight.t())
     return added.view(residual.shape)
