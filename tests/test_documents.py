@@ -271,9 +271,7 @@ def test_our_commands_parse(case, options_of):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_in_the_help_parse(name, options_of):
-    module = import_module(f"lerobot_grids_cli.{COMMANDS[name][0]}")
-    function = vars(module).get("evaluate" if name == "eval" else name)
-    examples = FIT_EXAMPLES if name == "fit" else cli_parser.examples_of(function)
+    examples = FIT_EXAMPLES if name == "fit" else cli_parser.examples_of(function_of(name))
     assert len(examples) in (2, 3)
     for example in examples:
         program, command, *arguments = shlex.split(example)
@@ -414,6 +412,12 @@ def spans_of(path):
 SPANS = [(path, span) for path in [*DOCUMENTS, ROOT / "CHANGELOG.md"] for span in spans_of(path)]
 
 
+def function_of(name):
+    """What a subcommand runs; `fit` has a class."""
+    module = import_module(f"lerobot_grids_cli.{COMMANDS[name][0]}")
+    return vars(module)["evaluate" if name == "eval" else COMMANDS[name][0]]
+
+
 def known_options():
     """Every option of every subcommand, and of a reducer."""
     from inspect import signature
@@ -421,11 +425,8 @@ def known_options():
     from lerobot_policy_grids.reducers import ReducerConfig
 
     options = set()
-    for name, (module, _) in COMMANDS.items():
-        functions = vars(import_module(f"lerobot_grids_cli.{module}"))
-        main = functions.get("evaluate" if name == "eval" else name)
-        if name != "fit":
-            options |= {f"--{parameter}" for parameter in signature(main).parameters}
+    for name in COMMANDS.keys() - {"fit"}:
+        options |= {f"--{parameter}" for parameter in signature(function_of(name)).parameters}
     options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}

@@ -13,7 +13,7 @@ from lerobot_grids.evaluation.films import contact_sheet
 from lerobot_grids.simulation.environments import make_env_config
 from lerobot_grids.simulation.perturbations.libero import KINDS
 
-SIZE, SEEDS = 144, (7, 8, 9)
+SIZE, SEEDS = 120, (7, 8, 9)
 PIXELS = {"observation_height": SIZE, "observation_width": SIZE, "drawing": "fast"}
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     contact_sheet(rows, asked.output)
     # A palette needs a quarter of the bytes.
     picture = Image.open(asked.output).convert("RGB")
-    picture.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(asked.output, optimize=True)
+    picture.quantize(48, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(asked.output, optimize=True)
 
 
 if __name__ == "__main__":

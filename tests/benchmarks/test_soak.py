@@ -27,12 +27,15 @@ class Time:
 
 
 class Policy:
-    """Acts at once, and may keep what it should not."""
+    """Acts at once, and may keep what it should not. It is also the process whose memory is read."""
 
     def __init__(self, leak_mib):
-        self.leak, self.kept, self.num_tokens, self.budgets, self.resets = leak_mib, [], 0, set(), 0
+        self.leak_mib, self.memory_mib, self.num_tokens, self.budgets, self.resets = leak_mib, 100, 0, set(), 0
         state = PolicyFeature(FeatureType.STATE, (4,))
         self.config = SimpleNamespace(input_features={"observation.state": state})
+
+    def memory_info(self):
+        return SimpleNamespace(rss=self.memory_mib * soak.MIB)
 
     def warm_up(self, batch):
         self.budgets.add((batch["task"], self.num_tokens))
@@ -41,26 +44,27 @@ class Policy:
         self.resets += 1
 
     def select_action(self, batch):
-        if self.leak:
-            self.kept.append(torch.ones(int(self.leak * 2**18)))
+        self.memory_mib += self.leak_mib
         return torch.zeros(1, 4)
 
 
-def run(leak_mib):
+def run(leak_mib, monkeypatch):
     loaded = SimpleNamespace(policy=Policy(leak_mib), preprocessor=dict, postprocessor=lambda action: action)
+    # What an allocator keeps of earlier tests would hide the growth of a real one.
+    monkeypatch.setattr(soak.psutil, "Process", lambda: loaded.policy)
     return loaded.policy, soak.act(loaded, OPTIONS)
 
 
 def test_a_steady_policy_passes_and_a_leak_does_not(monkeypatch):
     monkeypatch.setattr(soak, "time", Time())
-    policy, record = run(0)
+    policy, record = run(0, monkeypatch)
     result = soak.judge(record, max_growth_mib=8, max_drift=1e9)
     assert result["faults"] == []
     assert result["calls"] == 8 * result["episodes"]
     assert policy.resets == result["episodes"] == 21
     assert result["late"] == 0
     assert len(policy.budgets) == len(soak.TASKS) * 2
-    _, record = run(1)
+    _, record = run(1, monkeypatch)
     (fault,) = soak.judge(record, max_growth_mib=8, max_drift=1e9)["faults"]
     assert fault.startswith("memory grew by")
 

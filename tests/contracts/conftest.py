@@ -48,6 +48,7 @@ class Row:
         reads_language: Whether it reads an instruction.
         resizes: Whether it brings images of any size to one. Otherwise all cameras need one size, and none may be
             missing.
+        tells_cameras_apart: Whether it knows which camera a token is from.
         rounded: Ends of the names of parameters whose gradients it sums over the batch in another order.
         flow: Whether its noise and time are drawn by methods that training can change.
         needs_every_camera: Whether its pre-processor refuses a batch without one of its cameras.
@@ -74,6 +75,7 @@ class Row:
     tokenizes: bool = False
     reads_language: bool = True
     resizes: bool = True
+    tells_cameras_apart: bool = True
     rounded: tuple[str, ...] = ()
     flow: bool = False
     language: str = OBS_LANGUAGE_TOKENS
@@ -311,6 +313,7 @@ FAMILIES: dict[str, Row] = {
         seam="forward",
         reads_language=False,
         resizes=False,
+        tells_cameras_apart=False,
         rounded=("encoder_img_feat_input_proj.bias", "encoder_1d_feature_pos_embed.weight"),
     ),
 }

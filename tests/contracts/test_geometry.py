@@ -35,13 +35,13 @@ def mixed(resizing_family):
     return policy, family.batch(policy)
 
 
-def test_each_camera_is_read_inside_its_picture(family, mixed):
+def test_each_camera_is_read_inside_its_picture(resizing_family, mixed):
     policy, batch = mixed
     wrapped = wrap(policy, 8)
     wrapped.seam.remember_coordinates()
     act(wrapped, batch)
     regions = wrapped.family.cameras(policy)
-    assert len(set(regions.values())) == (1 if family.stretches else 3)
+    assert len(set(regions.values())) == (1 if resizing_family.stretches else 3)
     for camera, region in enumerate(regions.values()):
         points, same = starts(wrapped, camera)
         assert same == region

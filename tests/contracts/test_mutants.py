@@ -25,14 +25,10 @@ SHORTER = (suite.test_prefix_is_shorter_and_masks_and_positions_follow, {"camera
 MUST_FAIL = {"wrong_mask": (EXACT, SHORTER), "dropped_camera": (SEVERAL, SHORTER), "transposed_grid": (EXACT,)}
 
 
-MUST_FAIL_ALL = {"dropped_camera": SEVERAL, "transposed_grid": EXACT, "turned_positions": EXACT}
-
-
 @pytest.mark.parametrize("family", ["xvla", "act"], indirect=True)
-@pytest.mark.parametrize("mutant", MUST_FAIL_ALL)
-def test_suite_fails_for_other_families_with(mutant, family, monkeypatch):
-    mutants.install(mutant, monkeypatch)
-    test, parameters = MUST_FAIL_ALL[mutant]
+def test_suite_fails_without_masks_with_a_dropped_camera(family, monkeypatch):
+    mutants.install("dropped_camera", monkeypatch)
+    test, parameters = SEVERAL
     with pytest.raises(AssertionError):
         test(family=family, **parameters)
 
@@ -59,6 +55,8 @@ MUST_FAIL_ANYWHERE = {
 
 @pytest.mark.parametrize("mutant", MUST_FAIL_ANYWHERE)
 def test_suite_fails_where_tokens_are_scattered_with(mutant, scattering_family, monkeypatch):
+    if mutant == "swapped_cameras" and not scattering_family.tells_cameras_apart:
+        pytest.skip("to this family an image is a set of tokens and places, whichever camera sent it")
     mutants.install(mutant, monkeypatch)
     for test, parameters in MUST_FAIL_ANYWHERE[mutant]:
         with pytest.raises(AssertionError):

@@ -17,11 +17,6 @@ def dropped_camera(images, masks):
     return (images[:-1], masks[:-1]) if len(images) > 1 else (images, masks)
 
 
-def turned_positions(coordinates):
-    """Positions of the other end of the image."""
-    return [1 - camera for camera in coordinates]
-
-
 class Transposed(torch.nn.Module):
     """The reducer reads the feature map with rows and columns exchanged."""
 
@@ -72,10 +67,6 @@ def _run(original, change, batch):
     return change(*original(batch))
 
 
-def _remember_changed(seam, change, coordinates):
-    type(seam)._remember(seam, change(coordinates))
-
-
 def _without_last(seam, original, images, *arguments):
     """`dropped_camera` where a family has no masks: the last camera's tokens do not arrive."""
     tokens = original(images, *arguments)
@@ -92,9 +83,6 @@ def _broken_attach(attach, name, policy, seam):
         return
     if globals()[name] in AT_SEAM:
         seam.tokens = partial(_tokens, seam, globals()[name])
-        return
-    if name == "turned_positions":
-        seam._remember = partial(_remember_changed, seam, turned_positions)
         return
     if not hasattr(policy, "prepare_images") and not hasattr(policy, "_preprocess_images"):
         seam.tokens = partial(_without_last, seam, seam.tokens)

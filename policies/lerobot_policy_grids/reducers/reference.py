@@ -122,6 +122,9 @@ class ReferenceSampler(MapReducer):
                 "it, or train reducer mean or grids"
             )
 
+    def reads(self, k: int, camera: int = 0) -> tuple[float, float]:
+        return 1.0, 1.0
+
     def reduce(self, feature_map: Tensor, context: Mapping[str, Tensor], k: int, region: Region) -> Sampled:
         with in_float32(feature_map):
             values = feature_map.float()
