@@ -266,6 +266,8 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 4, 1], help="K, visual tokens of a picture")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each method")
+    parser.add_argument("--tower_steps", type=int, default=1200, help="training steps of the tower, made once")
+    parser.add_argument("--decoder_steps", type=int, default=2000, help="training steps of the decoder, made once")
     parser.add_argument("--output", type=Path, default=Path("outputs/where"), help="folder for what is made once")
     parser.add_argument("--results", type=Path, help="JSONL file; defaults to where.jsonl in the output folder")
     parser.add_argument("--threads", type=int, default=2)
@@ -273,7 +275,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     file = asked.results or asked.output / "where.jsonl"
-    sizes = (200, 20, 20) if asked.quick else (PICTURES, 2400, 8000)
+    sizes = (200, 20, 20) if asked.quick else (PICTURES, asked.tower_steps, asked.decoder_steps)
     made = prepare(asked.output, sizes, lambda text: print(text, flush=True))
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     done = {(line["method"], line["tokens"], line["seed"]) for line in lines}
