@@ -437,11 +437,12 @@ def known_options():
 
 
 def test_options_in_prose_exist():
+    from lerobot.policies.act.configuration_act import ACTConfig
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
     from lerobot_policy_grids import GridsConfig
 
-    known = known_options()
+    known = known_options() | {f"--base.{field.name}" for field in fields(ACTConfig)}
     ours = {field.name for kind in (GridsConfig, SmolVLAConfig) for field in fields(kind)} | {"path"}
     checked = 0
     for path, span in SPANS:

@@ -48,7 +48,7 @@ def main() -> None:
     contact_sheet(rows, asked.output)
     # A palette needs a quarter of the bytes.
     picture = Image.open(asked.output).convert("RGB")
-    picture.quantize(48, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(asked.output, optimize=True)
+    picture.quantize(32, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(asked.output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from .parser import run
 
 
 def import_reference(checkpoint: str, output: str = "", convention: str | None = None, json: str | None = None) -> None:
-    """Make a grids checkpoint of a published GridS checkpoint, such as a SmolVLA of the paper's LeRobot tree.
+    """Make a grids checkpoint of a published GridS checkpoint, such as one of the paper's LeRobot tree.
 
     Args:
         checkpoint: The published checkpoint: a folder with config.json and model.safetensors, or a Hub id.
@@ -15,8 +15,8 @@ def import_reference(checkpoint: str, output: str = "", convention: str | None =
         json: JSON file for what was imported.
 
     Examples:
-        lerobot-grids import-reference me/smolvla-grids --output outputs/smolvla-grids
-        lerobot-grids import-reference published/pi0 --output outputs/pi0-grids --convention openpi
+        lerobot-grids import-reference me/published --output outputs/published
+        lerobot-grids import-reference published_folder --output outputs/published --convention openpi
     """
     if not output:
         raise OptionError("where to? give --output FOLDER")
