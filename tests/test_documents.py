@@ -430,7 +430,7 @@ def known_options():
     options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
-    for script in ("latency", "libero_expert", "soak"):
+    for script in ("latency", "libero_expert", "soak", "where/__main__"):
         options |= arguments_of(ROOT / "benchmarks" / f"{script}.py")
     options |= {f"--{name}" for name in client_options()}
     return options | {"--reducer.type", "--dry-run"} | FOREIGN

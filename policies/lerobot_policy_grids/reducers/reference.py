@@ -6,9 +6,9 @@ coordinates is added. Names and shapes of the weights are those of the published
 are `grid_sampler` and `mean_sampler`.
 
 The published trees read the map in two ways, and weights of one do not work in the other:
-- "lerobot" (SmolVLA): c = 0 and c = 1 are the outer borders of the map, so cell i of n is at (i + 0.5) / n. Outside is
+- "lerobot": c = 0 and c = 1 are the outer borders of the map, so cell i of n is at (i + 0.5) / n. Outside is
   zero: within half a cell of the border a token fades, to a half at the border and to a quarter in a corner.
-- "openpi" (pi0, pi0.5): c = 0 and c = 1 are the centres of the first and the last cell, at i / (n - 1). No coordinate
+- "openpi": c = 0 and c = 1 are the centres of the first and the last cell, at i / (n - 1). No coordinate
   lies outside. The paper's separate example in PyTorch differs from openpi in one point: it returns zero at c = 1.
 
 Differs from the published code: arithmetic is float32 in every model, so that no coordinate is rounded to 1. Maps that
