@@ -397,6 +397,8 @@ class Family(ABC):
         try:
             yield
         except ImportError as error:
+            if self.extra is None:
+                raise
             raise UnsupportedPolicyError(
                 f"a '{self.policy_type}' policy needs packages that are not installed ({first_line(error)}); "
                 f"pip install 'lerobot_policy_grids[{self.extra}]'"
@@ -429,8 +431,8 @@ class Family(ABC):
         """
         if self.resolution_field is None:
             raise UnsupportedPolicyError(
-                f"--resolution {size}: the size of the images of a '{self.policy_type}' policy is that of the cameras; "
-                "drop it, or record smaller images"
+                f"--resolution {size}: the size of the images of a '{self.policy_type}' policy is that of the cameras "
+                "or follows from it; drop it, or record smaller images"
             )
         setattr(config, self.resolution_field, (size, size))
 

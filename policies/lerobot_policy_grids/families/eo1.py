@@ -109,11 +109,6 @@ class EO1(Family):
     def image_region(self, policy: Any, height: int, width: int) -> Region:
         return WHOLE
 
-    def set_resolution(self, config: Any, size: int) -> None:
-        raise UnsupportedPolicyError(
-            f"the pre-processor of a '{self.policy_type}' policy chooses the size of its images; drop --resolution"
-        )
-
     @contextmanager
     def without_weights(self, config: Any) -> Iterator[None]:
         # LeRobot takes a policy with a path for one whose weights come later.

@@ -61,38 +61,45 @@ def write_small_processor(folder: Path) -> Path:
     """Save a Qwen2.5-VL processor with a tokenizer of characters, if it is not there yet, and return its folder."""
     if folder.exists():
         return folder
-    from transformers import AutoTokenizer
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
+    _save(folder, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+    return folder
+
+
+def _save(folder: Path, processor: Any, images: Any, videos: Any, **of_images: Any) -> None:
+    """Save a processor with a tokenizer of characters.
+
+    Args:
+        folder: Where to; it is created.
+        processor: Its class.
+        images: The class of its image processor.
+        videos: The class of its video processor.
+        **of_images: Options of the image processor alone.
+    """
+    from transformers import AutoTokenizer
+
     write_character_tokenizer(folder, VOCABULARY, MARKERS)
     size = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**size),
+    processor(
+        image_processor=images(**size, **of_images),
         tokenizer=AutoTokenizer.from_pretrained(folder),
-        video_processor=Qwen2VLVideoProcessor(**size),
+        video_processor=videos(**size),
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
-    return folder
 
 
 def write_small_qwen3(folder: Path) -> Path:
     """Save a small Qwen3-VL with random weights and its processor, if it is not there yet, and return its folder."""
     if folder.exists():
         return folder
-    from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessorFast
     from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
 
-    write_character_tokenizer(folder, VOCABULARY, MARKERS)
-    size = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"shortest_edge": 64, "longest_edge": 64 * 64}
-    Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessorFast(**size, size=pixels),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        video_processor=Qwen3VLVideoProcessor(**size),
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
+    _save(folder, Qwen3VLProcessor, Qwen2VLImageProcessorFast, Qwen3VLVideoProcessor, size=pixels)
     vision = {
         "depth": 2,
         "hidden_size": 16,

@@ -93,11 +93,6 @@ class VLAJEPA(Family):
     def image_region(self, policy: Any, height: int, width: int) -> Region:
         return WHOLE
 
-    def set_resolution(self, config: Any, size: int) -> None:
-        raise UnsupportedPolicyError(
-            f"a '{self.policy_type}' policy sees images at about their own size; drop --resolution"
-        )
-
     @contextmanager
     def without_weights(self, config: Any) -> Iterator[None]:
         from lerobot.policies.vla_jepa import modeling_vla_jepa, qwen_interface
