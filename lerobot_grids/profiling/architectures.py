@@ -73,7 +73,8 @@ def instantiate(config: PreTrainedConfig, device: str) -> Any:
     family.finish(policy)
     if device != "meta":
         _fill(policy)
-    return policy
+    # Constants that a policy makes by numpy, such as ACT's positions, are on the CPU.
+    return policy.to(device)
 
 
 def make_batch(policy: Any, language_tokens: int, device: str) -> dict[str, Tensor]:

@@ -74,6 +74,13 @@ def test_activations_are_what_an_allocator_gives(tokens):
     assert predicted.saved < predicted.activations
 
 
+@pytest.mark.parametrize("family", ["act", "tiny"])
+def test_every_tensor_of_a_policy_without_weights_is_on_meta(family):
+    """ACT makes some by numpy, which no device scope reaches."""
+    policy = instantiate(make_config(family, 1), "meta")
+    assert {tensor.device.type for tensor in [*policy.parameters(), *policy.buffers()]} == {"meta"}
+
+
 def test_memory_grows_evenly_with_the_batch():
     config = make_config("tiny", 1)
     small, large = (predict_step(config, "all", tokens=16, batch_size=size) for size in (4, 12))
