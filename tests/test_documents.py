@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 import yaml
 
@@ -28,6 +29,7 @@ from lerobot_policy_grids.families import REFUSED, families
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS.append(ROOT / "benchmarks" / "README.md")
+SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
 MARKDOWN = [*DOCUMENTS, ROOT / "CHANGELOG.md", *(ROOT / "policies").rglob("*.md")]
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -42,6 +44,7 @@ STAND_INS = {
     "outputs/smolvla_base-16": "grids_checkpoint",
     "outputs/smolvla_base-16/pretrained_model": "grids_checkpoint",
     "outputs/dense-16-elastic/pretrained_model": "grids_checkpoint",
+    "outputs/tiny-16/pretrained_model": "grids_checkpoint",
     "outputs/eval/smolvla_base-16/result.json": "result",
     "max_steps=1000": "max_steps=1",
 }
@@ -56,6 +59,7 @@ LEROBOT = {
     "lerobot-train": ("lerobot.configs.train", "TrainPipelineConfig"),
     "lerobot-eval": ("lerobot.configs.eval", "EvalPipelineConfig"),
     "lerobot-rollout": ("lerobot.rollout", "RolloutConfig"),
+    "lerobot-record": ("lerobot.scripts.lerobot_record", "RecordConfig"),
 }
 ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 # Scripts of benchmarks whose command line is the signature of `main`.
@@ -225,8 +229,8 @@ def check_values(options):
 
 
 def test_every_block_says_its_language():
-    """One that says none is a drawing of folders."""
-    assert {block.language for block in BLOCKS} == {"", "bash", "python", "json", "bibtex"}
+    """One that says none is a drawing of folders; text is what a command printed."""
+    assert {block.language for block in BLOCKS} == {"", "bash", "python", "json", "bibtex", "text"}
     for block in BLOCKS:
         assert block.language or "/" in block.text.splitlines()[0], f"{block.path}:{block.line}"
 
@@ -260,7 +264,7 @@ def test_json_blocks_are_json():
 
 
 def test_every_shell_line_is_of_a_program_that_is_checked():
-    checks = {"lerobot-grids", *LEROBOT, "make", "python", "pip", ".venv/bin/python"}
+    checks = {"lerobot-grids", *LEROBOT, "make", "python", "pip", ".venv/bin/python", "bash", "sbatch", "hf"}
     assert {program_of(words) for _, words in SHELL} - checks == {"git", "cd", "export", "ssh"}
 
 
@@ -298,6 +302,9 @@ def test_lerobots_commands_parse(case, replaced, monkeypatch, tmp_path):
 
     main.__annotations__["config"] = getattr(import_module(module), kind)
     config = parser.wrap()(main)()
+    if program == "lerobot-record":
+        assert config.dataset.num_episodes > 0
+        return
     assert config.policy.type == "grids"
     if program == "lerobot-train":
         config.validate()
@@ -312,11 +319,39 @@ def test_make_targets_exist(case):
     assert set(case[1][1:]) <= set(targets)
 
 
+@pytest.mark.parametrize("case", **chosen("bash", "sbatch"))
+def test_scripts_of_examples_are_there(case):
+    _, script, *arguments = case[1]
+    assert ROOT / script in SCRIPTS
+    # The first lines of the script show how it is called, with as many arguments.
+    shown = next(line for line in (ROOT / script).read_text().splitlines() if script in line).split(script)[1]
+    assert len([a for a in arguments if not a.startswith("-")]) == len(re.sub(r"\[.*\]", "", shown).split())
+
+
+@pytest.mark.parametrize("case", **chosen("hf"))
+def test_hub_commands_exist(case):
+    hub_command(case[1][1:])
+
+
 @pytest.mark.parametrize("case", **chosen("pip"))
 def test_extras_exist(case):
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (package, extra) = re.search(r"(lerobot_policy_grids|lerobot|\.)\[(\w+)\]", " ".join(case[1])).groups()
     assert extra in known if package != "lerobot" else f"lerobot[{extra}]" in {"lerobot[libero]", "lerobot[async]"}
+
+
+def hub_command(words):
+    """Parses a command line of `hf`, and returns what it was given."""
+    from huggingface_hub.cli.hf import app
+    from typer.main import get_command
+
+    command, context = get_command(app), None
+    while hasattr(command, "commands"):
+        name, *words = words
+        context = click.Context(command, parent=context, info_name=name)
+        command = command.get_command(context, name)
+        assert command is not None, name
+    return command.make_context(command.name, list(words), parent=context).params
 
 
 def client_options():
@@ -355,12 +390,14 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
-    elif name in ("latency", "libero_expert", "scenes", "sheet", "tower", "grounding", "soak"):
+    elif name in ("latency", "libero_expert", "scenes", "sheet", "tower", "grounding", "soak", "stages"):
         assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments
     elif name == "perturbations":
         assert f'"{arguments[0]}"' in text or arguments[0] == "expert", arguments
+    elif name == "pretend":
+        assert len(arguments) == 1
     elif name in SIGNATURES:
         required = re.search(r"def main\(\s*(.*?)\) ->", text, flags=re.S)[1]
         assert len([a for a in arguments if not a.startswith("-")]) == len(
@@ -491,7 +528,7 @@ def test_examples_parse(path, options_of):
     for name, value in yaml.safe_load(path.read_text()).items():
         given = options[name]
         if isinstance(value, dict):
-            assert value.items() <= vars(given).items()
+            assert value.items() <= (given if isinstance(given, dict) else vars(given)).items()
         else:
             assert given == value
 
@@ -610,18 +647,47 @@ def test_policies_has_a_row_for_every_policy_of_lerobot():
     assert refused == {name: refusal.reason for name, refusal in REFUSED.items()}
 
 
+def test_the_batches_that_fit_are_the_kept_ones():
+    """Each row of docs/choose.md, and each policy that was predicted."""
+    ((header, rows),) = [t for t in tables_of(ROOT / "docs" / "choose.md") if t[0][:2] == ["policy", "trained"]]
+    kept = {
+        (line["policy"], row["train"], "yes" if row["gradient_checkpointing"] else "no", row["name"]): row["fits"]
+        for line in kept_results.lines("steps")
+        for row in line["rows"]
+    }
+    for policy, train, checkpointing, tokens, *batches in rows:
+        fits = kept[policy.strip("`"), train, checkpointing, "dense" if tokens == "all" else f"K={tokens}"]
+        assert dict(zip(header[4:], batches, strict=True)) == {f"{size} GB": str(n or "–") for size, n in fits.items()}
+    assert {row[0].strip("`") for row in rows} == {line["policy"] for line in kept_results.lines("steps")}
+
+
 def test_documents_name_no_place_of_one_machine():
     for path in MARKDOWN:
         assert not re.search(r"/(?:home|root|work|tmp|Users)/", path.read_text()), path
 
 
-def test_the_demo_is_a_script_of_commands_that_parse(options_of):
-    """Variables stand for what they are set to; the script itself is run by `make demo`."""
-    text = (ROOT / "examples" / "demo.sh").read_text().replace("\\\n", " ")
+# What variables of the scripts in examples stand for.
+VARIABLES = {
+    '"$(dirname "$0")/': '"examples/',
+    '"$STEPS"': "1",
+    '"$TRIALS"': "1",
+    '"$RESUME"': "true",
+    '"$SLURM_NNODES"': "2",
+    '"$SLURM_NTASKS_PER_NODE"': "4",
+}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_of_examples_are_commands_that_parse(path, options_of):
+    """Variables stand for what they are set to; `make demo` runs the demo itself."""
+    text = path.read_text().replace("\\\n", " ")
     subprocess.run(["bash", "-n", "-c", text], check=True)
-    text = text.replace('"$(dirname "$0")/', '"examples/').replace('"$STEPS"', "1").replace('"$TRIALS"', "1")
-    text = re.sub(r"\$\(\[.*\)", "1", text)
-    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("lerobot-grids")]
-    assert len(lines) == 5
-    for line in lines:
-        options_of(shlex.split(line)[1:])
+    for name, value in VARIABLES.items():
+        text = text.replace(name, value)
+    lines = [shlex.split(line) for line in re.sub(r"\$\(\[.*\)", "1", text).splitlines() if "lerobot-grids " in line]
+    commands = [words for words in lines if words and "lerobot-grids" in words and words[0] != "#"]
+    assert len(commands) == (5 if path.stem == "demo" else 1)
+    for words in commands:
+        if words[0] == "hf":
+            assert hub_command([word for word in words[1:] if word != "$@"])["flavor"]
+        options_of(words[words.index("lerobot-grids") + 1 :])
