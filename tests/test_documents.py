@@ -656,7 +656,8 @@ def test_the_batches_that_fit_are_the_kept_ones():
     }
     for policy, train, checkpointing, tokens, *batches in rows:
         fits = kept[policy.strip("`"), train, checkpointing, "dense" if tokens == "all" else f"K={tokens}"]
-        assert dict(zip(header[4:], batches, strict=True)) == {f"{size} GB": str(n or "–") for size, n in fits.items()}
+        expected = {f"{size} GB": str(count or "\u2013") for size, count in fits.items()}
+        assert dict(zip(header[4:], batches, strict=True)) == expected
     assert {row[0].strip("`") for row in rows} == {line["policy"] for line in kept_results.lines("steps")}
 
 
