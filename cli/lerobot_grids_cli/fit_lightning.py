@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +290,22 @@ def _run(arguments: list[str]) -> None:
         _push(cli)
 
 
+def _without_resume(arguments: list[str]) -> list[str]:
+    """Arguments without --resume, --resume=false and --resume false."""
+    return [
+        word
+        for before, word in pairwise(["", *arguments])
+        if not word.startswith("--resume") and (before != "--resume" or word.startswith("--"))
+    ]
+
+
 def _how_to_go_on(cli: FitCLI, arguments: list[str], stop: Interruption) -> str:
     """What was kept of a run that was stopped, and the command that goes on."""
     what = "interrupted" if stop.pressed else "terminated"
     if not any((cli.output / name).is_file() for name in STATE_FILES):
         return f"{what} before the first step was done, so there is nothing to continue"
     saved = next(c.saved_at for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint))
-    given = [word for word in arguments if not word.startswith("--resume")]
-    again = shlex.join(["lerobot-grids", "fit", *given, "--resume"])
+    again = shlex.join(["lerobot-grids", "fit", *_without_resume(arguments), "--resume"])
     return f"{what}; continue with --resume, step {saved} is saved: {again}"
 
 

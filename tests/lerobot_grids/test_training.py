@@ -296,7 +296,7 @@ def test_ctrl_c_saves_the_step_and_gives_the_command_that_goes_on(tmp_path, data
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as stop:
-            main(["fit", *flags, *press])
+            main(["fit", *flags, "--resume", "false", *press])
         assert stop.value.code == 130
         said = capsys.readouterr().err
         assert "stopping after this step, which is saved; Ctrl-C again stops at once" in said
