@@ -147,7 +147,7 @@ class Row:
             if cache is None or not cache.get_seq_length():
                 seen.append(sum(kwargs[name].shape[self.sequence_axis] for name in names))
 
-        policy.model.get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
+        get_family(self.policy_type).model(policy).get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
         return seen
 
     def spy(self, policy: Any) -> list[Any]:
@@ -195,6 +195,23 @@ class PromptRow(Row):
     def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
         names = (*policy.config.image_features, "observation.state", "action", "action_is_pad", "task")
         return self.processed(policy, {name: batch[name] for name in names} | changes)
+
+
+class GrootRow(PromptRow):
+    """GR00T, whose pre-processor leaves no image in the batch, and asks for the tokenizer of a backbone on the Hub."""
+
+    def processed(self, policy: Any, raw: dict[str, Any]) -> dict[str, Any]:
+        from lerobot.policies.groot.processor_groot import _build_n1_7_processor
+
+        preprocessor, _ = make_processors(policy.config)
+        for step in preprocessor.steps:
+            if hasattr(step, "model_name"):
+                step._proc = _build_n1_7_processor(policy._groot_model.config.model_name)
+        return {**raw, **preprocessor(dict(raw))}
+
+    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        # Its actions are as wide as the policy's now.
+        return super().changed(policy, batch | {"action": batch["action"][..., :4]}, **changes)
 
 
 class Blocks(Row):
@@ -302,6 +319,14 @@ FAMILIES: dict[str, Row] = {
         tokenizes=True,
         needs="diffusers",
         **PROMPT,
+    ),
+    "groot": GrootRow(
+        "groot",
+        sequence=("backbone.model.model.language_model", ("inputs_embeds",)),
+        seam="_filter_groot_inputs",
+        bfloat16={"model_params_fp32": False},
+        needs="tree",
+        **PROMPT | {"image_size": 256},
     ),
     "act": Row(
         "act",
