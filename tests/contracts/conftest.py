@@ -165,7 +165,9 @@ class Row:
             if cache is None or not cache.get_seq_length():
                 seen.append(sum(kwargs[name].shape[self.sequence_axis] for name in names))
 
-        get_family(self.policy_type).model(policy).get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
+        get_family(self.policy_type).model(policy).get_submodule(path).register_forward_pre_hook(
+            count, with_kwargs=True
+        )
         return seen
 
     def spy(self, policy: Any) -> list[Any]:

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
-from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, image_size, refuse_second_attach, replaced
+from .base import (
+    Family,
+    Recipe,
+    Stages,
+    Target,
+    centred_region,
+    image_size,
+    refuse_second_attach,
+    replaced,
+)
 from .factory import recognise_wrapped
 from .qwen import attach_model, detach_model, image_grid, scatter
 from .seam import Seam
@@ -248,7 +257,7 @@ def _encoding(config: Any) -> Any:
 def _seen_size(config: Any, height: int, width: int) -> tuple[int, int]:
     """Height and width of what LeRobot's pre-processor makes of an image."""
     step = _encoding(config)
-    (image,), = step._build_sample_images(torch.zeros(1, 1, 1, height, width, 3, dtype=torch.uint8), 1, None)
+    ((image,),) = step._build_sample_images(torch.zeros(1, 1, 1, height, width, 3, dtype=torch.uint8), 1, None)
     return image_size(image.shape)
 
 
