@@ -351,6 +351,13 @@ FAMILIES: dict[str, Row] = {
         needs="tree",
         **PROMPT | {"image_size": 256},
     ),
+    "wall_x": PromptRow(
+        "wall_x",
+        sequence=("model", ("inputs_embeds",)),
+        seam="preprocess_inputs",
+        needs="torchdiffeq",
+        **PROMPT | {"image_size": 252, "tokens_per_camera": 81},
+    ),
     "act": Row(
         "act",
         image_size=64,

@@ -13,7 +13,7 @@ At k = H x W both are the model's own numbers exactly.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -122,6 +122,7 @@ def scatter(
     dense: bool,
     hidden: tuple[int, ...] = (),
     names: Names = Names(),
+    see: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> dict[str, Any]:
     """Encode and reduce the images of a prompt, and cut the prompt.
 
@@ -134,6 +135,8 @@ def scatter(
         dense: Whether tokens have their positions among all tokens.
         hidden: Token ids that are no words of the instruction.
         names: What the inputs are called.
+        see: Patches and their grids to the output of the vision tower, whose `pooler_output` has each image's tokens;
+            `get_image_features` of the core if None.
 
     Returns:
         The inputs, with tokens [b * k, c] of all cameras as `pixel_values`, and a `Placed` as `image_grid_thw`.
@@ -152,7 +155,8 @@ def scatter(
         said &= ids != number
     known = {**dict.fromkeys(cameras, ids), **batch}
     known |= {OBS_LANGUAGE_TOKENS: ids, OBS_LANGUAGE_ATTENTION_MASK: said}
-    tokens = seam.tokens(images, known, partial(_encode, core, seam, grids), core.get_input_embeddings())
+    see = see or partial(type(core).get_image_features, core, return_dict=True)
+    tokens = seam.tokens(images, known, partial(_encode, see, seam, grids), core.get_input_embeddings())
     deepstack = seam.take_aside()
     placed = Placed(
         ids, mask, inputs[names.types], grids, torch.ones_like(is_image), is_image, layout.token_grid, dense=dense
@@ -221,14 +225,14 @@ def _by_sample(tokens: list[Tensor]) -> Tensor:
     return torch.cat(tokens, dim=1).flatten(0, 1)
 
 
-def _encode(core: Any, seam: Seam, grids: Tensor, images: Tensor) -> Tensor:
+def _encode(see: Callable[[Tensor, Tensor], Any], seam: Seam, grids: Tensor, images: Tensor) -> Tensor:
     """Patches [cameras * b, p, d] to tokens [cameras * b, H * W, c]; features for later layers lie aside.
 
     The tower sees them sample by sample, as in the dense policy: in another order bfloat16 would round otherwise.
     """
     cameras = len(seam.layout.cameras)
     patches = images.unflatten(0, (cameras, -1)).transpose(0, 1).flatten(0, 2)
-    output = type(core).get_image_features(core, patches, grids, return_dict=True)
+    output = see(patches, grids)
 
     def by_camera(features: Tensor) -> Tensor:
         return features.unflatten(0, (-1, cameras)).transpose(0, 1).flatten(0, 1)

@@ -29,5 +29,4 @@ REFUSED: dict[str, Refusal] = {
     "fastwam": Refusal("its visual tokens are a video that it is trained to predict, and it needs each of them"),
     "lingbot_va": Refusal("its visual tokens are a video that it denoises in fixed slots, and it needs each of them"),
     "molmoact2": Refusal(_LATER),
-    "wall_x": Refusal(_LATER),
 }

@@ -57,18 +57,32 @@ def sharpen(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.1)
 
 
-def write_small_processor(folder: Path) -> Path:
-    """Save a Qwen2.5-VL processor with a tokenizer of characters, if it is not there yet, and return its folder."""
+def write_small_processor(folder: Path, patch: int = PATCH, more: tuple[str, ...] = ()) -> Path:
+    """Save a Qwen2.5-VL processor with a tokenizer of characters, if it is not there yet, and return its folder.
+
+    Args:
+        folder: Where to; it is created.
+        patch: Side of a patch in pixels.
+        more: Further markers of a family.
+    """
     if folder.exists():
         return folder
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    _save(folder, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+    _save(folder, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, patch, more)
     return folder
 
 
-def _save(folder: Path, processor: Any, images: Any, videos: Any, patch: int = PATCH, **of_images: Any) -> None:
+def _save(
+    folder: Path,
+    processor: Any,
+    images: Any,
+    videos: Any,
+    patch: int = PATCH,
+    more: tuple[str, ...] = (),
+    **of_images: Any,
+) -> None:
     """Save a processor with a tokenizer of characters.
 
     Args:
@@ -77,11 +91,12 @@ def _save(folder: Path, processor: Any, images: Any, videos: Any, patch: int = P
         images: The class of its image processor.
         videos: The class of its video processor.
         patch: Side of a patch in pixels.
+        more: Further markers of a family.
         **of_images: Options of the image processor alone.
     """
     from transformers import AutoTokenizer
 
-    write_character_tokenizer(folder, VOCABULARY, MARKERS)
+    write_character_tokenizer(folder, (*VOCABULARY, *more), (*MARKERS, *more))
     size = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     processor(
         image_processor=images(**size, **of_images),
