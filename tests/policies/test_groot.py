@@ -106,7 +106,7 @@ def test_a_point_is_where_the_pre_processor_put_the_pixels(groot, letterbox):
 
 
 def test_reloaded_processors_are_linked_as_for_the_dense_policy(groot, tmp_path):
-    """LeRobot links the step that decodes relative actions to the one that saw the state, by the configuration's type."""
+    """LeRobot links the step that decodes relative actions to the one that saw the state, by its type."""
     wrapped = wrap(copy.deepcopy(groot), 4)
     save_policy(wrapped, tmp_path)
     save_processors(tmp_path, *make_processors(groot.config))

@@ -1,4 +1,4 @@
-"""Wall-X: Qwen2.5-VL with experts of its own for action tokens, in whose prompt images, state and actions are placeholders.
+"""Wall-X: Qwen2.5-VL with experts for action tokens, in whose prompt images, the state and actions are placeholders.
 
 Modifications, from outside, of `lerobot/policies/wall_x`, from LeRobot 0.6.1 on:
 - `WallXPolicy.preprocess_inputs`, which writes the prompt, also runs the vision tower, once for all cameras, and the
