@@ -1,15 +1,20 @@
 """GR00T: its processors, its cameras, its own precision, and what it does not fetch."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from driving import act, loss_of, run, wrap
 from lerobot_grids.looks.points import points_of
 from lerobot_grids.policies.loaded import flow_steps, set_flow_steps
+from lerobot_grids.profiling import architectures
+from lerobot_grids.profiling.known_values import KnownValues
+from lerobot_grids.profiling.measure import count_flops, prefix_length
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
@@ -144,6 +149,22 @@ def test_its_steps_can_be_set_where_the_checkpoint_decides(groot, batch):
     set_flow_steps(policy, 5)
     act(policy, batch)
     assert len(calls) == 5
+
+
+def test_flops_are_counted_without_values(groot, monkeypatch):
+    """On the meta device as many as with values, where attention is the products that the counter knows."""
+    monkeypatch.setattr(architectures, "STATE_SIZE", 4)
+    counted = []
+    for place in ("cpu", "meta"):
+        policy = copy.deepcopy(groot).to(place)
+        get_family("groot").finish(policy)
+        wrapped = wrap(policy, 16)
+        batch = architectures.make_batch(policy, 12, place)
+        with sdpa_kernel(SDPBackend.MATH), KnownValues() if place == "meta" else nullcontext():
+            counted.append((prefix_length(wrapped, batch), count_flops(wrapped, batch)))
+    assert counted[0] == counted[1]
+    assert counted[0][0] == 2 * (16 + 2) + 12
+    assert all(count > 0 for count in counted[0][1].values())
 
 
 def test_a_missing_package_is_named_with_its_extra(groot, monkeypatch):

@@ -7,6 +7,8 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
 from driving import act, loss_of, train_offsets, wrap
+from lerobot_grids.profiling import architectures
+from lerobot_grids.profiling.measure import count_flops, prefix_length
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.checkpoint.save import save_policy
@@ -89,6 +91,18 @@ def test_weights_that_are_loaded_afterwards_are_not_read(wall_x, tmp_path, monke
     assert torch.equal(act(loaded, batch), act(wrapped, batch))
     with pytest.raises(OSError, match="weights"):
         build(wall_x.config, fresh=True)
+
+
+def test_flops_of_a_checkpoint_are_counted(wall_x, monkeypatch):
+    monkeypatch.setattr(architectures, "STATE_SIZE", 4)
+    policy = copy.deepcopy(wall_x)
+    batch = architectures.make_batch(policy, 12, "cpu")
+    dense, length = count_flops(policy, batch), prefix_length(policy, batch)
+    wrapped = wrap(policy, 4)
+    few = count_flops(wrapped, batch)
+    assert prefix_length(wrapped, batch) == length - 2 * (7 * 9 - 4)
+    assert few["vision"] == dense["vision"]
+    assert few["prefill"] < dense["prefill"] / 2
 
 
 def test_a_missing_package_is_named_with_its_extra(wall_x, monkeypatch):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
 from ..reducers import TokenLayout
@@ -33,7 +33,7 @@ from .base import (
     replaced,
 )
 from .factory import recognise_wrapped
-from .qwen import attach_model, detach_model, image_grid, scatter
+from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
 
@@ -49,6 +49,7 @@ class Groot(Family):
     resolution_field = None
     extra = "groot"
     position_ids = "dense"
+    counted_on_meta = True
     spares_cameras = False
     steps: ClassVar = {
         "groot_n1_7_pack_inputs_v1": frozenset(
@@ -155,6 +156,10 @@ class Groot(Family):
         with replaced(GR00TN17Config, from_pretrained=lambda name: GR00TN17Config()):
             yield
 
+    def finish(self, policy: Any) -> None:
+        if next(policy.parameters()).is_meta:
+            policy.predict_action_chunk = partial(_without_autocast, policy)
+
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.model_params_fp32 = False
         policy._groot_model.bfloat16()
@@ -178,6 +183,21 @@ class Groot(Family):
 
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix.shape[1])
+
+    def complete(self, policy: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        sizes, state = policy._groot_model.config, batch[OBS_STATE]
+        count, words = batch[OBS_LANGUAGE_TOKENS].shape
+        qwen = policy._groot_model.backbone.model.config
+        whole = {
+            **made_up_prompt(self.layout(policy), qwen, count, words, state.device),
+            "state": nn.functional.pad(state, (0, sizes.max_state_dim - state.shape[-1]))[:, None],
+            "embodiment_id": torch.zeros(count, dtype=torch.long, device=state.device),
+        }
+        if (action := batch.get(ACTION)) is not None:
+            steps, width = sizes.action_horizon - action.shape[1], sizes.max_action_dim - action.shape[2]
+            whole["action_mask"] = nn.functional.pad(torch.ones_like(action), (0, width, 0, steps))
+            whole[ACTION] = nn.functional.pad(action, (0, width, 0, steps))
+        return batch | whole
 
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
         from lerobot.policies.groot.configuration_groot import GrootConfig
@@ -272,9 +292,20 @@ def _filter_groot_inputs(
     backbone = model.backbone
     backbone._ensure_mm_token_type_ids(prepared)
     known = {**batch, OBS_STATE: prepared["state"][:, -1]}
-    device = prepared["input_ids"].device.type
-    with torch.autocast(device_type=device, dtype=torch.bfloat16, enabled=policy.config.use_bf16):
+    with torch.autocast(
+        device_type=prepared["input_ids"].device.type, dtype=torch.bfloat16, enabled=policy.config.use_bf16
+    ):
         return scatter(seam, backbone.model.model, known, prepared, dense=dense)
+
+
+def _without_autocast(policy: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    """`predict_action_chunk` on the meta device, which has no autocast. Operations are the same."""
+    from lerobot.policies.groot import modeling_groot
+
+    place = replaced(modeling_groot, get_device_from_parameters=lambda policy: torch.device("cpu"))
+    with place, replaced(policy.config, use_bf16=False):
+        chunk: Tensor = type(policy).predict_action_chunk(policy, batch, **kwargs)
+    return chunk
 
 
 def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -179,6 +179,38 @@ def scatter(
     }
 
 
+def made_up_prompt(
+    layout: Any, sizes: Any, count: int, words: int, device: torch.device, behind: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """What a pre-processor would write of images and an instruction, to measure a policy with.
+
+    Args:
+        layout: The policy's visual tokens.
+        sizes: The configuration of its Qwen-VL.
+        count: Prompts.
+        words: Tokens of the instruction.
+        device: Where the patches are. What is counted stays on the CPU if that is "meta", where nothing has a value.
+        behind: Tokens behind the instruction.
+
+    Returns:
+        `input_ids`, `attention_mask` and `mm_token_type_ids` [count, l]; `pixel_values`, `image_grid_thw`.
+    """
+    height, width = layout.token_grid
+    vision, place = sizes.vision_config, torch.device("cpu") if device.type == "meta" else device
+    image = [sizes.vision_start_token_id, *[sizes.image_token_id] * (height * width), sizes.vision_end_token_id]
+    ids = torch.tensor([[*image * len(layout.cameras), *[7] * words, *behind]] * count, device=place)
+    merge, channels = vision.spatial_merge_size, getattr(vision, "in_channels", 3)
+    patch = channels * vision.temporal_patch_size * vision.patch_size**2
+    images = count * len(layout.cameras)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == sizes.image_token_id).int(),
+        "pixel_values": torch.rand(images * height * width * merge**2, patch, device=device),
+        "image_grid_thw": torch.tensor([[1, height * merge, width * merge]] * images, device=place),
+    }
+
+
 def image_grid(
     shapes: Mapping[str, tuple[int, int]], vision: Any, min_pixels: int | None, max_pixels: int | None
 ) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
@@ -110,6 +110,10 @@ class WallX(Family):
 
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix.last_hidden_state.shape[1])
+
+    def complete(self, policy: DensePolicy, batch: dict[str, Any]) -> dict[str, Any]:
+        count, words = batch[OBS_LANGUAGE_TOKENS].shape
+        return batch | {"task": [" ".join("a" * words)] * count}
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
         raise UnsupportedPolicyError(
