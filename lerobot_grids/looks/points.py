@@ -10,6 +10,7 @@ import torch
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.families.base import image_size
 from lerobot_policy_grids.families.seam import present_cameras
 from lerobot_policy_grids.reducers.anchors import Region
 from lerobot_policy_grids.reducers.base import MapReducer
@@ -100,7 +101,9 @@ def look(policy: GridsPolicy, batch: dict[str, Any]) -> dict[str, list[Points]]:
     found: dict[str, list[Points]] = {}
     for number, coordinates in zip(numbers, zip(*seen[0], strict=True), strict=True):
         name = layout.cameras[number]
-        found[name] = [points_of(policy, number, places, batch[name].shape[-2:]) for places in coordinates]
+        image = batch.get(name)
+        shape = image_size(policy.base.config.image_features[name].shape if image is None else image.shape[-3:])
+        found[name] = [points_of(policy, number, places, shape) for places in coordinates]
     return found
 
 
@@ -108,7 +111,7 @@ def points_of(policy: GridsPolicy, camera: int, coordinates: np.ndarray, shape: 
     """The points of a camera, by number, whose image has this height and width."""
     (rows, columns), cells = policy.seam.layout.token_grid, policy.reducer.reads(policy.num_tokens, camera)
     reads = None if cells is None else (cells[0] / columns, cells[1] / rows)
-    return Points(coordinates, reads, policy.family.image_region(policy.base, shape[0], shape[1]))
+    return Points(coordinates, reads, policy.family.seen_region(policy.base, shape[0], shape[1]))
 
 
 # Takes the coordinates of each frame and camera.

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lerobot_policy_grids.reducers import reducer_config
 
 from ..policies import flow_steps, load, set_flow_steps
 from .architectures import architectures, instantiate, make_batch, make_config
+from .known_values import KnownValues
 from .measure import Cost, count_flops, measure_latency, peak_memory_mib, prefix_length
 
 
@@ -125,10 +126,12 @@ def bench(
         if on_progress is not None:
             on_progress(name)
         base = dense_policy(counted)
+        on_meta = next(counted.parameters()).is_meta
         batch = make_batch(base, length, str(next(counted.parameters()).device))
         dense_tokens = get_family(base.config.type).layout(base).num_dense_tokens
         used = counted.num_tokens if isinstance(counted, GridsPolicy) else dense_tokens
-        cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch), flow_steps(counted))
+        with KnownValues() if on_meta else nullcontext():
+            cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch), flow_steps(counted))
         if timed is not None:
             place = next(timed.parameters()).device
             if place.type == "cuda":

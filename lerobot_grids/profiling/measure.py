@@ -135,8 +135,9 @@ def prefix_length(policy: Any, batch: dict[str, Tensor]) -> int:
     """Number of tokens in the prefix that the trunk gets for `batch`."""
     base = dense_policy(policy)
     place, _, name = stages_of(policy).prefix.rpartition(".")
-    owner = base.model.get_submodule(place)
-    family, embed = get_family(base.config.type), getattr(owner, name)
+    family = get_family(base.config.type)
+    owner = family.model(base).get_submodule(place)
+    embed = getattr(owner, name)
     # The attached family may have replaced this method on the instance; keep its version.
     before = vars(owner).get(name)
     lengths: list[int] = []

@@ -1,5 +1,6 @@
 """One row per VLA family: how the contract suite builds it, and what is expected of it."""
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,7 @@ class Row:
         stretches: Whether it brings images to a square without their aspect ratio.
         layers: Layers of its vision tower, between which tokens can be sampled; 0 where they cannot.
         since: First LeRobot release with which it is supported.
+        costly: Whether it takes long to build, so that it is built once for each configuration, and copied.
         options: Fields of the small instance's configuration.
     """
 
@@ -86,8 +88,10 @@ class Row:
     needs: str = ""
     layers: int = 0
     since: str = "0.6.0"
+    costly: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    built: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def policy(self, cameras: int = 1, shapes: Sequence[tuple[int, int]] = (), **options: Any) -> Any:
         """A dense policy in evaluation mode, with square cameras or with cameras of these (height, width)."""
@@ -98,7 +102,12 @@ class Row:
         inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
         outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
         torch.manual_seed(0)
-        return self.make(inputs, outputs, **self.options | options).eval()
+        if not self.costly:
+            return self.make(inputs, outputs, **self.options | options).eval()
+        key = repr((inputs, options))
+        if key not in self.built:
+            self.built[key] = self.make(inputs, outputs, **self.options | options).eval()
+        return copy.deepcopy(self.built[key])
 
     def make(self, inputs: Any, outputs: Any, **options: Any) -> Any:
         """The small instance."""
@@ -106,6 +115,15 @@ class Row:
 
     def batch(self, policy: Any) -> dict[str, Any]:
         """A batch as it comes from the policy's pre-processor; some instructions are shorter than others."""
+        if not self.costly:
+            return self.made_batch(policy)
+        key = repr(("batch", policy.config.input_features))
+        if key not in self.built:
+            self.built[key] = self.made_batch(policy)
+        return copy.deepcopy(self.built[key])
+
+    def made_batch(self, policy: Any) -> dict[str, Any]:
+        """Such a batch, made new."""
         torch.manual_seed(1)
         steps = policy.config.chunk_size
         batch: dict[str, Any] = {key: torch.rand(BATCH, *f.shape) for key, f in policy.config.image_features.items()}
@@ -147,7 +165,9 @@ class Row:
             if cache is None or not cache.get_seq_length():
                 seen.append(sum(kwargs[name].shape[self.sequence_axis] for name in names))
 
-        policy.model.get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
+        get_family(self.policy_type).model(policy).get_submodule(path).register_forward_pre_hook(
+            count, with_kwargs=True
+        )
         return seen
 
     def spy(self, policy: Any) -> list[Any]:
@@ -172,8 +192,8 @@ class Row:
 class LenientRow(Row):
     """Of a LeRobot class that lets no more cameras be missing than its configuration says."""
 
-    def batch(self, policy: Any) -> dict[str, Any]:
-        batch = super().batch(policy)
+    def made_batch(self, policy: Any) -> dict[str, Any]:
+        batch = super().made_batch(policy)
         policy.config.empty_cameras = len(policy.config.image_features)
         return batch
 
@@ -181,9 +201,9 @@ class LenientRow(Row):
 class PromptRow(Row):
     """Of a LeRobot class whose pre-processor writes a prompt with the images in it."""
 
-    def batch(self, policy: Any) -> dict[str, Any]:
+    def made_batch(self, policy: Any) -> dict[str, Any]:
         self.tokenizes = False
-        raw = super().batch(policy)
+        raw = super().made_batch(policy)
         # Of one length: a batch in training is padded on the other side than one that acts.
         raw["task"] = ["push a mug", "lift a cup", "open a box"]
         return self.processed(policy, raw)
@@ -195,6 +215,25 @@ class PromptRow(Row):
     def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
         names = (*policy.config.image_features, "observation.state", "action", "action_is_pad", "task")
         return self.processed(policy, {name: batch[name] for name in names} | changes)
+
+
+class GrootRow(PromptRow):
+    """GR00T, whose pre-processor leaves no image in the batch, and asks for the tokenizer of a backbone on the Hub."""
+
+    def processed(self, policy: Any, raw: dict[str, Any]) -> dict[str, Any]:
+        from lerobot.policies.groot.processor_groot import _build_n1_7_processor
+
+        if "processor" not in self.built:
+            self.built["processor"] = _build_n1_7_processor(policy._groot_model.config.model_name)
+        preprocessor, _ = make_processors(policy.config)
+        for step in preprocessor.steps:
+            if hasattr(step, "model_name"):
+                step._proc = self.built["processor"]
+        return {**raw, **preprocessor(dict(raw))}
+
+    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        # Its actions are as wide as the policy's now.
+        return super().changed(policy, batch | {"action": batch["action"][..., :4]}, **changes)
 
 
 class Blocks(Row):
@@ -245,6 +284,7 @@ PROMPT = {
     "has_one_shape": True,
     "reads_text": True,
     "since": "0.6.1",
+    "costly": True,
 }
 FAMILIES: dict[str, Row] = {
     "tiny_smolvla": Row(
@@ -302,6 +342,21 @@ FAMILIES: dict[str, Row] = {
         tokenizes=True,
         needs="diffusers",
         **PROMPT,
+    ),
+    "groot": GrootRow(
+        "groot",
+        sequence=("backbone.model.model.language_model", ("inputs_embeds",)),
+        seam="_filter_groot_inputs",
+        bfloat16={"model_params_fp32": False},
+        needs="tree",
+        **PROMPT | {"image_size": 256},
+    ),
+    "wall_x": PromptRow(
+        "wall_x",
+        sequence=("model", ("inputs_embeds",)),
+        seam="preprocess_inputs",
+        needs="torchdiffeq",
+        **PROMPT | {"image_size": 252, "tokens_per_camera": 81},
     ),
     "act": Row(
         "act",

@@ -6,6 +6,7 @@ import torch
 from driving import ROUNDING, loss_of, train_offsets, wrap
 from lerobot_grids.training.lora import add_lora, state_with_lora_added
 from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.families import get_family
 
 
 def test_gradients_reach_the_sampler_and_not_a_frozen_base(family):
@@ -35,12 +36,13 @@ def test_lerobots_optimiser_preset_takes_base_and_reducer(family):
 
 def test_gradient_checkpointing_changes_no_gradient(family):
     policy = family.policy(cameras=2)
-    if not hasattr(policy.model, "gradient_checkpointing_enable"):
+    model = get_family(family.policy_type).model(policy)
+    if not hasattr(model, "gradient_checkpointing_enable"):
         pytest.skip("LeRobot has no gradient checkpointing for this family")
     wrapped = train_offsets(wrap(policy, 9)).train()
     batch = family.batch(policy)
     results = []
-    for switch in (policy.model.gradient_checkpointing_disable, policy.model.gradient_checkpointing_enable):
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
         switch()
         looks = []
         handle = wrapped.reducer.register_forward_hook(lambda *args, looks=looks: looks.append(1))

@@ -104,6 +104,7 @@ BOUNDS: dict[str, float] = {
     "vocab_size": 2**19,
     # Training steps.
     "schedule_steps": LONGEST_RUN,
+    "max_steps": LONGEST_RUN,
 }
 # Rates and step counts of training, which building a policy does not use.
 TRAINING = ("optimizer_", "scheduler_")

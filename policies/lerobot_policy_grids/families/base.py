@@ -79,7 +79,7 @@ class Stages:
         projector: What maps its features to the trunk's width.
         steps_field: Field of the configuration that counts the steps after the prefill (denoising or decoding); None
             for a policy that predicts its actions in one pass.
-        prefix: Name of the method of `policy.model`, or of a module in it, that returns the prefix.
+        prefix: Name of the method of `Family.model`, or of a module in it, that returns the prefix.
         decodes: Whether steps generate tokens, each dearer than the one before; denoising steps all cost the same.
     """
 
@@ -204,6 +204,14 @@ class Family(ABC):
         Returns:
             (left, top, right, bottom) in [0, 1] of that square.
         """
+
+    def seen_region(self, policy: DensePolicy, height: int, width: int) -> Region:
+        """`image_region` with what is cut away of the image, which lies outside [0, 1]."""
+        return self.image_region(policy, height, width)
+
+    def model(self, policy: DensePolicy) -> Any:
+        """The module of `policy` that does its work."""
+        return policy.model
 
     def cameras(self, policy: DensePolicy) -> dict[str, Region]:
         """The cameras that may send images, and where the image of each lies in what the vision tower sees."""

@@ -13,7 +13,7 @@ At k = H x W both are the model's own numbers exactly.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -122,6 +122,7 @@ def scatter(
     dense: bool,
     hidden: tuple[int, ...] = (),
     names: Names = Names(),
+    see: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> dict[str, Any]:
     """Encode and reduce the images of a prompt, and cut the prompt.
 
@@ -134,6 +135,8 @@ def scatter(
         dense: Whether tokens have their positions among all tokens.
         hidden: Token ids that are no words of the instruction.
         names: What the inputs are called.
+        see: Patches and their grids to the output of the vision tower, whose `pooler_output` has each image's tokens;
+            `get_image_features` of the core if None.
 
     Returns:
         The inputs, with tokens [b * k, c] of all cameras as `pixel_values`, and a `Placed` as `image_grid_thw`.
@@ -152,7 +155,8 @@ def scatter(
         said &= ids != number
     known = {**dict.fromkeys(cameras, ids), **batch}
     known |= {OBS_LANGUAGE_TOKENS: ids, OBS_LANGUAGE_ATTENTION_MASK: said}
-    tokens = seam.tokens(images, known, partial(_encode, core, seam, grids), core.get_input_embeddings())
+    see = see or partial(type(core).get_image_features, core, return_dict=True)
+    tokens = seam.tokens(images, known, partial(_encode, see, seam, grids), core.get_input_embeddings())
     deepstack = seam.take_aside()
     placed = Placed(
         ids, mask, inputs[names.types], grids, torch.ones_like(is_image), is_image, layout.token_grid, dense=dense
@@ -172,6 +176,38 @@ def scatter(
         **{name: placed.cut(inputs[name]) for name in cut},
         "pixel_values": _by_sample(tokens),
         "image_grid_thw": placed,
+    }
+
+
+def made_up_prompt(
+    layout: Any, sizes: Any, count: int, words: int, device: torch.device, behind: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """What a pre-processor would write of images and an instruction, to measure a policy with.
+
+    Args:
+        layout: The policy's visual tokens.
+        sizes: The configuration of its Qwen-VL.
+        count: Prompts.
+        words: Tokens of the instruction.
+        device: Where the patches are. What is counted stays on the CPU if that is "meta", where nothing has a value.
+        behind: Tokens behind the instruction.
+
+    Returns:
+        `input_ids`, `attention_mask` and `mm_token_type_ids` [count, l]; `pixel_values`, `image_grid_thw`.
+    """
+    height, width = layout.token_grid
+    vision, place = sizes.vision_config, torch.device("cpu") if device.type == "meta" else device
+    image = [sizes.vision_start_token_id, *[sizes.image_token_id] * (height * width), sizes.vision_end_token_id]
+    ids = torch.tensor([[*image * len(layout.cameras), *[7] * words, *behind]] * count, device=place)
+    merge, channels = vision.spatial_merge_size, getattr(vision, "in_channels", 3)
+    patch = channels * vision.temporal_patch_size * vision.patch_size**2
+    images = count * len(layout.cameras)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == sizes.image_token_id).int(),
+        "pixel_values": torch.rand(images * height * width * merge**2, patch, device=device),
+        "image_grid_thw": torch.tensor([[1, height * merge, width * merge]] * images, device=place),
     }
 
 
@@ -221,14 +257,14 @@ def _by_sample(tokens: list[Tensor]) -> Tensor:
     return torch.cat(tokens, dim=1).flatten(0, 1)
 
 
-def _encode(core: Any, seam: Seam, grids: Tensor, images: Tensor) -> Tensor:
+def _encode(see: Callable[[Tensor, Tensor], Any], seam: Seam, grids: Tensor, images: Tensor) -> Tensor:
     """Patches [cameras * b, p, d] to tokens [cameras * b, H * W, c]; features for later layers lie aside.
 
     The tower sees them sample by sample, as in the dense policy: in another order bfloat16 would round otherwise.
     """
     cameras = len(seam.layout.cameras)
     patches = images.unflatten(0, (cameras, -1)).transpose(0, 1).flatten(0, 2)
-    output = type(core).get_image_features(core, patches, grids, return_dict=True)
+    output = see(patches, grids)
 
     def by_camera(features: Tensor) -> Tensor:
         return features.unflatten(0, (-1, cameras)).transpose(0, 1).flatten(0, 1)

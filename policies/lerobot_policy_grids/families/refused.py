@@ -28,7 +28,5 @@ REFUSED: dict[str, Refusal] = {
     "multi_task_dit": Refusal("its transformer gets one token per camera, the class token of CLIP"),
     "fastwam": Refusal("its visual tokens are a video that it is trained to predict, and it needs each of them"),
     "lingbot_va": Refusal("its visual tokens are a video that it denoises in fixed slots, and it needs each of them"),
-    "groot": Refusal(_LATER),
     "molmoact2": Refusal(_LATER),
-    "wall_x": Refusal(_LATER),
 }

@@ -287,8 +287,12 @@ class Seam:
 
 
 def present_cameras(cameras: Iterable[str], batch: Mapping[str, Any]) -> list[int]:
-    """Numbers of the cameras in a batch, in the order in which LeRobot stacks their images."""
-    return [number for number, key in enumerate(cameras) if key in batch]
+    """Numbers of the cameras in a batch, in the order in which LeRobot stacks their images.
+
+    A pre-processor that hands over patches alone leaves no image in the batch, and none is missing then.
+    """
+    keys = list(cameras)
+    return [number for number, key in enumerate(keys) if key in batch] or list(range(len(keys)))
 
 
 def gather_context(

@@ -57,18 +57,32 @@ def sharpen(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.1)
 
 
-def write_small_processor(folder: Path) -> Path:
-    """Save a Qwen2.5-VL processor with a tokenizer of characters, if it is not there yet, and return its folder."""
+def write_small_processor(folder: Path, patch: int = PATCH, more: tuple[str, ...] = ()) -> Path:
+    """Save a Qwen2.5-VL processor with a tokenizer of characters, if it is not there yet, and return its folder.
+
+    Args:
+        folder: Where to; it is created.
+        patch: Side of a patch in pixels.
+        more: Further markers of a family.
+    """
     if folder.exists():
         return folder
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    _save(folder, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+    _save(folder, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, patch, more)
     return folder
 
 
-def _save(folder: Path, processor: Any, images: Any, videos: Any, **of_images: Any) -> None:
+def _save(
+    folder: Path,
+    processor: Any,
+    images: Any,
+    videos: Any,
+    patch: int = PATCH,
+    more: tuple[str, ...] = (),
+    **of_images: Any,
+) -> None:
     """Save a processor with a tokenizer of characters.
 
     Args:
@@ -76,12 +90,14 @@ def _save(folder: Path, processor: Any, images: Any, videos: Any, **of_images: A
         processor: Its class.
         images: The class of its image processor.
         videos: The class of its video processor.
+        patch: Side of a patch in pixels.
+        more: Further markers of a family.
         **of_images: Options of the image processor alone.
     """
     from transformers import AutoTokenizer
 
-    write_character_tokenizer(folder, VOCABULARY, MARKERS)
-    size = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    write_character_tokenizer(folder, (*VOCABULARY, *more), (*MARKERS, *more))
+    size = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     processor(
         image_processor=images(**size, **of_images),
         tokenizer=AutoTokenizer.from_pretrained(folder),
@@ -90,22 +106,27 @@ def _save(folder: Path, processor: Any, images: Any, videos: Any, **of_images: A
     ).save_pretrained(folder)
 
 
-def write_small_qwen3(folder: Path) -> Path:
-    """Save a small Qwen3-VL with random weights and its processor, if it is not there yet, and return its folder."""
+def write_small_qwen3(folder: Path, patch: int = PATCH) -> Path:
+    """Save a small Qwen3-VL with random weights and its processor, if it is not there yet, and return its folder.
+
+    Args:
+        folder: Where to; it is created.
+        patch: Side of a patch in pixels; images are those of 16 x 16 patches or fewer.
+    """
     if folder.exists():
         return folder
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessorFast
     from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
 
-    pixels = {"shortest_edge": 64, "longest_edge": 64 * 64}
-    _save(folder, Qwen3VLProcessor, Qwen2VLImageProcessorFast, Qwen3VLVideoProcessor, size=pixels)
+    pixels = {"shortest_edge": 64, "longest_edge": (16 * patch) ** 2}
+    _save(folder, Qwen3VLProcessor, Qwen2VLImageProcessorFast, Qwen3VLVideoProcessor, patch, size=pixels)
     vision = {
         "depth": 2,
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_heads": 2,
-        "patch_size": PATCH,
+        "patch_size": patch,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "out_hidden_size": 32,
