@@ -15,7 +15,7 @@ from lerobot_grids.policies.loaded import flow_steps, set_flow_steps
 from lerobot_grids.profiling import architectures
 from lerobot_grids.profiling.known_values import KnownValues
 from lerobot_grids.profiling.measure import count_flops, prefix_length
-from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
 from lerobot_policy_grids.errors import TokenGridError, UnsupportedPolicyError
@@ -158,7 +158,7 @@ def test_flops_are_counted_without_values(groot, monkeypatch):
     for place in ("cpu", "meta"):
         policy = copy.deepcopy(groot).to(place)
         get_family("groot").finish(policy)
-        wrapped = wrap(policy, 16)
+        wrapped = compress(policy, 16)
         batch = architectures.make_batch(policy, 12, place)
         with sdpa_kernel(SDPBackend.MATH), KnownValues() if place == "meta" else nullcontext():
             counted.append((prefix_length(wrapped, batch), count_flops(wrapped, batch)))
