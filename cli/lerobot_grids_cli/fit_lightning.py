@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lerobot_grids.choices import parts
 from lerobot_grids.console import report
-from lerobot_grids.data import LeRobotDataModule
+from lerobot_grids.data import POSITIONS, LeRobotDataModule
 from lerobot_grids.hub.prepare import Description
 from lerobot_grids.hub.push import check_login, push
 from lerobot_grids.policies import parse_tokens, source_type
@@ -282,9 +282,12 @@ def _run(arguments: list[str]) -> None:
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     if "val/loss" in metrics:
         print(f"validation loss {metrics['val/loss']:.4f}")
+    # A recorded simulation can count successes; a robot cannot.
+    simulated = POSITIONS in cli.datamodule.meta.features
+    then = "eval" if simulated else f"validate --dataset {cli.config.dataset}"
     print(
         f"saved {cli.output}/pretrained_model, for LeRobot's commands: --policy.path={cli.output}/pretrained_model\n"
-        f"next: lerobot-grids eval --policy {cli.output}"
+        f"next: lerobot-grids {then} --policy {cli.output}"
     )
     if cli.config.push is not None:
         _push(cli)
