@@ -14,6 +14,7 @@ from torch import Tensor
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint import atomic_file
 from lerobot_policy_grids.errors import BudgetError
+from lerobot_policy_grids.looks import Points
 from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 
 from ..console import write_json
@@ -22,7 +23,7 @@ from ..policies import LoadedPolicy
 from .drawing import OTHER, TRUE, draw
 from .episode import Episode
 from .movie import movie
-from .points import Points, follows_instruction, look
+from .points import follows_instruction, look
 from .sheets import Line, Row, sheet
 
 STRIP_FILE, FILM_FILE, RESULT_FILE = "looks.png", "looks.mp4", "view.json"

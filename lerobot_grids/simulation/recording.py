@@ -148,7 +148,7 @@ def stopping_afterwards() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for which, handler in before.items():
+            signal.signal(which, handler)
     for number in came[:1]:
         signal.raise_signal(number)

@@ -58,7 +58,7 @@ class Pi(Family):
 
     resolution_field = "image_resolution"
     extra = "pi"
-    flow_steps = "num_inference_steps"
+    flow_steps: ClassVar[str | None] = "num_inference_steps"
     reference = "openpi"
     counted_on_meta = True
     steps: ClassVar = {
