@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from lerobot_grids.looks.drawing import HATCH, LOST, OTHER, PADDING, TRUE, draw
+from lerobot_grids.looks.episode import Episode, open_episode
 from lerobot_grids.looks.points import look
 from lerobot_grids.looks.sheets import Line, Row, sheet
 from lerobot_grids.policies import load
@@ -246,7 +247,21 @@ def test_an_interrupted_view_leaves_no_half_written_file(grids_checkpoint, datas
     monkeypatch.setattr(CountingBar, "advance", stop)
     arguments = [f"--policy={grids_checkpoint}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]
     assert main(["view", *arguments]) == 130
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_without_numbers_is_named(grids_checkpoint, dataset, tmp_path, capsys, monkeypatch):
+    frames = Episode.batches
+
+    def spoiled(self, size):
+        for raw in frames(self, size):
+            raw["observation.state"][raw["frame_index"] == 7] = torch.nan
+            yield raw
+
+    monkeypatch.setattr(Episode, "batches", spoiled)
+    assert main(["view", f"--policy={grids_checkpoint}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]) == 1
+    assert "'observation.state' holds NaN or infinity in frame 7 of this episode" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_rerun_the_hint_says_how_to_install_it(grids_checkpoint, dataset, tmp_path, capsys, monkeypatch):
@@ -336,7 +351,6 @@ def test_without_a_display_the_viewer_is_not_opened(grids_checkpoint, dataset, t
 def test_rerun_gets_images_points_states_and_actions(two_cameras, two_camera_dataset, tmp_path):
     """Read back with rerun: points are in pixels of the camera."""
     recording = pytest.importorskip("rerun.recording")
-    from lerobot_grids.looks.episode import open_episode
     from lerobot_grids.looks.view import watch
 
     file = tmp_path / "look.rrd"
