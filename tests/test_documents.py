@@ -42,6 +42,7 @@ STAND_INS = {
     "outputs/smolvla_base-16": "grids_checkpoint",
     "outputs/smolvla_base-16/pretrained_model": "grids_checkpoint",
     "outputs/dense-16-elastic/pretrained_model": "grids_checkpoint",
+    "outputs/robot-16/pretrained_model": "grids_checkpoint",
     "outputs/eval/smolvla_base-16/result.json": "result",
     "max_steps=1000": "max_steps=1",
 }
@@ -68,6 +69,9 @@ FOREIGN = {
     "--help_all",
     "--help",
     "--config",
+    "--display_data",
+    "--display_mode",
+    "--inference.type",
     "--save_checkpoint_to_hub",
 }
 
