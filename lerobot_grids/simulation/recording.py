@@ -4,9 +4,9 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +38,7 @@ class Recorded:
     stopped: BaseException | None = None
 
 
-def demonstrations(demonstrator: Demonstrator, episodes: int, seed: int, workers: int) -> Iterator[Demonstration]:
+def demonstrations(demonstrator: Demonstrator, episodes: int, seed: int, workers: int) -> Generator[Demonstration]:
     """Yield `episodes` successful episodes of each task; a failed one is repeated with the next seed.
 
     The result does not depend on `workers`, because seeds are used in order.
@@ -113,16 +113,14 @@ def record(
             use_videos=False,
         )
         try:
-            for episode in demonstrations(demonstrator, episodes, seed, workers):
-                with stopping_afterwards():
-                    for step in range(episode.length):
-                        frame = {name: values[step] for name, values in episode.columns.items()}
-                        dataset.add_frame(frame | {"task": episode.instruction})
-                    dataset.save_episode()
-                    recorded += 1
-                    frames += episode.length
-                if on_episode is not None:
-                    on_episode(episode)
+            with closing(demonstrations(demonstrator, episodes, seed, workers)) as shown:
+                for episode in shown:
+                    with stopping_afterwards():
+                        _save(dataset, episode)
+                        recorded += 1
+                        frames += episode.length
+                    if on_episode is not None:
+                        on_episode(episode)
         except (KeyboardInterrupt, SystemExit) as stop:
             if not recorded:
                 raise
@@ -134,6 +132,13 @@ def record(
         # The images are in the parquet files now; LeRobot does not remove its temporary folders.
         shutil.rmtree(folder / "images", ignore_errors=True)
     return Recorded(recorded, frames, stopped)
+
+
+def _save(dataset: LeRobotDataset, episode: Demonstration) -> None:
+    for step in range(episode.length):
+        frame = {name: values[step] for name, values in episode.columns.items()}
+        dataset.add_frame(frame | {"task": episode.instruction})
+    dataset.save_episode()
 
 
 @contextmanager
