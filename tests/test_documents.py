@@ -49,6 +49,7 @@ STAND_INS = {
     "outputs/tiny-16": "grids_checkpoint",
     "outputs/tiny-16/pretrained_model": "grids_checkpoint",
     "validate.json": "result",
+    "outputs/robot-16/pretrained_model": "grids_checkpoint",
     "outputs/eval/smolvla_base-16/result.json": "result",
     "max_steps=1000": "max_steps=1",
 }
@@ -76,12 +77,14 @@ FOREIGN = {
     "--help_all",
     "--help",
     "--config",
+    "--display_data",
+    "--display_mode",
+    "--inference.type",
     "--save_checkpoint_to_hub",
     "--secrets",
     "--job.target",
     "--dataset.no_stamp",
     "--robot.max_relative_target",
-    "--inference.type",
 }
 
 

@@ -18,11 +18,13 @@ from draccus.wrappers import docstring
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.dataset_tools import recompute_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.rtc import RTCConfig
 from lerobot.rollout.inference import rtc
 from transformers import AutoTokenizer
 
 from fake_robot import FakeRobot
 from lerobot_grids.data import load_metadata
+from lerobot_grids.policies import load
 from lerobot_grids.preflight.features import read_features
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids import GridsPolicy
@@ -38,7 +40,9 @@ POSITIONS = {"a": 10.0, "b": 20.0, "c": 30.0, "gripper": 40.0}
 MOVING = ("a", "b", "c")
 OTHER_ORDER = ("gripper", "a", "b", "c")
 TOP = "observation.images.top"
-RTC = ("--inference.type=rtc", "--inference.rtc.execution_horizon=4")
+HORIZON = 4
+# Slow, because a chunk that takes longer than it lasts is never sent: the machine may be busy.
+RTC = ("--inference.type=rtc", f"--inference.rtc.execution_horizon={HORIZON}", "--fps=5")
 INFERENCE = {"sync": (), "rtc": RTC}
 FAMILIES = ("pi0", "tiny_smolvla")
 SHORT = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8}
@@ -171,12 +175,12 @@ def train(lerobot, tmp_path):
 def rollout(lerobot, tmp_path):
     """Run `lerobot-rollout` until the robot was sent a few actions; returns them."""
 
-    def run(policy, *arguments, positions=POSITIONS, views=None):
+    def run(policy, *arguments, positions=POSITIONS, views=None, enough=3):
         FakeRobot.sent.clear()
         lerobot(
             "rollout",
             arguments=(f"--policy.path={policy}", f"--robot.calibration_dir={tmp_path / 'calibration'}", *arguments),
-            **{"robot.type": "fake_robot", "robot.id": "x", "robot.positions": positions},
+            **{"robot.type": "fake_robot", "robot.id": "x", "robot.positions": positions, "robot.enough": enough},
             **{"robot.views": views or {"top": [96, 96, 50]}, "task": "push", "duration": 20, "fps": 50},
             **{"device": "cpu", "play_sounds": False, "return_to_initial_position": False},
         )
@@ -200,9 +204,76 @@ def fitted(request, recorded, other_robot, tmp_path_factory):
     return fit(base, recorded, tmp_path_factory.mktemp("fit") / "run")
 
 
-@pytest.mark.parametrize("how", INFERENCE)
-def test_rollout_of_what_fit_trained(how, fitted, rollout):
-    assert_sent(rollout(fitted, *INFERENCE[how]))
+@pytest.fixture
+def calls(monkeypatch):
+    """What LeRobot's command asked of a policy, each time with noise of its own seed: (method, options)."""
+    made = []
+
+    def spy(real, name, policy, batch, **options):
+        torch.manual_seed(len(made))
+        made.append((name, options))
+        return real(policy, batch, **options)
+
+    for name in ("select_action", "predict_action_chunk"):
+        real = getattr(GridsPolicy, name)
+        monkeypatch.setattr(GridsPolicy, name, partialmethod(partial(spy, real, name)))
+    return made
+
+
+def act_in_process(checkpoint, made, calls):
+    """The robot's actions of the same calls without LeRobot's command, each a chunk or a single one: [n, t, d]."""
+    calls.clear()
+    loaded = load(str(checkpoint), device="cpu")
+    if made[0][0] == "predict_action_chunk":
+        loaded.policy.config.rtc_config = RTCConfig(execution_horizon=HORIZON)
+        loaded.policy.init_rtc_processor()
+    state, image = torch.tensor(list(POSITIONS.values())), torch.full((3, 96, 96), 50 / 255)
+    chunks = []
+    with torch.no_grad():
+        for name, options in made:
+            batch = loaded.preprocessor({"observation.state": state, TOP: image, "task": "push"})
+            action = loaded.postprocessor(getattr(loaded.policy, name)(batch, **options))
+            chunks.append(action.reshape(-1, len(POSITIONS)))
+    return torch.stack(chunks)
+
+
+def vectors(actions):
+    """The actions of all joints, [n, d], which are the recorded ones."""
+    assert_sent(actions)
+    return torch.tensor([list(action.values()) for action in actions])
+
+
+def test_a_synchronous_rollout_sends_the_actions_of_the_policy(fitted, rollout, calls):
+    sent = vectors(rollout(fitted, enough=SHORT["n_action_steps"] + 2))
+    made = list(calls)
+    assert {name for name, _ in made} == {"select_action"}
+    actions = act_in_process(fitted, made, calls)[:, 0]
+    assert len(sent) == len(actions) == SHORT["n_action_steps"] + 2
+    torch.testing.assert_close(sent, actions, rtol=0, atol=1e-5)
+    # The second chunk has other noise, so that the comparison is one of chunks.
+    assert not torch.equal(actions[0], actions[SHORT["n_action_steps"]])
+
+
+def test_an_rtc_rollout_sends_chunks_that_continue_the_last_one(fitted, rollout, calls):
+    sent = vectors(rollout(fitted, *RTC, enough=6))
+    made = list(calls)
+    assert {name for name, _ in made} == {"predict_action_chunk"}
+    assert set(made[0][1]) == {"inference_delay", "prev_chunk_left_over"}
+    assert made[0][1]["prev_chunk_left_over"] is None
+    guided = [options["prev_chunk_left_over"] is not None for _, options in made]
+    assert guided == [False] + [True] * (len(made) - 1)
+    assert made[1][1]["prev_chunk_left_over"].shape[0] == HORIZON
+    chunks = act_in_process(fitted, made, calls)
+    # Each action is one of a chunk, and later ones are of later chunks, or later in the same.
+    places = [(chunks - action).abs().amax(-1).flatten() for action in sent]
+    assert all(distance.min() < 1e-5 for distance in places)
+    order = [int(distance.argmin()) for distance in places]
+    assert order == sorted(set(order))
+    # What was left over reaches the base policy, and what it gives depends on it.
+    alone = [(name, options | {"prev_chunk_left_over": None}) for name, options in made]
+    unguided = act_in_process(fitted, alone, calls)
+    different = (unguided - chunks).abs().flatten(1).amax(1) > 1e-3
+    assert different.tolist() == guided
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,13 @@ def usage() -> str:
     )
 
 
+def _said(error: Exception) -> str:
+    """What an error says; of the operating system's, also what to do."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}; check that path, or give another one"
+    return str(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand.
 
@@ -93,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if isinstance(error, (GridsError, OSError)):
             # A preflight may find several errors.
-            for line in getattr(error, "lines", [str(error)]):
+            for line in getattr(error, "lines", [_said(error)]):
                 fail(line)
             return 1
         if isinstance(error, (RuntimeError, MemoryError)):

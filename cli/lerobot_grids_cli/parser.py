@@ -1,5 +1,6 @@
 """The argument parser of all subcommands: parameters of a function become options, and errors fit in one line."""
 
+import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -26,8 +27,32 @@ class OneLineErrors:
         if given and not prefix:
             known = [flag for flag in self._option_string_actions if flag.startswith("--")]
             message = unknown_option(given.split()[0].partition("=")[0], known)
+        message = in_words(message)
         print(f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+# jsonargparse's words for a value that does not fit, and ours for what would.
+_WRONG_VALUE = re.compile(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', re.DOTALL)
+_EXPECTED = re.compile(r"Expected (?:a )?(?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])")
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list, such as [a, b]",
+    "dict": 'names and values, such as \'{"a": "b"}\'',
+}
+
+
+def in_words(message: str) -> str:
+    """What jsonargparse says of a value that does not fit, in words; other messages as they are."""
+    found = _WRONG_VALUE.match(message)
+    expected = _EXPECTED.findall(message)
+    kinds = [KINDS.get(kind, choices.replace("'", "")) for kind, choices in expected if kind != "NoneType"]
+    if found is None or not kinds or not all(kinds):
+        return message
+    return f"--{found[1]} {found[2].strip() or repr('')}; give {' or '.join(dict.fromkeys(kinds))}"
 
 
 def unknown_option(given: str, known: list[str]) -> str:

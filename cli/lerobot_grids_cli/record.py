@@ -1,5 +1,6 @@
 """lerobot-grids record."""
 
+import sys
 from typing import Literal
 
 from .parser import require_at_least, run
@@ -19,8 +20,8 @@ def record(
 ) -> None:
     """Record demonstrations of a scripted expert as a LeRobotDataset that any LeRobot policy can learn from.
 
-    Only successful episodes are kept; a failed one is repeated. The folder appears only when it is complete. For
-    LIBERO: --env libero --tasks libero_object --episodes 50.
+    Only successful episodes are kept; a failed one is repeated. The folder appears only when it is complete; Ctrl-C
+    keeps the episodes that are finished. For LIBERO: --env libero --tasks libero_object --episodes 50.
 
     Args:
         output: New folder of the dataset; it must not exist.
@@ -49,8 +50,9 @@ def record(
     from lerobot_grids.simulation.recording import record as record_dataset
 
     demonstrator = make_demonstrator(env, tasks, size=size, noise=noise, layout=layout)
-    with counting_bar("recording", len(demonstrator.tasks) * episodes, "episodes") as bar:
-        count = record_dataset(
+    asked = len(demonstrator.tasks) * episodes
+    with counting_bar("recording", asked, "episodes") as bar:
+        recorded = record_dataset(
             output,
             demonstrator,
             episodes=episodes,
@@ -58,10 +60,19 @@ def record(
             workers=workers,
             on_episode=lambda episode: bar.advance(),
         )
-    print(f"{count['episodes']} episodes, {count['frames']} frames in {bar.seconds:.0f} s -> {output}")
-    print(f"next: lerobot-grids fit --policy tiny --tokens dense --dataset {output}")
+    print(f"{recorded.episodes} episodes, {recorded.frames} frames in {bar.seconds:.0f} s -> {output}")
+    if recorded.stopped is None:
+        print(f"next: lerobot-grids fit --policy tiny --tokens dense --dataset {output}")
     options = {"tasks": demonstrator.tasks, "size": size, "noise": noise, "layout": layout if env == "libero" else None}
+    count = {"episodes": recorded.episodes, "frames": recorded.frames}
     write_json(json, {**count, "seconds": bar.seconds, **options})
+    if recorded.stopped is not None:
+        print(
+            f"lerobot-grids: stopped after {recorded.episodes} of {asked} episodes, which are kept as a dataset; for "
+            f"all of them remove {output} and record again",
+            file=sys.stderr,
+        )
+        raise SystemExit(130 if isinstance(recorded.stopped, KeyboardInterrupt) else 143)
 
 
 def main(arguments: list[str]) -> None:

@@ -80,6 +80,8 @@ def report(
             del chart["svg"]
         write_json(json, content)
     print(f"report: {output} ({Path(output).stat().st_size / 1024:.0f} KiB, opens offline)")
+    if page.picture is None:
+        print(f"not in it: where the policy looks. {page.why_no_picture}")
 
 
 def _budgets(num_tokens: int, largest: int) -> list[int]:

@@ -74,7 +74,7 @@ def view(
     from lerobot_grids.policies import load, peek, short_name
 
     if rerun is not None:
-        require_rerun()
+        require_rerun(rerun)
     folder = Path(output or f"outputs/view/{short_name(policy, reducer)}-{episode}")
     # What does not fit is said before large weights are fetched.
     config, renames = peek(policy, rename_map)

@@ -32,6 +32,7 @@ class PolicyFacts:
         tags: The author's tags, in addition to the project's.
         reducer: Name of the reducer, as in `--reducer`.
         reducer_summary: Description of the reducer's tokens.
+        num_steps: Integration steps of its flow for one action chunk; None for a policy without one.
     """
 
     repo_id: str
@@ -50,6 +51,7 @@ class PolicyFacts:
     tags: list[str] = field(default_factory=list)
     reducer: str = "grids"
     reducer_summary: str = ""
+    num_steps: int | None = None
 
 
 def render(facts: PolicyFacts, measurements: Measurements, template: Path = TEMPLATE) -> str:

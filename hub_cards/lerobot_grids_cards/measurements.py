@@ -17,7 +17,8 @@ ALL_TASKS = "all"
 class SuccessRow:
     """Closed-loop success on one task: counts, 95 % Wilson interval, and the seeds of the episodes.
 
-    `own` is true for the policy of the card and false for policies it is compared with.
+    `own` is true for the policy of the card and false for policies it is compared with. `num_steps` are the denoising
+    steps of one action chunk; None where the policy has none, or the result does not say.
     """
 
     policy: str
@@ -29,6 +30,7 @@ class SuccessRow:
     low: float
     high: float
     seeds: str
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def _read_success(content: dict[str, Any], is_own: Callable[[str], bool], found:
                 low=row["interval"][0],
                 high=row["interval"][1],
                 seeds=f"{seeds[0]} to {seeds[-1]}",
+                num_steps=content.get("num_steps"),
             )
         )
     if own:

@@ -14,7 +14,7 @@ from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch.utils.data import Dataset
 
-from lerobot_policy_grids.errors import DatasetError, first_line
+from lerobot_policy_grids.errors import DatasetError, causes, first_line
 
 from ..preflight import Finding
 from ..preflight.features import DatasetFeatures, is_foreign
@@ -64,7 +64,10 @@ def open_dataset(
             return_uint8=True,
         )
     except Exception as error:  # LeRobot raises many types of errors here
-        raise DatasetError(f"dataset {meta.repo_id} cannot be opened: {first_line(error)}") from error
+        # Where a file is damaged, only the first cause says what is wrong with it.
+        what, why = first_line(error), first_line([*causes(error)][-1])
+        reason = what if what == why else f"{what} ({why}); if a file is damaged, copy the dataset again"
+        raise DatasetError(f"dataset {meta.repo_id} cannot be opened: {reason}") from error
 
 
 def default_video_backend() -> str:

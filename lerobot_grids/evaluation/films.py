@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from lerobot_policy_grids import GridsPolicy
+from lerobot_policy_grids.looks import Points, points_of
 from lerobot_policy_grids.reducers.anchors import WHOLE
 
 from ..looks.drawing import draw as draw_on
-from ..looks.points import Points, points_of
 from ..looks.sheets import Line, Row, sheet
 from ..policies import LoadedPolicy
 from .rollouts import Task, acting, open_tasks, without_bars

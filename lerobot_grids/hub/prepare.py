@@ -25,7 +25,8 @@ from lerobot_policy_grids.checkpoint.manifest import FORMATS, Base, read_manifes
 from lerobot_policy_grids.checkpoint.statistics import check_statistics
 from lerobot_policy_grids.checkpoint.trust import REFUSED
 from lerobot_policy_grids.configuration_grids import GRIDS_TYPE
-from lerobot_policy_grids.errors import CheckpointError, GridsError
+from lerobot_policy_grids.errors import CheckpointError, GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.reducers import ReducerConfig
 
 from .formats import write_adapter, write_full
@@ -152,8 +153,10 @@ def read_facts(folder: Path, **known: Any) -> PolicyFacts:
     base = None if manifest is None else manifest.base
     features = config["input_features"] or {}
     reducer = config["reducer"] if grids else {}
+    dense = config["base"] if grids else config
     return PolicyFacts(
-        family=(config["base"] if grids else config)["type"],
+        family=dense["type"],
+        num_steps=_flow_steps(dense),
         num_tokens=reducer.get("num_tokens", 0) if grids else None,
         num_tokens_max=reducer.get("num_tokens_max"),
         reducer=reducer.get("type", ""),
@@ -166,6 +169,15 @@ def read_facts(folder: Path, **known: Any) -> PolicyFacts:
         picture=(folder / PICTURE_FILE).is_file(),
         **known,
     )
+
+
+def _flow_steps(config: dict[str, Any]) -> int | None:
+    """Integration steps of the flow of a dense policy, by its configuration; None without a flow."""
+    try:
+        field = get_family(config["type"]).flow_steps
+    except UnsupportedPolicyError:
+        return None
+    return None if field is None else config.get(field)
 
 
 def _card(source: Path, staging: Path, repo_id: str, description: Description) -> str:

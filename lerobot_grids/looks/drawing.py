@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .points import Points
+from lerobot_policy_grids.looks import Points
 
 Colour = tuple[int, int, int]
 # Told the true instruction; told another one.

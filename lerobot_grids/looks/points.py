@@ -1,8 +1,7 @@
 """The points at which a policy reads the images of a batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,39 +11,11 @@ from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families.base import image_size
 from lerobot_policy_grids.families.seam import present_cameras
-from lerobot_policy_grids.reducers.anchors import Region
+from lerobot_policy_grids.looks import Points, points_of
 from lerobot_policy_grids.reducers.base import MapReducer
 
 # Reducers inside the trunk whose choice the instruction decides.
 TOLD_IN_TRUNK = ("fastv", "sparsevlm")
-
-
-@dataclass(frozen=True)
-class Points:
-    """Where one camera's image is read.
-
-    Attributes:
-        coordinates: float32 [k, 2], (x, y) in [0, 1] of what the vision tower sees.
-        reads: How far a token reads to the side, and up and down, in [0, 1] of what the vision tower sees; None where
-            tokens differ in it.
-        region: Where the camera's image lies in what the vision tower sees; the rest is padding.
-    """
-
-    coordinates: np.ndarray
-    reads: tuple[float, float] | None
-    region: Region
-
-    def in_camera(self) -> np.ndarray:
-        """Coordinates [k, 2] as a share of the camera's image; outside [0, 1] for points in the padding."""
-        left, top, right, bottom = self.region
-        corner, size = np.array([left, top]), np.array([right - left, bottom - top])
-        return (np.asarray(self.coordinates, dtype=float) - corner) / size
-
-    def in_padding(self) -> np.ndarray:
-        """Which points lie in the padding, bool [k]."""
-        places = self.in_camera()
-        lost: np.ndarray = np.any((places < 0) | (places > 1), axis=-1)
-        return lost
 
 
 def require_points(policy: Any, source: str) -> GridsPolicy:
@@ -105,13 +76,6 @@ def look(policy: GridsPolicy, batch: dict[str, Any]) -> dict[str, list[Points]]:
         shape = image_size(policy.base.config.image_features[name].shape if image is None else image.shape[-3:])
         found[name] = [points_of(policy, number, places, shape) for places in coordinates]
     return found
-
-
-def points_of(policy: GridsPolicy, camera: int, coordinates: np.ndarray, shape: Sequence[int]) -> Points:
-    """The points of a camera, by number, whose image has this height and width."""
-    (rows, columns), cells = policy.seam.layout.token_grid, policy.reducer.reads(policy.num_tokens, camera)
-    reads = None if cells is None else (cells[0] / columns, cells[1] / rows)
-    return Points(coordinates, reads, policy.family.seen_region(policy.base, shape[0], shape[1]))
 
 
 # Takes the coordinates of each frame and camera.

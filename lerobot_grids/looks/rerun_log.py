@@ -1,5 +1,7 @@
 """Log an episode to rerun, as `lerobot-dataset-viz` does, with the points over the cameras' images."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -11,6 +13,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_grids.checkpoint import atomic_file
 from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.looks import rerun_points
 
 from .drawing import OTHER, TRUE
 from .episode import Episode
@@ -19,12 +22,20 @@ from .view import Seen
 # In the place of a file: open rerun's viewer.
 SPAWN = "spawn"
 INSTALL = "pip install 'lerobot[viz]'"
+# What a session with a display sets.
+DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY")
 
 
-def require_rerun() -> None:
-    """Raise `GridsError` unless rerun is installed."""
+def require_rerun(target: str) -> None:
+    """Raise `GridsError` unless rerun is installed, and has a display where its viewer is to be opened."""
     if find_spec("rerun") is None:
         raise GridsError(f"--rerun needs rerun-sdk, which is not installed; install it with: {INSTALL}")
+    # Elsewhere than on Linux there always is one.
+    if target == SPAWN and sys.platform == "linux" and not any(map(os.environ.get, DISPLAYS)):
+        raise GridsError(
+            "--rerun spawn opens rerun's viewer, and this machine has no display; give a file, such as look.rrd, and "
+            "open it with rerun on a machine that has one"
+        )
 
 
 class RerunLog:
@@ -47,14 +58,9 @@ class RerunLog:
         for camera, image in seen.images.items():
             log(camera, rr.Image(image).compress())
         for (camera, k, told), points in seen.points.items():
-            height, width = seen.images[camera].shape[:2]
-            left, _, right, _ = points.region
-            # rerun draws circles, as wide as a token reads to the side.
-            radius = 1.0 if points.reads is None else points.reads[0] / (right - left) * width
             name = f"{camera}/K{k}" + ("_told_otherwise" if told else "")
-            places, colour = points.in_camera() * (width, height), (TRUE, OTHER)[told]
-            log(f"{name}/points", rr.Points2D(places, colors=[*colour, 255], radii=max(1.0, width / 90)))
-            log(f"{name}/reads", rr.Points2D(places, colors=[*colour, 40], radii=radius))
+            for part, drawn in rerun_points(points, seen.images[camera].shape[:2], (TRUE, OTHER)[told]).items():
+                log(f"{name}/{part}", drawn)
         for name, vector in (("state", seen.state), (ACTION, seen.action), (f"policy/{ACTION}", seen.predicted)):
             if vector is not None:
                 log(name, rr.Scalars(np.asarray(vector, dtype=float)))
@@ -69,9 +75,9 @@ def rerun_log(target: str, episode: Episode) -> Iterator[RerunLog]:
         episode: The episode that is logged.
 
     Raises:
-        GridsError: If rerun is not installed, or the target is neither.
+        GridsError: If rerun is not installed, the target is neither, or there is no display.
     """
-    require_rerun()
+    require_rerun(target)
     import rerun as rr
 
     recording = rr.RecordingStream(f"{episode.dataset.repo_id}/episode_{episode.number}")

@@ -1,19 +1,21 @@
 """Show where a policy looks along an episode: a strip of frames, a film, a rerun recording, and figures."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lerobot.utils.constants import OBS_STATE
 from PIL import Image
 from torch import Tensor
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.checkpoint import atomic_file
-from lerobot_policy_grids.errors import BudgetError
+from lerobot_policy_grids.errors import BudgetError, DatasetError
+from lerobot_policy_grids.looks import Points
 from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 
 from ..console import write_json
@@ -22,7 +24,7 @@ from ..policies import LoadedPolicy
 from .drawing import OTHER, TRUE, draw
 from .episode import Episode
 from .movie import movie
-from .points import Points, follows_instruction, look
+from .points import follows_instruction, look
 from .sheets import Line, Row, sheet
 
 STRIP_FILE, FILM_FILE, RESULT_FILE = "looks.png", "looks.mp4", "view.json"
@@ -162,6 +164,7 @@ def watch(
         found: dict[tuple[str, int, int], list[Points]] = {}
         with policy.seam.share_vision():
             batches = [loaded.preprocessor(unit_images(raw | {"task": tasks})) for tasks in told]
+            _require_finite_state(batches[0], raw)
             for k in budgets:
                 policy.num_tokens = k
                 for number, batch in enumerate(batches):
@@ -180,6 +183,22 @@ def watch(
                 action=_vector(raw, "action", i),
                 predicted=None if predicted is None else predicted[i],
             )
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _require_finite_state(batch: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Refuse a state without numbers, from which points may follow."""
+    state = batch.get(OBS_STATE)
+    if isinstance(state, Tensor) and not (finite := state.isfinite().flatten(1).all(1)).all():
+        frame = int(raw["frame_index"][int((~finite).int().argmax())])
+        raise DatasetError(
+            f"'{OBS_STATE}' holds NaN or infinity in frame {frame} of this episode; repair the dataset, or show "
+            "another --episode"
+        )
 
 
 @torch.no_grad()
@@ -348,6 +367,7 @@ def show(
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / STRIP_FILE]
     with ExitStack() as stack:
+        stack.callback(_remove_if_empty, folder)
         add = stack.enter_context(movie(folder / FILM_FILE, episode.fps)) if film else None
         watched = watch(loaded, episode, budgets, other, batch_size=batch_size, act=act)
         for place, seen in enumerate(watched):

@@ -66,13 +66,12 @@ class LoadedPolicy:
 
 def flow_steps(policy: Any) -> int | None:
     """Integration steps of a policy's flow for one action chunk; None where it has none that are known."""
-    base = dense_policy(policy)
+    config = dense_policy(policy).config
     try:
-        stages = get_family(base.config.type).stages(base)
+        field = get_family(config.type).flow_steps
     except UnsupportedPolicyError:
         return None
-    field = None if stages.decodes else stages.steps_field
-    return None if field is None else int(getattr(base.config, field))
+    return None if field is None else int(getattr(config, field))
 
 
 def set_flow_steps(policy: Any, steps: int) -> None:

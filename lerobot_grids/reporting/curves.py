@@ -137,7 +137,9 @@ def chart(
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     values = {label: [y for _, y in points] for label, points in lines.items()}
     said = {
-        label: f"{min(each):.4g} to {max(each):.4g}" if dots or counts else f"{each[-1]:.4g}"
+        label: " to ".join(dict.fromkeys((f"{min(each):.4g}", f"{max(each):.4g}")))
+        if dots or counts
+        else f"{each[-1]:.4g}"
         for label, each in values.items()
     }
     words = ", ".join(f"{label} {text}" for label, text in said.items())

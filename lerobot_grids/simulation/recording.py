@@ -1,9 +1,13 @@
 """Record demonstrations of a scripted expert as a LeRobotDataset."""
 
 import shutil
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,8 +19,26 @@ from lerobot_policy_grids.errors import SimulationError
 
 from .demonstrations import Demonstration, Demonstrator
 
+# Ctrl-C, and the request to end.
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
-def demonstrations(demonstrator: Demonstrator, episodes: int, seed: int, workers: int) -> Iterator[Demonstration]:
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a recording holds.
+
+    Attributes:
+        episodes: Number of episodes.
+        frames: Number of frames.
+        stopped: The exception that stopped it before all episodes were recorded, or None.
+    """
+
+    episodes: int
+    frames: int
+    stopped: BaseException | None = None
+
+
+def demonstrations(demonstrator: Demonstrator, episodes: int, seed: int, workers: int) -> Generator[Demonstration]:
     """Yield `episodes` successful episodes of each task; a failed one is repeated with the next seed.
 
     The result does not depend on `workers`, because seeds are used in order.
@@ -25,7 +47,11 @@ def demonstrations(demonstrator: Demonstrator, episodes: int, seed: int, workers
         SimulationError: If the expert fails more than three times as often as it succeeds.
     """
     # spawn: a forked process would inherit an OpenGL context that it cannot use.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # Ctrl-C reaches all processes of a terminal: workers end without a traceback, and this process says what is kept.
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    )
+    try:
         for task in demonstrator.tasks:
             successes = tries = 0
             pending: deque[Future[Demonstration | None]] = deque()
@@ -42,6 +68,8 @@ def demonstrations(demonstrator: Demonstrator, episodes: int, seed: int, workers
                 if episode is not None:
                     successes += 1
                     yield episode
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def record(
@@ -52,10 +80,11 @@ def record(
     seed: int = 5000,
     workers: int = 2,
     on_episode: Callable[[Demonstration], None] | None = None,
-) -> dict[str, int]:
+) -> Recorded:
     """Record demonstrations into a new LeRobotDataset (format v3.0).
 
-    The folder appears only when it is complete; an interrupted recording leaves nothing behind.
+    The folder appears only when it is complete. A recording that is stopped, by Ctrl-C or a request to end, keeps its
+    finished episodes as a dataset; without any, it leaves nothing behind.
 
     Args:
         output: Folder of the new dataset.
@@ -65,14 +94,12 @@ def record(
         workers: Number of processes that simulate.
         on_episode: Called with each `Demonstration`, for a progress bar.
 
-    Returns:
-        {"episodes": number, "frames": number}.
-
     Raises:
         OutputExistsError: If `output` exists.
         SimulationError: If a task or a renderer is missing, or the expert keeps failing.
     """
-    count = {"episodes": 0, "frames": 0}
+    recorded = frames = 0
+    stopped: BaseException | None = None
     datasets.disable_progress_bars()  # one per episode would overwrite the caller's bar
     output = Path(output)
     with atomic_folder(output) as folder:
@@ -86,18 +113,47 @@ def record(
             use_videos=False,
         )
         try:
-            for episode in demonstrations(demonstrator, episodes, seed, workers):
-                for step in range(episode.length):
-                    frame = {name: values[step] for name, values in episode.columns.items()}
-                    dataset.add_frame(frame | {"task": episode.instruction})
-                dataset.save_episode()
-                count["episodes"] += 1
-                count["frames"] += episode.length
-                if on_episode is not None:
-                    on_episode(episode)
+            with closing(demonstrations(demonstrator, episodes, seed, workers)) as shown:
+                for episode in shown:
+                    with stopping_afterwards():
+                        _save(dataset, episode)
+                        recorded += 1
+                        frames += episode.length
+                    if on_episode is not None:
+                        on_episode(episode)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if not recorded:
+                raise
+            stopped = stop
         finally:
             # Needed after an interruption too: otherwise LeRobot writes the folder again after it was removed.
-            dataset.finalize()
+            with stopping_afterwards():
+                dataset.finalize()
         # The images are in the parquet files now; LeRobot does not remove its temporary folders.
         shutil.rmtree(folder / "images", ignore_errors=True)
-    return count
+    return Recorded(recorded, frames, stopped)
+
+
+def _save(dataset: LeRobotDataset, episode: Demonstration) -> None:
+    for step in range(episode.length):
+        frame = {name: values[step] for name, values in episode.columns.items()}
+        dataset.add_frame(frame | {"task": episode.instruction})
+    dataset.save_episode()
+
+
+@contextmanager
+def stopping_afterwards() -> Iterator[None]:
+    """In this block Ctrl-C and a request to end wait for its end, so that what it writes is whole."""
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread gets signals.
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)

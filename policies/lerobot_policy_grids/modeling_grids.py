@@ -24,6 +24,7 @@ from .families import DensePolicy, Seam, get_family
 from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
+from .looks import showing
 from .reducers import Reducer, ReducerConfig, reducer_config
 from .reducers.base import MapReducer
 from .runtime import FastRuntime
@@ -323,7 +324,7 @@ class GridsPolicy(PreTrainedPolicy):
             GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
         state = batch.get(OBS_STATE)
-        with self._acting():
+        with self._acting(), showing(self, batch):
             return _finite(self.require_attached().predict_action_chunk(batch, **kwargs), state)
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
@@ -333,7 +334,7 @@ class GridsPolicy(PreTrainedPolicy):
             GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
         state = batch.get(OBS_STATE)
-        with self._acting():
+        with self._acting(), showing(self, batch):
             return _finite(self.require_attached().select_action(batch, **kwargs), state)
 
     def _acting(self) -> AbstractContextManager[None]:

@@ -6,8 +6,9 @@ import torch
 
 from driving import act, train_offsets, wrap
 from lerobot_grids.looks.drawing import TRUE, canvas_size, draw
-from lerobot_grids.looks.points import Points, look
+from lerobot_grids.looks.points import look
 from lerobot_policy_grids.families.seam import Seam
+from lerobot_policy_grids.looks import Points
 
 MARK = (0.7, 0.3)
 

@@ -1,6 +1,7 @@
 """A card shows what is known and what was measured; what is not known is not there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -56,6 +57,21 @@ def test_real_results_of_the_project(tmp_path):
         ("sweep-into-v3", 0.92),
         ("hand-insert-v3", 0.92),
     ]
+
+
+def test_denoising_steps_are_shown_where_there_are_any(tmp_path):
+    card = render(replace(FACTS, num_steps=2), Measurements())
+    assert "One action chunk takes 2 denoising steps." in card
+    assert "denoising" not in render(FACTS, Measurements())
+    kept_results.write_evaluation("demo", "grids16", tmp_path / "grids16.json")
+    saved = json.loads((tmp_path / "grids16.json").read_text())
+    (tmp_path / "fewer.json").write_text(json.dumps(saved | {"policy": "fewer", "num_steps": 1}))
+    measured = read_measurements(
+        [tmp_path / "grids16.json", tmp_path / "fewer.json"], lambda policy: policy.endswith("grids16")
+    )
+    rows = [line.count("|") for line in render(FACTS, measured).splitlines() if "| all |" in line or "seeds |" in line]
+    assert rows == [9, 9, 9]
+    assert "| fewer | 16 | 1 | all | 94/100 |" in render(FACTS, measured)
 
 
 def test_costs_that_were_only_counted_show_no_milliseconds(tmp_path):

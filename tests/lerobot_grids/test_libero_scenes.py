@@ -153,7 +153,7 @@ def test_a_recording_has_the_names_of_lerobots_environment(recording):
     folder, count = recording
     dataset = LeRobotDataset("local/demos", root=folder)
     item = dataset[0]
-    assert len(dataset) == count["frames"]
+    assert len(dataset) == count.frames
     assert item["task"] == "pick up the bbq sauce and place it in the basket"
     assert item["observation.images.image"].shape == item["observation.images.image2"].shape == (3, SIZE, SIZE)
     assert item["observation.state"].shape == (8,)

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from lerobot_grids.looks.drawing import HATCH, LOST, OTHER, PADDING, TRUE, draw
-from lerobot_grids.looks.points import Points
+from lerobot_grids.looks.episode import Episode, open_episode
+from lerobot_grids.looks.points import look
 from lerobot_grids.looks.sheets import Line, Row, sheet
+from lerobot_grids.policies import load
 from lerobot_grids_cli.main import main
+from lerobot_policy_grids.looks import Points
 from lerobot_policy_grids.reducers import ReducerConfig, TokenLayout, reducer_config
 from lerobot_policy_grids.reducers.base import MapReducer
 
@@ -244,7 +247,21 @@ def test_an_interrupted_view_leaves_no_half_written_file(grids_checkpoint, datas
     monkeypatch.setattr(CountingBar, "advance", stop)
     arguments = [f"--policy={grids_checkpoint}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]
     assert main(["view", *arguments]) == 130
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_without_numbers_is_named(grids_checkpoint, dataset, tmp_path, capsys, monkeypatch):
+    frames = Episode.batches
+
+    def spoiled(self, size):
+        for raw in frames(self, size):
+            raw["observation.state"][raw["frame_index"] == 7] = torch.nan
+            yield raw
+
+    monkeypatch.setattr(Episode, "batches", spoiled)
+    assert main(["view", f"--policy={grids_checkpoint}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]) == 1
+    assert "'observation.state' holds NaN or infinity in frame 7 of this episode" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_rerun_the_hint_says_how_to_install_it(grids_checkpoint, dataset, tmp_path, capsys, monkeypatch):
@@ -256,14 +273,85 @@ def test_without_rerun_the_hint_says_how_to_install_it(grids_checkpoint, dataset
     assert list(tmp_path.iterdir()) == []
 
 
+class Screen:
+    """What a process shows in rerun, as far as drawing points needs it."""
+
+    def __init__(self, is_on=True):
+        self.is_on, self.drawn = is_on, {}
+
+    def get_global_data_recording(self):
+        return object() if self.is_on else None
+
+    def Points2D(self, places, colors, radii):
+        return places, radii
+
+    def log(self, name, drawn, static):
+        self.drawn[name] = drawn
+
+
+@pytest.fixture
+def acting(grids_checkpoint):
+    """A policy, and a batch whose images are half as high as they are wide."""
+    loaded = load(str(grids_checkpoint))
+    observation = {"observation.image": torch.rand(3, 48, 96), "observation.state": torch.zeros(4), "task": "push"}
+    return loaded.policy, loaded.preprocessor(observation)
+
+
+def test_points_appear_over_what_lerobots_command_shows(acting, monkeypatch):
+    """With its --display_data=true: in pixels of the camera, once for each look."""
+    policy, batch = acting
+    expected = look(policy, batch)["observation.image"][0]
+    screen = Screen()
+    monkeypatch.setitem(sys.modules, "rerun", screen)
+    policy.select_action(batch)
+    assert screen.drawn.keys() == {"observation.image/points", "observation.image/reads"}
+    places, _ = screen.drawn["observation.image/points"]
+    np.testing.assert_allclose(places, expected.in_camera() * (96, 48), rtol=1e-5)
+    # The image fills half of what the vision tower sees, whose width it has.
+    assert places[:, 1].max() > 1.5 * np.asarray(expected.coordinates)[:, 1].min() * 48
+    assert screen.drawn["observation.image/reads"][1] == pytest.approx(expected.reads[0] * 96)
+    screen.drawn.clear()
+    # Now it comes from the queue.
+    policy.select_action(batch)
+    assert screen.drawn == {}
+    policy.predict_action_chunk(batch)
+    assert len(screen.drawn) == 2
+
+
+def test_nothing_is_drawn_where_nothing_is_shown(acting, monkeypatch):
+    policy, batch = acting
+    screen = Screen(is_on=False)
+    monkeypatch.setitem(sys.modules, "rerun", screen)
+    policy.predict_action_chunk(batch)
+    assert screen.drawn == {}
+
+
+def test_a_screen_that_fails_does_not_stop_the_robot(acting, monkeypatch, caplog):
+    policy, batch = acting
+    screen = Screen()
+    monkeypatch.setattr(screen, "log", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setitem(sys.modules, "rerun", screen)
+    assert policy.select_action(batch).isfinite().all()
+    assert "where the policy looks is not shown: ZeroDivisionError" in caplog.text
+
+
+def test_without_a_display_the_viewer_is_not_opened(grids_checkpoint, dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lerobot_grids.looks.rerun_log.find_spec", lambda name: name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["view", f"--policy={grids_checkpoint}", f"--dataset={dataset}", "--rerun=spawn"]) == 1
+    assert "this machine has no display; give a file, such as look.rrd" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(find_spec("rerun") is None, reason="needs rerun-sdk")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_rerun_gets_images_points_states_and_actions(two_cameras, two_camera_dataset, tmp_path):
     """Read back with rerun: points are in pixels of the camera."""
     recording = pytest.importorskip("rerun.recording")
-    from lerobot_grids.looks.episode import open_episode
     from lerobot_grids.looks.view import watch
-    from lerobot_grids.policies import load
 
     file = tmp_path / "look.rrd"
     arguments = [f"--policy={two_cameras}", f"--dataset={two_camera_dataset}", "--max_frames=3", f"--rerun={file}"]

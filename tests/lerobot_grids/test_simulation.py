@@ -94,8 +94,9 @@ def recording(tmp_path_factory):
 def test_a_recording_is_a_lerobot_dataset(recording):
     output, count = recording
     dataset = LeRobotDataset("local/demos", root=output)
-    assert dataset.meta.total_episodes == count["episodes"] == 4
-    assert len(dataset) == count["frames"]
+    assert dataset.meta.total_episodes == count.episodes == 4
+    assert len(dataset) == count.frames
+    assert count.stopped is None
     assert sorted(dataset.meta.tasks.index) == ["Push a mug under a coffee machine", "Push the puck to a goal"]
     item = dataset[0]
     assert item["observation.image"].shape == (3, 64, 64)
@@ -108,15 +109,6 @@ def test_a_recording_is_a_lerobot_dataset(recording):
 def test_a_recording_is_never_overwritten(recording):
     with pytest.raises(OutputExistsError, match="already exists"):
         record(recording[0], MetaworldDemonstrator("push-v3"), episodes=1)
-
-
-def test_an_interrupted_recording_leaves_nothing(tmp_path):
-    def stop(episode):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        record(tmp_path / "demos", MetaworldDemonstrator("push-v3"), episodes=1, workers=1, on_episode=stop)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_trained_policy_in_the_package_acts():

@@ -2,10 +2,11 @@
 
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
@@ -13,6 +14,7 @@ from lerobot_grids.data import load_metadata
 from lerobot_policy_grids import GridsConfig, GridsPolicy, ReducerConfig, TinySmolVLAConfig, compress
 from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
+from lerobot_policy_grids.families import families, get_family
 
 
 def test_lerobots_factories_build_it(dataset):
@@ -211,3 +213,12 @@ def test_lora_targets_match_the_same_modules_as_in_the_base(grids_checkpoint):
     assert len(expected) > 0
     assert matched(policy, ours["target_modules"]) == [f"base.{name}" for name in expected]
     assert ours["modules_to_save"] == ["reducer"]
+
+
+@pytest.mark.parametrize("kind", families())
+def test_the_steps_of_a_flow_are_a_number_of_the_configuration(kind):
+    defaults = {field.name: field.default for field in fields(PreTrainedConfig.get_choice_class(kind))}
+    counted = {name for name in defaults if re.fullmatch(r"num_(\w+_)?(steps|timesteps)", name)}
+    field = get_family(kind).flow_steps
+    # The only one that counts steps, or none of them does.
+    assert counted == ({field} if field else set())

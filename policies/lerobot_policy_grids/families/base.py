@@ -128,6 +128,7 @@ class Family(ABC):
             the Hub.
         repositories: Field, key inside one, or option -> the repositories of tokenizers and models that it may name,
             or the words that it may hold.
+        flow_steps: Field of the configuration with the number of its flow's integration steps; None without a flow.
         reads_state: Whether it cannot do without the robot's state.
         spares_cameras: Whether it goes without a camera that sends no image.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
@@ -141,6 +142,7 @@ class Family(ABC):
     extra: ClassVar[str | None]
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str | None]]] = {}
+    flow_steps: ClassVar[str | None] = None
     reads_state: ClassVar[bool] = True
     spares_cameras: ClassVar[bool] = True
     camera_prefix: ClassVar[str] = ""

@@ -63,6 +63,7 @@ class EO1(Family):
 
     resolution_field = None
     extra = "eo1"
+    flow_steps = "num_denoise_steps"
     position_ids = "dense"
     steps: ClassVar = {
         "eo1_conversation_template_processor": frozenset({"input_features", "chunk_size"}),
@@ -125,7 +126,7 @@ class EO1(Family):
 
     def stages(self, policy: DensePolicy) -> Stages:
         visual = policy.model.vlm_backbone.model.visual
-        return Stages(visual, visual.merger, "num_denoise_steps", "embed_prefix")
+        return Stages(visual, visual.merger, self.flow_steps, "embed_prefix")
 
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix.shape[1])

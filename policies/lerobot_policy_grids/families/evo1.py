@@ -68,6 +68,7 @@ class Evo1(Family):
 
     resolution_field = "image_resolution"
     extra = "evo1"
+    flow_steps = "num_inference_timesteps"
     counted_on_meta = True
     steps: ClassVar = {
         "evo1_pad_state_processor": frozenset({"max_state_dim"}),
@@ -145,7 +146,7 @@ class Evo1(Family):
 
     def stages(self, policy: DensePolicy) -> Stages:
         vlm = policy.model.embedder.model
-        return Stages(vlm.vision_tower, vlm.multi_modal_projector, "num_inference_timesteps", "get_vl_embeddings")
+        return Stages(vlm.vision_tower, vlm.multi_modal_projector, self.flow_steps, "get_vl_embeddings")
 
     def set_steps(self, policy: DensePolicy, steps: int) -> None:
         super().set_steps(policy, steps)

@@ -58,6 +58,7 @@ class Pi(Family):
 
     resolution_field = "image_resolution"
     extra = "pi"
+    flow_steps: ClassVar[str | None] = "num_inference_steps"
     reference = "openpi"
     counted_on_meta = True
     steps: ClassVar = {
@@ -169,7 +170,7 @@ class Pi(Family):
 
     def stages(self, policy: DensePolicy) -> Stages:
         paligemma = _paligemma(policy)
-        return Stages(paligemma.vision_tower, paligemma.multi_modal_projector, "num_inference_steps", "embed_prefix")
+        return Stages(paligemma.vision_tower, paligemma.multi_modal_projector, self.flow_steps, "embed_prefix")
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
         config = super().config(inputs, outputs, size, dtype)
@@ -210,6 +211,9 @@ class Pi(Family):
 
 class PiFast(Pi):
     """π0-FAST, which decodes action tokens one by one."""
+
+    # It decodes tokens.
+    flow_steps = None
 
     steps: ClassVar = {
         "pi0_fast_prepare_state_tokenizer_processor_step": PROMPT_OPTIONS,

@@ -73,6 +73,7 @@ class SmolVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "smolvla"
+    flow_steps = "num_steps"
     reference = "lerobot"
     steps: ClassVar = {"smolvla_new_line_processor": frozenset()}
     repositories: ClassVar = {"vlm_model_name": MODELS, "tokenizer_name": MODELS}
@@ -177,7 +178,7 @@ class SmolVLA(Family):
 
     def stages(self, policy: DensePolicy) -> Stages:
         vlm = policy.model.vlm_with_expert.get_vlm_model()
-        return Stages(vlm.vision_model, vlm.connector, "num_steps", "embed_prefix")
+        return Stages(vlm.vision_model, vlm.connector, self.flow_steps, "embed_prefix")
 
     @contextmanager
     def offline(self, config: Any) -> Iterator[None]:

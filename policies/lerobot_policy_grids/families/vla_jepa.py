@@ -35,6 +35,7 @@ class VLAJEPA(Family):
 
     resolution_field = None
     extra = "vla_jepa"
+    flow_steps = "num_inference_timesteps"
     position_ids = "dense"
     # Without a state LeRobot leaves it out.
     reads_state = False
@@ -107,7 +108,7 @@ class VLAJEPA(Family):
 
     def stages(self, policy: DensePolicy) -> Stages:
         visual = policy.model.qwen.model.model.visual
-        return Stages(visual, visual.merger, "num_inference_timesteps", "_qwen_last_decoder_hidden")
+        return Stages(visual, visual.merger, self.flow_steps, "_qwen_last_decoder_hidden")
 
     def set_steps(self, policy: DensePolicy, steps: int) -> None:
         super().set_steps(policy, steps)

@@ -95,6 +95,7 @@ class XVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "xvla"
+    flow_steps = "num_denoising_steps"
     position_ids = "dense"
     # Without a state LeRobot gives it zeros.
     reads_state = False
@@ -219,7 +220,7 @@ class XVLA(Family):
 
     def stages(self, policy: DensePolicy) -> Stages:
         vlm = policy.model.vlm
-        return Stages(vlm.vision_tower, vlm.multi_modal_projector, "num_denoising_steps", "forward_vlm")
+        return Stages(vlm.vision_tower, vlm.multi_modal_projector, self.flow_steps, "forward_vlm")
 
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix["vlm_features"].shape[1] + prefix["aux_visual_inputs"].shape[1])
