@@ -111,6 +111,13 @@ def timed(owner: Any, name: str, now: Callable[[], float], spent: list[float]) -
 def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     """(Object, method, stage) of the stages that can be timed on their own."""
     base = dense_policy(policy)
+    runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
+    if get_family(base.config.type).stages(base).steps_field is None:
+        backbone = base.model.backbone
+        if runtime is None:
+            return [(backbone, "forward", "vision")]
+        (program,) = runtime.programs.values()
+        return [(program.phases.prefill.backbone, "forward", "vision"), (program, "denoise_step", "steps")]
     encoder = next(
         module
         for name, module in get_family(base.config.type).stages(base).vision.named_modules()
@@ -170,14 +177,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     dense = build(options)
     family = get_family(options.family)
     batch = make_batch(dense, options.padded or family.language_tokens, options.device)
-    batch[OBS_LANGUAGE_ATTENTION_MASK][:, options.words :] = False
-    shape = (1, dense.config.chunk_size, dense.config.max_action_dim)
-    noise = torch.randn(shape, device=options.device)
+    given = {}
+    if family.stages(dense).steps_field is not None:
+        batch[OBS_LANGUAGE_ATTENTION_MASK][:, options.words :] = False
+        shape = (1, dense.config.chunk_size, dense.config.max_action_dim)
+        given["noise"] = torch.randn(shape, device=options.device)
     rows: list[Row] = []
 
     @torch.no_grad()
     def add(name: str, policy: Any, expected: torch.Tensor | None = None) -> torch.Tensor:
-        row, chunk = measure(name, policy, lambda: policy.predict_action_chunk(dict(batch), noise=noise), options)
+        row, chunk = measure(name, policy, lambda: policy.predict_action_chunk(dict(batch), **given), options)
         if expected is not None:
             row.difference = float((chunk - expected).abs().max() / (expected.max() - expected.min()))
         rows.append(row)
@@ -238,7 +247,7 @@ def print_row(row: Row) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="pi0, pi05 or smolvla")
+    parser.add_argument("--family", required=True, help="pi0, pi05, smolvla or act")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     more = "also with tokens sampled inside the vision tower, after so many layers"
     parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)

@@ -135,6 +135,7 @@ class Family(ABC):
         reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
             none.
         counted_on_meta: Whether its FLOPs can be counted without values.
+        exports: Whether the phases that it has are those that can be exported: of an instruction and a flow.
     """
 
     resolution_field: ClassVar[str | None]
@@ -147,6 +148,7 @@ class Family(ABC):
     position_ids: ClassVar[str] = "consecutive"
     reference: ClassVar[str | None] = None
     counted_on_meta: ClassVar[bool] = False
+    exports: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ a warning says why.
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import GridsError, first_line
 from .flow import integrate
-from .phases import Observation, Phases, UnavailableError
+from .phases import Phases, UnavailableError
 from .program import Loop, Program
 from .quantised import QUANTISATIONS, quantise
 from .weights import Mark, mark
@@ -87,7 +87,7 @@ class FastRuntime:
 
     def chunk(
         self,
-        observation: Observation,
+        observation: Any,
         noise: Tensor,
         *,
         cameras: list[int],
@@ -98,7 +98,7 @@ class FastRuntime:
         """An action chunk [b, t, a].
 
         Args:
-            observation: What the policy sees.
+            observation: What the policy sees: `Observation`, or another NamedTuple of what its prefill takes.
             noise: What it starts from, [b, t, a].
             cameras: Numbers of the cameras whose images these are.
             steps: Denoising steps.
@@ -114,7 +114,7 @@ class FastRuntime:
         key = (shapes, noise.device, tuple(cameras), self._budget(cameras), steps)
         # Tensors of inference mode cannot be written to outside it, and graphs keep some.
         with torch.inference_mode(False), torch.no_grad():
-            observation, noise = Observation(*map(_own, observation)), _own(noise)
+            observation, noise = observation._make(map(_own, observation)), _own(noise)
             if key not in self.programs:
                 return self._first(key, observation, noise, cameras, steps, eager, loop)
             program = self.programs[key]
@@ -125,7 +125,7 @@ class FastRuntime:
     def _first(
         self,
         key: Any,
-        observation: Observation,
+        observation: Any,
         noise: Tensor,
         cameras: list[int],
         steps: int,
@@ -154,9 +154,9 @@ class FastRuntime:
         self.programs[key] = program
         self.differences[key] = difference
         print(
-            f"{self.title}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual tokens, "
-            f"{observation.tokens.shape[1]} language tokens on {noise.device}: the first action chunk differs from the "
-            f"eager one by {difference:.1e} of the range of the actions (at most {bound:.0e})",
+            f"{self.title}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual "
+            f"tokens{_words(observation)} on {noise.device}: the first action chunk differs from the eager one by "
+            f"{difference:.1e} of the range of the actions (at most {bound:.0e})",
             file=sys.stderr,
             flush=True,
         )
@@ -228,6 +228,11 @@ def _blocked_by_torch(noise: Tensor) -> str | None:
 
 def _own(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
+
+
+def _words(observation: Sequence[Tensor]) -> str:
+    tokens = getattr(observation, "tokens", None)
+    return "" if tokens is None else f", {tokens.shape[1]} language tokens"
 
 
 def _described(budget: Any) -> str:

@@ -1,5 +1,8 @@
 """What a policy does for one action chunk, in two phases: a prefill, and a denoising step that is repeated.
 
+Most families take an `Observation` and leave a `Cache`. Others have NamedTuples of their own. A family that predicts
+its actions in one pass has a single step, which does not read the noise.
+
 Both are plain modules, functions of tensors alone. Their shapes follow from the batch, the cameras, K and the bucket of
 the language's length. Nothing in them reads a value back to the CPU, so that they can be compiled, recorded as a
 CUDA graph, exported and timed one by one.
@@ -71,7 +74,7 @@ class Phases:
     Attributes:
         prefill: `prefill(*Observation) -> Cache`: vision tower, sampler and trunk.
         denoise_step: `denoise_step(cache, x_t, step) -> velocity`: x_t and the velocity float32 [b, t, a], step
-            int64 [1], the number of a step; its time is 1 - step / steps.
+            int64 [1], the number of a step; its time is 1 - step / steps. Some families predict the actions themselves.
         unused: Modules with weights that no phase reads.
     """
 
