@@ -118,14 +118,13 @@ def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
             return [(backbone, "forward", "vision")]
         (program,) = runtime.programs.values()
         return [(program.phases.prefill.backbone, "forward", "vision"), (program, "denoise_step", "steps")]
-    encoder = next(
-        module
-        for name, module in get_family(base.config.type).stages(base).vision.named_modules()
-        if name.endswith("encoder")
-    )
+    vision = get_family(base.config.type).stages(base).vision
+    encoder = next((module for name, module in vision.named_modules() if name.endswith("encoder")), vision)
     runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
     if runtime is None:
-        return [(encoder, "forward", "vision"), (base.model, "denoise_step", "steps")]
+        if hasattr(base.model, "denoise_step"):
+            return [(encoder, "forward", "vision"), (base.model, "denoise_step", "steps")]
+        return [(encoder, "forward", "vision"), (base.model.transformer, "forward", "steps")]
     (program,) = runtime.programs.values()
     if program is None:
         raise SystemExit(f"the fast path does not act: {runtime.differences}")
@@ -186,7 +185,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     @torch.no_grad()
     def add(name: str, policy: Any, expected: torch.Tensor | None = None) -> torch.Tensor:
-        row, chunk = measure(name, policy, lambda: policy.predict_action_chunk(dict(batch), **given), options)
+        def act() -> torch.Tensor:
+            # Of families that draw the noise themselves.
+            torch.manual_seed(0)
+            chunk: torch.Tensor = policy.predict_action_chunk(dict(batch), **given)
+            return chunk
+
+        row, chunk = measure(name, policy, act, options)
         if expected is not None:
             row.difference = float((chunk - expected).abs().max() / (expected.max() - expected.min()))
         rows.append(row)
@@ -247,7 +252,7 @@ def print_row(row: Row) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="pi0, pi05, smolvla or act")
+    parser.add_argument("--family", required=True, help="pi0, pi05, smolvla, xvla or act")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     more = "also with tokens sampled inside the vision tower, after so many layers"
     parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)

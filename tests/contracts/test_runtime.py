@@ -18,6 +18,7 @@ from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import act as act_family
 from lerobot_policy_grids.families import acting, get_family
 from lerobot_policy_grids.families import seam as seams
+from lerobot_policy_grids.families import xvla as xvla_family
 from lerobot_policy_grids.runtime import buckets, fast, flow, graphs, layers, program, quantised
 
 # Share of the range of the actions. Both paths are float32 and round in other places; 2e-7 was measured.
@@ -85,7 +86,7 @@ def small(row):
 FLOWS = ("pi0", "pi05", "tiny_smolvla")
 
 
-@pytest.fixture(params=[*FLOWS, "act"])
+@pytest.fixture(params=[*FLOWS, "act", "xvla"])
 def phased(request, family_row):
     """A small policy whose family has phases, and a batch."""
     return small(family_row(request.param))
@@ -156,8 +157,16 @@ WRONG_ACT = {
     "queries": (act_family._Decode, "_among_themselves", lambda self, number, hidden: hidden),
     "layers": (act_family, "_feed_forward", lambda layer, hidden: hidden),
 }
+WRONG_XVLA = {
+    "positions": (xvla_family._Prefill, "_rows", lambda self, table, segments, like: torch.zeros_like(like)),
+    "instruction": (xvla_family._Prefill, "_read", lambda self, hidden, segments: hidden),
+    "times": (xvla_family, "_times", lambda steps: [1.0] * steps),
+    "steps": (xvla_family, "_refine", lambda space, predict, noise, at: space.postprocess(predict(noise, at[:1]))),
+    "first layer": (xvla_family, "_attend", lambda block, hidden, heads: hidden),
+}
 FAULTS = [(name, fault) for name in FLOWS for fault in WRONG.items()]
 FAULTS += [("act", fault) for fault in WRONG_ACT.items()]
+FAULTS += [("xvla", fault) for fault in WRONG_XVLA.items()]
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS, ids=lambda value: value if isinstance(value, str) else value[0])
@@ -445,6 +454,35 @@ def test_variants_of_one_family(family_row, variant):
     assert apart(expected, act(policy, batch)) < bound
 
 
+VARIANTS_OF_XVLA = {
+    "an empty view": {"num_image_views": 3},
+    "projections of each kind of robot": {"use_hetero_proj": True},
+    "positions of the first tokens": {},
+    "no state": {"use_proprio": False},
+    "one layer": {"depth": 1},
+    "one step": {"num_denoising_steps": 1},
+    "a gripper": {"action_mode": "joint", "max_state_dim": 14},
+    "half precision": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS_OF_XVLA)
+def test_variants_of_xvla(family_row, variant):
+    row = family_row("xvla")
+    base = row.policy(2, **VARIANTS_OF_XVLA[variant])
+    options = {"position_ids": "consecutive"} if variant == "positions of the first tokens" else {}
+    policy, batch = train_offsets(wrap(base, 5, **options)), row.batch(base) | {"domain_id": torch.tensor([1, 0, 1])}
+    other = batch | {"domain_id": torch.tensor([0, 0, 0])}
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    (found,) = policy.seam.runtime.differences.values()
+    bound = fast.BOUNDS[torch.bfloat16] / 2 if variant == "half precision" else ROUNDING
+    assert found < bound
+    assert apart(expected, act(policy, batch)) < bound
+    assert apart(expected, act(policy, other)) > 10 * ROUNDING
+
+
 @pytest.mark.parametrize("reducer", ["grids", "mean", "uniform", "pool", "tome", "random"])
 def test_every_reducer_before_the_trunk(pi0, reducer):
     policy, batch = pi0
@@ -510,7 +548,7 @@ def test_a_failure_to_build_is_said(pi0, monkeypatch, caplog):
     assert "only plain linear layers are joined" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["pi0_fast", "xvla"])
+@pytest.mark.parametrize("name", ["pi0_fast", "evo1", "eo1"])
 def test_families_without_phases_say_so(family_row, name):
     policy = wrap(family_row(name).policy(), 4)
     with pytest.raises(UnsupportedPolicyError, match=f"not available for a '{name}' policy.*use runtime=eager"):

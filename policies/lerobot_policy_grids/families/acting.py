@@ -59,7 +59,8 @@ def act_eagerly(policy: Any, seam: Seam) -> None:
     if seam.runtime is not None:
         seam.runtime.forget()
         seam.runtime = None
-        vars(policy.model).pop("sample_actions", None)
+        for loop in ("sample_actions", "generate_actions"):
+            vars(policy.model).pop(loop, None)
 
 
 def _sample_actions(
