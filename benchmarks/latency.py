@@ -122,6 +122,8 @@ def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     encoder = next((module for name, module in vision.named_modules() if name.endswith("encoder")), vision)
     runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
     if runtime is None:
+        if get_family(base.config.type).stages(base).decodes:
+            return [(encoder, "forward", "vision")]
         if hasattr(base.model, "denoise_step"):
             return [(encoder, "forward", "vision"), (base.model, "denoise_step", "steps")]
         return [(encoder, "forward", "vision"), (base.model.transformer, "forward", "steps")]
@@ -179,6 +181,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     given = {}
     if family.stages(dense).steps_field is not None:
         batch[OBS_LANGUAGE_ATTENTION_MASK][:, options.words :] = False
+    if family.stages(dense).steps_field is not None and not family.stages(dense).decodes:
         shape = (1, dense.config.chunk_size, dense.config.max_action_dim)
         given["noise"] = torch.randn(shape, device=options.device)
     rows: list[Row] = []
@@ -252,7 +255,7 @@ def print_row(row: Row) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="pi0, pi05, smolvla, xvla or act")
+    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla or act")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     more = "also with tokens sampled inside the vision tower, after so many layers"
     parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)

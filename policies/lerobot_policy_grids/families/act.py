@@ -51,7 +51,7 @@ class ACT(Family):
     position_ids = "dense"
     spares_cameras = False
     counted_on_meta = True
-    # It reads no instruction, and denoises nothing.
+    # It denoises nothing.
     exports = False
     # Not repositories, but functions of torchvision that LeRobot calls.
     repositories: ClassVar = {"vision_backbone": frozenset(f"resnet{layers}" for layers in (18, 34, 50, 101, 152))}

@@ -43,7 +43,7 @@ from ..reducers.interpolation import bilinear
 from ..reducers.layout import cell_coordinates
 from ..runtime import FastRuntime, Phases
 from ..runtime.layers import require_plain
-from .acting import Prepared
+from .acting import Draws, Prepared
 from .base import DensePolicy, Family, Recipe, Stages, Target, lower_right_region, refuse_second_attach
 from .characters import CHARACTERS, write_character_tokenizer
 from .seam import Seam
@@ -561,14 +561,13 @@ def _generate_actions(
     if not isinstance(image_input, Prepared):
         return own(image_input)
     model.eval()
-    random: Any = torch if proprio.device.type in ("cpu", "meta") else torch.get_device_module(proprio.device)
-    before = random.get_rng_state()
+    draws = Draws(proprio.device)
     shape = (len(input_ids), model.chunk_size, model.dim_action)
     noise = torch.randn(shape, device=proprio.device, dtype=model._get_target_dtype())
 
     def eager() -> Tensor:
         # LeRobot draws the noise itself: the same once more.
-        random.set_rng_state(before)
+        draws.again()
         return own(_reduce(policy, seam, image_input))
 
     cameras = seam.cameras_of(image_input.batch)

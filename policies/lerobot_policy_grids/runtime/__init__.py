@@ -3,7 +3,16 @@
 It knows torch and no policy: each family says in its own file what its phases are made of.
 """
 
-from .fast import QUANTISATIONS, RUNTIMES, FastRuntime
+from .fast import QUANTISATIONS, RUNTIMES, Comparison, FastRuntime
 from .phases import Cache, Observation, Phases, UnavailableError
 
-__all__ = ["QUANTISATIONS", "RUNTIMES", "Cache", "FastRuntime", "Observation", "Phases", "UnavailableError"]
+__all__ = [
+    "QUANTISATIONS",
+    "RUNTIMES",
+    "Cache",
+    "Comparison",
+    "FastRuntime",
+    "Observation",
+    "Phases",
+    "UnavailableError",
+]

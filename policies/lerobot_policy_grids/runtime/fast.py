@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,25 @@ BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 TF32_BOUND = 2e-2
 # With weights of 8 bits.
 INT8_BOUND = 5e-2
+
+
+class Comparison(NamedTuple):
+    """How far two action chunks are apart.
+
+    Attributes:
+        of: What is compared.
+        share: (What the fast path gave, what the slow one gave) to the difference as a share of the range of that.
+    """
+
+    of: str
+    share: Callable[[Tensor, Tensor], float]
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / (expected.max() - expected.min()).clamp_min(1e-9))
+
+
+BY_VALUES = Comparison("actions", _apart)
 
 
 class FastRuntime:
@@ -94,6 +113,7 @@ class FastRuntime:
         steps: int,
         eager: Callable[[], Tensor],
         loop: Loop = integrate,
+        compare: Comparison | None = None,
     ) -> Tensor:
         """An action chunk [b, t, a].
 
@@ -104,6 +124,7 @@ class FastRuntime:
             steps: Denoising steps.
             eager: The slow path, from the same observation and noise.
             loop: Runs the denoising steps.
+            compare: How far apart two chunks are, if not by their values.
         """
         reason = self._blocked() or _blocked_by_torch(noise)
         if reason is not None:
@@ -116,7 +137,7 @@ class FastRuntime:
         with torch.inference_mode(False), torch.no_grad():
             observation, noise = observation._make(map(_own, observation)), _own(noise)
             if key not in self.programs:
-                return self._first(key, observation, noise, cameras, steps, eager, loop)
+                return self._first(key, observation, noise, cameras, steps, eager, loop, compare or BY_VALUES)
             program = self.programs[key]
             if program is not None:
                 return program(observation, noise, loop)
@@ -131,6 +152,7 @@ class FastRuntime:
         steps: int,
         eager: Callable[[], Tensor],
         loop: Loop,
+        compare: Comparison,
     ) -> Tensor:
         """Build the program for observations of a shape, and hold it against the slow path."""
         expected = eager()
@@ -145,10 +167,10 @@ class FastRuntime:
         if not bool(expected.isfinite().all()):
             # Nothing can be learnt from it, and whoever asked refuses it.
             return expected
-        difference = float((found - expected).abs().max() / (expected.max() - expected.min()).clamp_min(1e-9))
+        difference = compare.share(found, expected)
         bound = self._bound(noise.device)
         if not difference <= bound:
-            apart = f"{difference:.1e} of the range of the actions"
+            apart = f"{difference:.1e} of the range of the {compare.of}"
             self._refuse(key, f"its first action chunk differs by {apart}, more than {bound:.0e}")
             return expected
         self.programs[key] = program
@@ -156,7 +178,7 @@ class FastRuntime:
         print(
             f"{self.title}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual "
             f"tokens{_words(observation)} on {noise.device}: the first action chunk differs from the eager one by "
-            f"{difference:.1e} of the range of the actions (at most {bound:.0e})",
+            f"{difference:.1e} of the range of the {compare.of} (at most {bound:.0e})",
             file=sys.stderr,
             flush=True,
         )

@@ -53,7 +53,7 @@ class Program:
             with torch.no_grad():
                 return self.denoise_step(cache, x_t, number)
 
-        return loop(velocity, noise, self.numbers)
+        return loop(velocity, self.phases.start(cache, noise), self.numbers)
 
     def _record(self, observation: tuple[Tensor, ...], noise: Tensor) -> None:
         """Replace both phases by CUDA graphs; one graph serves all steps."""
