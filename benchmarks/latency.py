@@ -37,7 +37,7 @@ from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
 from lerobot_policy_grids.reducers import reducer_config
-from lerobot_policy_grids.runtime import QUANTISATIONS
+from lerobot_policy_grids.runtime import PRECISIONS, QUANTISATIONS
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 STAGES = ("vision", "prefill", "steps", "total")
@@ -216,10 +216,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         name = f"K={options.tokens}" + ("" if layer is None else f" L={layer}")
         expected = add(name, policy)
         runtimes = ("fast", *(["compiled"] if options.compiled else []))
-        for runtime, quantisation in itertools.product(runtimes, ("none", *options.quantise)):
-            policy.use_runtime(runtime, quantisation)
+        ways = [("none", "own"), *((way, "own") for way in options.quantise), *(("none", p) for p in options.precision)]
+        for runtime, (quantisation, precision) in itertools.product(runtimes, ways):
+            policy.use_runtime(runtime, quantisation, precision)
             policy.warm_up(batch)
-            add(f"{name} {runtime}" + ("" if quantisation == "none" else f" {quantisation}"), policy, expected)
+            add(" ".join([name, runtime, *({quantisation, precision} - {"none", "own"})]), policy, expected)
         dense = policy.detach()
     return {
         "kind": "latency",
@@ -230,6 +231,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": options.tokens,
         "sample_after_layer": options.sample_after_layer,
         "quantise": options.quantise,
+        "precision": options.precision,
         "dense_tokens": family.layout(dense).num_dense_tokens,
         "words": options.words,
         "device": device_name(options.device),
@@ -272,6 +274,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile, which takes minutes")
     weights = "also with weights of 8 bits in trunk and expert: int8, int8_dynamic; needs torchao"
     parser.add_argument("--quantise", nargs="+", default=[], choices=QUANTISATIONS[1:], help=weights)
+    products = "also with products of float32 of another precision: fp32, tf32, bf16; makes a difference on a GPU"
+    parser.add_argument("--precision", nargs="+", default=[], choices=PRECISIONS[1:], help=products)
     parser.add_argument("--json", type=Path, help="append the result to this file, as one line")
     options = parser.parse_args()
     if options.threads:

@@ -22,6 +22,7 @@ from lerobot_policy_grids.families import seam as seams
 from lerobot_policy_grids.families import xvla as xvla_family
 from lerobot_policy_grids.runtime import buckets, fast, flow, graphs, layers, program, quantised
 from lerobot_policy_grids.runtime.phases import Rotation
+from lerobot_policy_grids.runtime.precision import precisely
 
 # Share of the range of the actions. Both paths are float32 and round in other places; 2e-7 was measured.
 ROUNDING = 3e-6
@@ -619,6 +620,41 @@ def test_runtime_is_an_option(family_row, tmp_path):
     assert GridsConfig.from_pretrained(tmp_path).runtime == "fast"
     with pytest.raises(GridsError, match="runtime 'quick' is unknown; choose one of eager, fast, compiled"):
         policy.use_runtime("quick")
+
+
+def seen_precision(policy, batch):
+    """The precisions in which the sampler was called, and what the process has afterwards."""
+    seen = []
+    handle = policy.reducer.register_forward_hook(lambda *call: seen.append(torch.get_float32_matmul_precision()))
+    act(policy, batch)
+    act(policy, batch)
+    handle.remove()
+    return seen, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside", "bound"),
+    [("own", "highest", 1e-4), ("fp32", "highest", 1e-4), ("tf32", "high", 2e-2), ("bf16", "medium", 5e-2)],
+)
+def test_precision_of_products(pi0, precision, inside, bound):
+    policy, batch = pi0
+    policy.use_runtime("fast", precision=precision)
+    assert policy.config.precision == precision
+    # The eager path, against which the fast one is held, computes as float32.
+    assert seen_precision(policy, batch) == (["highest", inside, inside], "highest")
+    assert policy.seam.runtime._bound(torch.device("cpu")) == bound
+    with precisely("tf32"):
+        # Of the process: on a GPU "own" follows it.
+        own = precision == "own"
+        assert policy.seam.runtime._bound(torch.device("cuda")) == (2e-2 if own else bound)
+
+
+def test_precision_that_is_none_or_has_no_runtime(pi0):
+    policy, _ = pi0
+    with pytest.raises(GridsError, match="precision 'fp8' is unknown; choose one of own, fp32, tf32, bf16"):
+        policy.use_runtime("fast", precision="fp8")
+    with pytest.raises(GridsError, match=r"precision=tf32 with runtime=eager.*give runtime=fast"):
+        policy.use_runtime("eager", precision="tf32")
 
 
 class Overwriting:

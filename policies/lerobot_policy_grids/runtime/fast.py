@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import GridsError, first_line
 from .flow import integrate
 from .phases import Phases, UnavailableError
+from .precision import PRECISIONS, precisely
 from .program import Loop, Program
 from .quantised import QUANTISATIONS, quantise
 from .weights import Mark, mark
@@ -28,6 +29,8 @@ RUNTIMES = ("eager", "fast", "compiled")
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Of float32 where matrix products round their inputs to 10 bits.
 TF32_BOUND = 2e-2
+# And to 7 bits.
+BF16_BOUND = BOUNDS[torch.bfloat16]
 # With weights of 8 bits.
 INT8_BOUND = 5e-2
 
@@ -57,6 +60,8 @@ class FastRuntime:
     Args:
         name: "fast" or "compiled".
         quantisation: One of `QUANTISATIONS`: of the weights of trunk and action expert.
+        precision: One of `PRECISIONS`: of products of float32 in the fast path. The slow one, against which it is held,
+            then computes them as float32.
         build: (numbers of the cameras, denoising steps) to the phases; raises UnavailableError.
         budget: Numbers of the cameras to what says how their tokens are reduced at the moment.
         weights: The modules whose weights the phases use.
@@ -73,14 +78,16 @@ class FastRuntime:
         self,
         name: str,
         quantisation: str = "none",
+        precision: str = "own",
         *,
         build: Callable[[list[int], int], Phases],
         budget: Callable[[list[int]], Any],
         weights: Callable[[], Iterable[nn.Module]],
         blocked: Callable[[], str | None],
     ) -> None:
-        self.name, self.quantisation = name, quantisation
+        self.name, self.quantisation, self.precision = name, quantisation, precision
         self.title = f"runtime={name}" + ("" if quantisation == "none" else f" quantise={quantisation}")
+        self.title += "" if precision == "own" else f" precision={precision}"
         self._build, self._budget, self._weights, self._blocked = build, budget, weights, blocked
         self.acting = False
         self.differences: dict[Any, float | str] = {}
@@ -140,7 +147,8 @@ class FastRuntime:
                 return self._first(key, observation, noise, cameras, steps, eager, loop, compare or BY_VALUES)
             program = self.programs[key]
             if program is not None:
-                return program(observation, noise, loop)
+                with precisely(self.precision):
+                    return program(observation, noise, loop)
         return eager()
 
     def _first(
@@ -155,11 +163,13 @@ class FastRuntime:
         compare: Comparison,
     ) -> Tensor:
         """Build the program for observations of a shape, and hold it against the slow path."""
-        expected = eager()
+        with precisely("own" if self.precision == "own" else "fp32"):
+            expected = eager()
         try:
-            phases = self._phases_of(cameras, steps)
-            program = Program(phases, steps, observation, noise, compiled=self.name == "compiled")
-            found = program(observation, noise, loop)
+            with precisely(self.precision):
+                phases = self._phases_of(cameras, steps)
+                program = Program(phases, steps, observation, noise, compiled=self.name == "compiled")
+                found = program(observation, noise, loop)
         except Exception as error:  # whatever it is, the robot can act without
             kind = "" if isinstance(error, GridsError) else f"{type(error).__name__}: "
             self._refuse(key, f"{kind}{first_line(error)}")
@@ -200,8 +210,11 @@ class FastRuntime:
         bound = max(BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes)
         if self.quantisation != "none":
             bound = max(bound, INT8_BOUND)
-        rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        return max(bound, TF32_BOUND) if rounds else bound
+        with precisely(self.precision):
+            products = torch.get_float32_matmul_precision()
+        if products == "highest" or (device.type != "cuda" and self.precision == "own"):
+            return bound
+        return max(bound, TF32_BOUND if products == "high" else BF16_BOUND)
 
     def _refuse(self, key: Any, reason: str) -> None:
         self.programs[key] = None
@@ -261,4 +274,4 @@ def _described(budget: Any) -> str:
     return "all" if budget is None else " + ".join(str(count) for count in budget[1])
 
 
-__all__ = ["QUANTISATIONS", "RUNTIMES", "FastRuntime", "UnavailableError"]
+__all__ = ["PRECISIONS", "QUANTISATIONS", "RUNTIMES", "FastRuntime", "UnavailableError"]
