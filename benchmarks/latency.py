@@ -173,15 +173,18 @@ def repeat(
     return seconds
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure all rows."""
+def run(options: argparse.Namespace, steps: int | None = None) -> dict[str, Any]:
+    """Measure all rows, with so many steps of the flow or with the family's own number."""
     dense = build(options)
     family = get_family(options.family)
+    field_of_steps = family.stages(dense).steps_field
+    if steps is not None and field_of_steps is not None:
+        setattr(dense.config, field_of_steps, steps)
     batch = make_batch(dense, options.padded or family.language_tokens, options.device)
     given = {}
-    if family.stages(dense).steps_field is not None:
+    if field_of_steps is not None:
         batch[OBS_LANGUAGE_ATTENTION_MASK][:, options.words :] = False
-    if family.stages(dense).steps_field is not None and not family.stages(dense).decodes:
+    if field_of_steps is not None and not family.stages(dense).decodes:
         shape = (1, dense.config.chunk_size, dense.config.max_action_dim)
         given["noise"] = torch.randn(shape, device=options.device)
     rows: list[Row] = []
@@ -234,6 +237,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "precision": options.precision,
         "dense_tokens": family.layout(dense).num_dense_tokens,
         "words": options.words,
+        "num_steps": None if field_of_steps is None else getattr(dense.config, field_of_steps),
         "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "clock": options.clock,
@@ -263,6 +267,7 @@ def main() -> None:
     parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)
     parser.add_argument("--narrow", action="store_true", help="all layers and steps, but few channels and 112 px")
     parser.add_argument("--cameras", type=int, default=2)
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[None], help="of the flow; the family's by default")
     parser.add_argument("--words", type=int, default=16, help="tokens of the instruction, before padding")
     parser.add_argument("--padded", type=int, help="tokens after padding; the family's own by default")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -280,12 +285,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = run(options)
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    print(f"{result['device']}, {result['threads']} threads, {options.dtype}, {versions}")
-    if options.json:
-        with options.json.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    for steps in options.num_steps:
+        result = run(options, steps)
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        print(
+            f"{result['device']}, {result['threads']} threads, {options.dtype}, steps {result['num_steps']}, {versions}"
+        )
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
