@@ -176,7 +176,7 @@ def repeat(
 def run(options: argparse.Namespace, steps: int | None = None) -> dict[str, Any]:
     """Measure all rows, with so many steps of the flow or with the family's own number."""
     dense = build(options)
-    family = get_family(options.family)
+    family = get_family(dense.config.type)
     field_of_steps = family.stages(dense).steps_field
     if steps is not None and field_of_steps is not None:
         setattr(dense.config, field_of_steps, steps)
