@@ -355,7 +355,7 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
-    elif name in ("latency", "libero_expert", "scenes", "sheet", "tower", "grounding", "soak"):
+    elif name in ("latency", "export_size", "libero_expert", "scenes", "sheet", "tower", "grounding", "soak"):
         assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments
