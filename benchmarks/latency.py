@@ -37,7 +37,7 @@ from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
 from lerobot_policy_grids.reducers import reducer_config
-from lerobot_policy_grids.runtime import QUANTISATIONS
+from lerobot_policy_grids.runtime import PRECISIONS, QUANTISATIONS
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 STAGES = ("vision", "prefill", "steps", "total")
@@ -111,14 +111,22 @@ def timed(owner: Any, name: str, now: Callable[[], float], spent: list[float]) -
 def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     """(Object, method, stage) of the stages that can be timed on their own."""
     base = dense_policy(policy)
-    encoder = next(
-        module
-        for name, module in get_family(base.config.type).stages(base).vision.named_modules()
-        if name.endswith("encoder")
-    )
+    runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
+    if get_family(base.config.type).stages(base).steps_field is None:
+        backbone = base.model.backbone
+        if runtime is None:
+            return [(backbone, "forward", "vision")]
+        (program,) = runtime.programs.values()
+        return [(program.phases.prefill.backbone, "forward", "vision"), (program, "denoise_step", "steps")]
+    vision = get_family(base.config.type).stages(base).vision
+    encoder = next((module for name, module in vision.named_modules() if name.endswith("encoder")), vision)
     runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
     if runtime is None:
-        return [(encoder, "forward", "vision"), (base.model, "denoise_step", "steps")]
+        if get_family(base.config.type).stages(base).decodes:
+            return [(encoder, "forward", "vision")]
+        if hasattr(base.model, "denoise_step"):
+            return [(encoder, "forward", "vision"), (base.model, "denoise_step", "steps")]
+        return [(encoder, "forward", "vision"), (base.model.transformer, "forward", "steps")]
     (program,) = runtime.programs.values()
     if program is None:
         raise SystemExit(f"the fast path does not act: {runtime.differences}")
@@ -165,19 +173,31 @@ def repeat(
     return seconds
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure all rows."""
+def run(options: argparse.Namespace, steps: int | None = None) -> dict[str, Any]:
+    """Measure all rows, with so many steps of the flow or with the family's own number."""
     dense = build(options)
-    family = get_family(options.family)
+    family = get_family(dense.config.type)
+    field_of_steps = family.stages(dense).steps_field
+    if steps is not None and field_of_steps is not None:
+        setattr(dense.config, field_of_steps, steps)
     batch = make_batch(dense, options.padded or family.language_tokens, options.device)
-    batch[OBS_LANGUAGE_ATTENTION_MASK][:, options.words :] = False
-    shape = (1, dense.config.chunk_size, dense.config.max_action_dim)
-    noise = torch.randn(shape, device=options.device)
+    given = {}
+    if field_of_steps is not None:
+        batch[OBS_LANGUAGE_ATTENTION_MASK][:, options.words :] = False
+    if field_of_steps is not None and not family.stages(dense).decodes:
+        shape = (1, dense.config.chunk_size, dense.config.max_action_dim)
+        given["noise"] = torch.randn(shape, device=options.device)
     rows: list[Row] = []
 
     @torch.no_grad()
     def add(name: str, policy: Any, expected: torch.Tensor | None = None) -> torch.Tensor:
-        row, chunk = measure(name, policy, lambda: policy.predict_action_chunk(dict(batch), noise=noise), options)
+        def act() -> torch.Tensor:
+            # Of families that draw the noise themselves.
+            torch.manual_seed(0)
+            chunk: torch.Tensor = policy.predict_action_chunk(dict(batch), **given)
+            return chunk
+
+        row, chunk = measure(name, policy, act, options)
         if expected is not None:
             row.difference = float((chunk - expected).abs().max() / (expected.max() - expected.min()))
         rows.append(row)
@@ -199,10 +219,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         name = f"K={options.tokens}" + ("" if layer is None else f" L={layer}")
         expected = add(name, policy)
         runtimes = ("fast", *(["compiled"] if options.compiled else []))
-        for runtime, quantisation in itertools.product(runtimes, ("none", *options.quantise)):
-            policy.use_runtime(runtime, quantisation)
+        ways = [("none", "own"), *((way, "own") for way in options.quantise), *(("none", p) for p in options.precision)]
+        for runtime, (quantisation, precision) in itertools.product(runtimes, ways):
+            policy.use_runtime(runtime, quantisation, precision)
             policy.warm_up(batch)
-            add(f"{name} {runtime}" + ("" if quantisation == "none" else f" {quantisation}"), policy, expected)
+            add(" ".join([name, runtime, *({quantisation, precision} - {"none", "own"})]), policy, expected)
         dense = policy.detach()
     return {
         "kind": "latency",
@@ -213,8 +234,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": options.tokens,
         "sample_after_layer": options.sample_after_layer,
         "quantise": options.quantise,
+        "precision": options.precision,
         "dense_tokens": family.layout(dense).num_dense_tokens,
         "words": options.words,
+        "num_steps": None if field_of_steps is None else getattr(dense.config, field_of_steps),
         "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "clock": options.clock,
@@ -238,12 +261,13 @@ def print_row(row: Row) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="pi0, pi05 or smolvla")
+    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla or act")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     more = "also with tokens sampled inside the vision tower, after so many layers"
     parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)
     parser.add_argument("--narrow", action="store_true", help="all layers and steps, but few channels and 112 px")
     parser.add_argument("--cameras", type=int, default=2)
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[None], help="of the flow; the family's by default")
     parser.add_argument("--words", type=int, default=16, help="tokens of the instruction, before padding")
     parser.add_argument("--padded", type=int, help="tokens after padding; the family's own by default")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -255,16 +279,21 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile, which takes minutes")
     weights = "also with weights of 8 bits in trunk and expert: int8, int8_dynamic; needs torchao"
     parser.add_argument("--quantise", nargs="+", default=[], choices=QUANTISATIONS[1:], help=weights)
+    products = "also with products of float32 of another precision: fp32, tf32, bf16; makes a difference on a GPU"
+    parser.add_argument("--precision", nargs="+", default=[], choices=PRECISIONS[1:], help=products)
     parser.add_argument("--json", type=Path, help="append the result to this file, as one line")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = run(options)
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    print(f"{result['device']}, {result['threads']} threads, {options.dtype}, {versions}")
-    if options.json:
-        with options.json.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    for steps in options.num_steps:
+        result = run(options, steps)
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        print(
+            f"{result['device']}, {result['threads']} threads, {options.dtype}, steps {result['num_steps']}, {versions}"
+        )
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

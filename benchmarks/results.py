@@ -23,7 +23,7 @@ KEYED = {
     "comparison": ("kind", "perturb", "tamper"),
     "trial": ("kind", "family", "dataset", "command"),
     "fuzz": ("kind", "seed", "number"),
-    "latency": ("kind", "family", "narrow", "dtype", "cameras", "tokens", "device", "threads", "clock"),
+    "latency": ("kind", "family", "narrow", "dtype", "cameras", "tokens", "num_steps", "device", "threads", "clock"),
     "soak": ("kind", "policy", "runtime", "minutes", "rate", "threads", "clock"),
     "libero-expert": ("kind", "suite", "task", "layout", "expert"),
 }

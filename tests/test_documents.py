@@ -69,6 +69,8 @@ LEROBOT = {
 ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 # Scripts of benchmarks whose command line is the signature of `main`.
 SIGNATURES = ("training_cost", "adapter_size")
+# Scripts whose options alone are checked.
+WITH_OPTIONS = set("latency export_size libero_expert scenes sheet tower grounding expert soak stages".split())
 # Options of other programs that documents name in passing.
 FOREIGN = {
     "--operation.type",
@@ -403,7 +405,7 @@ def check_script(path, arguments):
         if "--only" in arguments:
             only = arguments[arguments.index("--only") + 1 :]
             assert set(only) <= {*content.get("methods", {}), *content.get("bench", {})}
-    elif name in ("latency", "libero_expert", "scenes", "sheet", "tower", "grounding", "soak", "stages"):
+    elif name in WITH_OPTIONS:
         assert {word for word in arguments if word.startswith("--")} <= arguments_of(path), arguments
     elif name == "results":
         assert (ROOT / arguments[0]).is_file(), arguments

@@ -197,6 +197,11 @@ def _wrapped(loaded: Any) -> tuple[GridsPolicy, AbstractContextManager[None]]:
     if not isinstance(policy, GridsPolicy):
         policy = loaded.policy = compress(policy, 1, "uniform")
         looking = policy.looking_everywhere()
+    if not policy.family.exports:
+        raise UnsupportedPolicyError(
+            f"there is nothing to export for a '{policy.base.config.type}' policy: what is exported integrates a flow "
+            "from noise, and its phases predict tokens or actions; docs/export.md lists what can be exported"
+        )
     try:
         policy.use_runtime("fast")
     except UnsupportedPolicyError as error:

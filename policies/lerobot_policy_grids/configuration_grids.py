@@ -15,7 +15,7 @@ from .base_options import add_base_options, base_options, hand_to_base, hide_fro
 from .errors import BudgetError, CheckpointError, GridsError
 from .families import families
 from .reducers import ReducerConfig, reducer_config
-from .runtime import QUANTISATIONS, RUNTIMES
+from .runtime import PRECISIONS, QUANTISATIONS, RUNTIMES
 from .schedule import GRAMMAR, TokenSchedule
 
 GRIDS_TYPE = "grids"
@@ -30,6 +30,7 @@ TYPES: dict[str, Any] = {
     "reducer": ReducerConfig,
     "runtime": str,
     "quantise": str,
+    "precision": str,
     "schedule": str,
     "schedule_steps": int,
     "version": int,
@@ -110,6 +111,13 @@ class GridsConfig(PreTrainedConfig):
             f"{QUANTISATIONS}. Needs torchao; checked against eager first."
         },
     )
+    precision: str = field(
+        default="own",
+        metadata={
+            "help": f"How exactly a fast or compiled runtime computes products of float32: one of {PRECISIONS}, own as "
+            "the process does. Checked against fp32 first."
+        },
+    )
     base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})
     base_revision: str | None = field(default=None, metadata={"help": "Commit of base_repo_id that was used."})
     # Version of this format; raised when a field changes its meaning.
@@ -137,7 +145,7 @@ class GridsConfig(PreTrainedConfig):
         if self.num_tokens is not None:
             self.set_num_tokens(self.num_tokens)
             self.num_tokens = None
-        self.set_runtime(self.runtime, self.quantise)
+        self.set_runtime(self.runtime, self.quantise, self.precision)
         if self.position_ids not in (None, *POSITION_IDS):
             raise GridsError(f"position_ids '{self.position_ids}' is unknown; choose one of {', '.join(POSITION_IDS)}")
         if self.position_ids == "dense" and self.reducer.in_trunk:
@@ -180,7 +188,7 @@ class GridsConfig(PreTrainedConfig):
         reducer.num_tokens = num_tokens
         reducer.__post_init__()
 
-    def set_runtime(self, runtime: str, quantise: str = "none") -> None:
+    def set_runtime(self, runtime: str, quantise: str = "none", precision: str = "own") -> None:
         """Have actions computed in this way.
 
         Raises:
@@ -188,13 +196,19 @@ class GridsConfig(PreTrainedConfig):
         """
         if quantise not in QUANTISATIONS:
             raise GridsError(f"quantise '{quantise}' is unknown; choose one of {', '.join(QUANTISATIONS)}")
+        if precision not in PRECISIONS:
+            raise GridsError(f"precision '{precision}' is unknown; choose one of {', '.join(PRECISIONS)}")
         if runtime not in RUNTIMES:
             raise GridsError(f"runtime '{runtime}' is unknown; choose one of {', '.join(RUNTIMES)}")
         if runtime == "eager" and quantise != "none":
             raise GridsError(
                 f"quantise={quantise} with runtime=eager, which runs the weights as they are; give runtime=fast"
             )
-        self.runtime, self.quantise = runtime, quantise
+        if runtime == "eager" and precision != "own":
+            raise GridsError(
+                f"precision={precision} with runtime=eager, which computes as the process does; give runtime=fast"
+            )
+        self.runtime, self.quantise, self.precision = runtime, quantise, precision
 
     @property
     def token_schedule(self) -> TokenSchedule:

@@ -141,9 +141,9 @@ class GridsPolicy(PreTrainedPolicy):
             if config.position_ids == "dense":
                 self.family.keep_positions(base, self.seam)
         self.to(config.device)
-        self.use_runtime(config.runtime, config.quantise)
+        self.use_runtime(config.runtime, config.quantise, config.precision)
 
-    def use_runtime(self, runtime: str, quantise: str = "none") -> None:
+    def use_runtime(self, runtime: str, quantise: str = "none", precision: str = "own") -> None:
         """Act in another way from now on; for the same observation and noise the actions are the same up to rounding.
 
         Args:
@@ -152,19 +152,21 @@ class GridsPolicy(PreTrainedPolicy):
                 against the eager way at the first observation, and say how far they are apart.
             quantise: Weights of trunk and action expert: "none" as they are, "int8" with 8 bits, "int8_dynamic" with
                 8 bits and what they are multiplied with, too. Needs torchao, and a runtime that is not "eager".
+            precision: Of products of float32: "own" as the process computes them, "fp32", "tf32", "bf16". The last two
+                round inputs to 10 and 7 bits, on a GPU that can. Needs a runtime that is not "eager".
 
         Raises:
             UnsupportedPolicyError: If the base policy, or the reducer, cannot act in that way.
         """
         base = self.require_attached()
-        before = self.config.runtime, self.config.quantise
-        self.config.set_runtime(runtime, quantise)
+        asked = runtime, quantise, precision
+        before = self.config.runtime, self.config.quantise, self.config.precision
+        self.config.set_runtime(*asked)
         act_eagerly(base, self.seam)
         if runtime == "eager":
             return
         fast = FastRuntime(
-            runtime,
-            quantise,
+            *asked,
             build=partial(self.family.phases, base, self.seam),
             budget=self.seam.budget,
             weights=partial(_modules, self),
@@ -178,7 +180,7 @@ class GridsPolicy(PreTrainedPolicy):
                 )
             self.family.act_through(base, self.seam, fast)
         except UnsupportedPolicyError:
-            self.config.set_runtime(*(("eager", "none") if before == (runtime, quantise) else before))
+            self.config.set_runtime(*(("eager", "none", "own") if before == asked else before))
             raise
 
     def warm_up(self, batch: dict[str, Tensor]) -> None:

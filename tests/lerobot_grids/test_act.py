@@ -1,6 +1,7 @@
 """ACT: positions between cells, costs by a formula, and a start without a checkpoint."""
 
 import json
+from importlib.util import find_spec
 from urllib.error import URLError
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torchvision
 from lerobot.configs import FeatureType, PolicyFeature
 from torch.nn import functional
+from torchvision.ops import FrozenBatchNorm2d
 
 from driving import act, train_offsets, wrap
 from formulas import linear
@@ -16,10 +18,11 @@ from lerobot_grids.policies.starting import start
 from lerobot_grids.profiling.bench import bench
 from lerobot_policy_grids.checkpoint import check_published
 from lerobot_policy_grids.checkpoint.save import save_processors
-from lerobot_policy_grids.errors import CheckpointError, GridsError, UnsupportedPolicyError
+from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.act import small_backbone
 from lerobot_policy_grids.processor_grids import make_processors
+from lerobot_policy_grids.runtime.convolutions import without_norms
 
 STATISTICS = {
     name: {"mean": torch.zeros(size), "std": torch.ones(size)}
@@ -152,11 +155,69 @@ def test_a_published_one_is_checked(policy, tmp_path):
             check_published(tmp_path)
 
 
-def test_the_fast_path_is_refused_with_the_reason(policy):
+VARIANTS = {
+    "norms in front": {"pre_norm": True},
+    "several decoder layers": {"n_decoder_layers": 3},
+    "positions of the first cells": {},
+    "an environment": {},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_fast_path_acts_as_the_slow_one(variant, capfd):
+    inputs = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, 48, 64)) for i in range(2)}
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
+    if variant == "an environment":
+        inputs["observation.environment_state"] = PolicyFeature(FeatureType.ENV, (3,))
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    torch.manual_seed(0)
+    base = get_family("act").small(inputs, outputs, None, **VARIANTS[variant]).eval()
+    for weight in base.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    options = {"position_ids": "consecutive"} if variant == "positions of the first cells" else {}
+    wrapped = train_offsets(wrap(base, 5, **options))
+    batch = observation(base) | {"observation.environment_state": torch.randn(2, 3)}
+    expected = act(wrapped, batch)
+    wrapped.use_runtime("fast")
+    act(wrapped, batch)
+    assert "visual tokens on cpu: the first action chunk differs" in capfd.readouterr().err
+    size = float(expected.max() - expected.min())
+    assert 0 < float((act(wrapped, batch) - expected).abs().max()) < 3e-6 * size
+    for name in ("observation.state", *(["observation.environment_state"] if variant == "an environment" else [])):
+        changed = act(wrapped, batch | {name: batch[name] + 1})
+        assert float((changed - expected).abs().max()) > 1e-3 * size
+
+
+def test_norms_become_part_of_the_convolutions():
+    resnet = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d).eval()
+    for norm in (module for module in resnet.modules() if isinstance(module, FrozenBatchNorm2d)):
+        for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            value += 0.3 * torch.rand_like(value)
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = resnet(images)
+        fused = without_norms(resnet)
+        torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert not any(isinstance(module, FrozenBatchNorm2d) for module in fused.modules())
+        assert torch.equal(resnet(images), expected)
+
+
+def test_what_the_fast_path_does_not_rewrite_is_said(policy, caplog):
+    wrapped = train_offsets(wrap(policy, 5))
+    expected = act(wrapped, observation(policy))
+    policy.model.encoder.layers[0].self_attn.register_forward_hook(lambda module, inputs, output: output)
+    wrapped.use_runtime("fast")
+    for _ in range(2):
+        assert torch.equal(act(wrapped, observation(policy)), expected)
+    assert "an attention is a MultiheadAttention or has hooks" in caplog.text
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao: extra 'quantise' is not installed")
+def test_no_weights_of_8_bits(policy, caplog):
     wrapped = wrap(policy, 5)
-    with pytest.raises(UnsupportedPolicyError, match="for an 'act' policy: it predicts its actions in one pass"):
-        wrapped.use_runtime("fast")
-    assert wrapped.config.runtime == "eager"
+    wrapped.use_runtime("fast", "int8")
+    act(wrapped, observation(policy))
+    assert "changes layers of a language model, and this policy acts without one" in caplog.text
 
 
 def test_a_trained_policy_keeps_its_robot_and_its_cameras(dataset, tmp_path):

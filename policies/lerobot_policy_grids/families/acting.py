@@ -59,7 +59,8 @@ def act_eagerly(policy: Any, seam: Seam) -> None:
     if seam.runtime is not None:
         seam.runtime.forget()
         seam.runtime = None
-        vars(policy.model).pop("sample_actions", None)
+        for loop in ("sample_actions", "generate_actions", "sample_actions_fast_kv_cache"):
+            vars(policy.model).pop(loop, None)
 
 
 def _sample_actions(
@@ -94,15 +95,44 @@ def _sample_actions(
         chunk: Tensor = own(model, reduced, masks[: len(reduced)], tokens, token_mask, *state, noise=noise, **options)
         return chunk
 
-    bucketed = to_bucket(tokens, token_mask)
-    seen = torch.stack(masks[: len(cameras)], dim=1)
-    observation = Observation(
-        torch.cat(prepared.images[: len(cameras)]), seen, *bucketed, _state(prepared.batch, noise)
-    )
+    observation = observe(prepared, masks, cameras, tokens, token_mask)
     # Guidance of real-time chunking works on velocities, so LeRobot's own loop can have ours.
     guided = model.rtc_processor is not None
     loop = partial(_guided, model, {name: options.get(name) for name in GUIDANCE}) if guided else integrate
     return runtime.chunk(observation, noise, cameras=cameras, steps=steps, eager=eager, loop=loop)
+
+
+def observe(
+    prepared: Prepared, masks: list[Tensor], cameras: list[int], tokens: Tensor, token_mask: Tensor
+) -> Observation:
+    """What the prefill gets of a policy's prepared images and its instruction, which is cut to a bucket.
+
+    Args:
+        prepared: Images and batch.
+        masks: bool [b] of each image, whether it is real.
+        cameras: Numbers of the cameras in the batch, whose images come first.
+        tokens: int64 [b, l].
+        token_mask: bool [b, l].
+    """
+    images = prepared.images[: len(cameras)]
+    seen = torch.stack(masks[: len(cameras)], dim=1)
+    return Observation(torch.cat(images), seen, *to_bucket(tokens, token_mask), _state(prepared.batch, images[0]))
+
+
+class Draws:
+    """The random draws of a loop, which both ways to act make from the same state.
+
+    Args:
+        device: On which the policy draws.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._random: Any = torch if device.type in ("cpu", "meta") else torch.get_device_module(device)
+        self._state = self._random.get_rng_state()
+
+    def again(self) -> None:
+        """The next draws are the first ones once more."""
+        self._random.set_rng_state(self._state)
 
 
 def _state(batch: Mapping[str, Any], like: Tensor) -> Tensor:

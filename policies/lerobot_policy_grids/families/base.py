@@ -136,6 +136,7 @@ class Family(ABC):
         reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
             none.
         counted_on_meta: Whether its FLOPs can be counted without values.
+        exports: Whether its phases can be exported, if it has any: those that integrate a flow from noise.
     """
 
     resolution_field: ClassVar[str | None]
@@ -149,6 +150,7 @@ class Family(ABC):
     position_ids: ClassVar[str] = "consecutive"
     reference: ClassVar[str | None] = None
     counted_on_meta: ClassVar[bool] = False
+    exports: ClassVar[bool] = True
 
     def __init__(
         self,

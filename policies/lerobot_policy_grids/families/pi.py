@@ -11,7 +11,7 @@ Everything after that follows from the number of tokens: masks, positions, key-v
 
 A fast runtime acts in two phases (`Pi.phases`), made of the modules of the policy: Gemma's layers and the action
 expert's are `runtime.layers`. π0 gives the time to the expert's input and π0.5 to its norms; both are known for each
-step.
+step. A step of π0-FAST is Gemma on one action token, with the keys and values of those before it.
 
 To drop tokens inside the trunk of π0 and π0.5 (`attach_to_trunk`), hooks in front of each layer of the language model
 and of the action expert shorten what they get. In training LeRobot runs both through a function of its own, which
@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
-from ..runtime import Cache, FastRuntime, Phases
+from ..runtime import Cache, Comparison, FastRuntime, Phases
 from ..runtime.flow import NoisyActions, step_times
 from ..runtime.layers import DecoderLayer, Heads, Norm, normalise, prefix_keys_values, rotation_tables, score_mask
 from ..runtime.phases import Rotation
 from ..tiny import VLM_FOLDER
-from .acting import Prepared, act_through
+from .acting import Draws, Prepared, act_through, observe
 from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
@@ -214,6 +214,7 @@ class PiFast(Pi):
 
     # It decodes tokens.
     flow_steps = None
+    exports = False
 
     steps: ClassVar = {
         "pi0_fast_prepare_state_tokenizer_processor_step": PROMPT_OPTIONS,
@@ -237,10 +238,18 @@ class PiFast(Pi):
     }
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
-        raise UnsupportedPolicyError(
-            f"runtime={runtime.name} is not available for a '{self.policy_type}' policy: it decodes tokens one by one, "
-            "and its phases are written for denoising; use runtime=eager"
-        )
+        if not policy.config.use_kv_cache:
+            raise UnsupportedPolicyError(
+                f"runtime={runtime.name} is not available for a '{self.policy_type}' policy with use_kv_cache=false, "
+                "which runs the whole prefix for each token; set use_kv_cache=true, or use runtime=eager"
+            )
+        seam.runtime = runtime
+        policy.model.sample_actions_fast_kv_cache = partial(_sample_tokens, policy, seam, runtime)
+
+    @torch.no_grad()
+    def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
+        prefill, step = _PrefillTokens(policy, seam, cameras, steps), _StepTokens(policy, steps)
+        return Phases(prefill, step, start=_first_scores)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         # Decoding runs the layers of the prefix again for each token.
@@ -282,7 +291,14 @@ class PiFast(Pi):
         policy.detokenize_actions = _no_actions
 
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
-        fields = {
+        return super().small(inputs, outputs, folder, **self._files(folder) | options)
+
+    def narrow(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
+        return super().narrow(inputs, outputs, folder, **self._files(folder) | {"max_decoding_steps": 20} | options)
+
+    def _files(self, folder: Path) -> dict[str, Any]:
+        """Options that need no network."""
+        return {
             "text_tokenizer_name": str(write_character_tokenizer(folder / "text", VOCABULARY)),
             "action_tokenizer_name": str(_write_action_tokenizer(folder / "fast")),
             "max_decoding_steps": 5,
@@ -290,7 +306,6 @@ class PiFast(Pi):
             "validate_action_token_prefix": False,
             "fast_skip_tokens": 2,
         }
-        return super().small(inputs, outputs, folder, **fields | options)
 
 
 FAMILIES = (
@@ -394,8 +409,10 @@ class _Prefill(nn.Module):
     def __init__(self, policy: Any, seam: Seam, cameras: list[int]) -> None:
         super().__init__()
         model = policy.model.paligemma_with_expert
-        paligemma, expert = model.paligemma.model, model.gemma_expert.model
+        paligemma = model.paligemma.model
         trunk = paligemma.language_model
+        # π0-FAST has no expert, and what follows runs through the trunk.
+        following = model.gemma_expert.model if hasattr(model, "gemma_expert") else trunk
         tower = getattr(paligemma.vision_tower, "vision_model", paligemma.vision_tower)
         self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
         self.embed_patches, self.encoder, self.tower_norm = tower.embeddings, tower.encoder, tower.post_layernorm
@@ -403,17 +420,48 @@ class _Prefill(nn.Module):
         layers, self.heads = _decoder(trunk)
         self.layers = nn.ModuleList(layers)
         self.register_buffer("scales", _later_scales(trunk), persistent=False)
-        self.rotary, self.expert_rotary = trunk.rotary_emb, expert.rotary_emb
+        self.rotary, self.later_rotary = trunk.rotary_emb, following.rotary_emb
         self.numbering = numbering_of(model)
         self.dtype = trunk.layers[0].self_attn.q_proj.weight.dtype
         self.chunk_size, self.state_proj = policy.config.chunk_size, getattr(policy.model, "state_proj", None)
 
     def forward(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Cache:
         """See `runtime.phases`."""
+        hidden, seen, rotation, later = self._prefix(images, image_mask, tokens, token_mask, state)
+        visible = score_mask(seen[:, None], self.heads.keys, self.dtype)
+        return Cache(
+            tuple(prefix_keys_values(self.layers, hidden, rotation, visible, self.scales)),
+            score_mask(self._visible_later(seen), self.heads.keys, self.dtype),
+            later,
+            () if self.state_proj is None else (self._embed_state(state),),
+        )
+
+    def _prefix(
+        self,
+        images: Tensor,
+        image_mask: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        state: Tensor,
+        last: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Rotation, Rotation]:
+        """(Tokens [b, p, c] of the trunk, which of them are real, their rotation, that of the tokens that follow).
+
+        Args:
+            images: As those further on, of an `Observation`.
+            image_mask: Of an observation.
+            tokens: Of an observation.
+            token_mask: Of an observation.
+            state: Of an observation.
+            last: A token int64 [b, 1] behind the instruction, which is no part of it for the sampler.
+        """
         batch = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: token_mask, OBS_STATE: state}
         visual, coordinates = self.seam.reduce(
             self.reducer, images, batch, self.cameras, self._encode, self.embed_tokens
         )
+        if last is not None:
+            tokens = torch.cat([tokens, last], dim=1)
+            token_mask = torch.cat([token_mask, torch.ones_like(last, dtype=torch.bool)], dim=1)
         hidden = torch.cat([self.projector(torch.cat(visual, dim=1)), self.embed_tokens(tokens)], dim=1)
         hidden = hidden.to(self.dtype)
         real = [mask.expand(-1, camera.shape[1]) for mask, camera in zip(image_mask.split(1, 1), visual, strict=True)]
@@ -425,15 +473,8 @@ class _Prefill(nn.Module):
             grid = self.seam.layout.token_grid
             positions, moved = dense_positions(positions, coordinates, grid, 0, 0)
             following = following + moved
-
-        visible = score_mask(seen[:, None], self.heads.keys, self.dtype)
         rotation = self._rotation(self.rotary, hidden, positions)
-        return Cache(
-            tuple(prefix_keys_values(self.layers, hidden, rotation, visible, self.scales)),
-            score_mask(self._visible_later(seen), self.heads.keys, self.dtype),
-            self._rotation(self.expert_rotary, hidden, following),
-            () if self.state_proj is None else (self._embed_state(state),),
-        )
+        return hidden, seen, rotation, self._rotation(self.later_rotary, hidden, following)
 
     def _encode(self, images: Tensor, sample: Sampling | None = None) -> Tensor:
         states = self.embed_patches(images)
@@ -468,6 +509,193 @@ class _Prefill(nn.Module):
         padded = nn.functional.pad(state, (0, project.in_features - state.shape[-1]))
         embedded: Tensor = project(padded.to(project.weight.dtype))
         return embedded[:, None]
+
+
+class _PrefillTokens(_Prefill):
+    """The same for π0-FAST, whose trunk writes action tokens behind the prefix.
+
+    The cache has room for their keys and values, and the scores [b, words] of the first token as its last tensor.
+    """
+
+    def __init__(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> None:
+        super().__init__(policy, seam, cameras)
+        trunk = policy.model.paligemma_with_expert.paligemma
+        self.steps, self.eps, self.head = steps, trunk.model.language_model.norm.eps, trunk.lm_head
+        self.begin = policy.model._paligemma_tokenizer.bos_token_id
+
+    def forward(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Cache:
+        """See `runtime.phases`."""
+        begin = tokens.new_full((len(tokens), 1), self.begin)
+        hidden, seen, rotation, later = self._prefix(images, image_mask, tokens, token_mask, state, begin)
+        visible = score_mask(seen[:, None], self.heads.keys, self.dtype)
+        *earlier, last = self.layers
+        scales = self.scales.unbind()
+        found = []
+        for layer, scale in zip(earlier, scales, strict=False):
+            hidden, own = layer(hidden, rotation, visible, Norm(), Norm(scale))
+            found.append(own)
+        # Of the last layer only the last token goes on.
+        found.append(last.keys_values(hidden, rotation, Norm()))  # type: ignore[operator]
+        at_end = Rotation(rotation.cos[:, -1:], rotation.sin[:, -1:])
+        final, _ = last(hidden[:, -1:], at_end, visible, Norm(), Norm(scales[-2]), found[-1][:, :, :-1])
+        room = found[-1].new_zeros(*found[-1].shape[:2], self.steps, found[-1].shape[-1])
+        return Cache(
+            tuple(torch.cat([own, room], dim=2) for own in found),
+            score_mask(self._visible_later(seen), self.heads.keys, self.dtype),
+            later,
+            (_scores(self.head, normalise(final, Norm(scales[-1]), self.eps)),),
+        )
+
+    @property
+    def _following(self) -> int:
+        return self.steps
+
+    def _visible_later(self, seen: Tensor) -> Tensor:
+        """What each action token sees: the prefix, those before it, and itself, which comes last."""
+        order = torch.arange(self.steps, device=seen.device)
+        before = (order < order[:, None]).expand(len(seen), -1, -1)
+        itself = before.new_ones(len(seen), self.steps, 1)
+        return torch.cat([seen[:, None].expand(-1, self.steps, -1), before, itself], dim=2)
+
+
+class _StepTokens(nn.Module):
+    """Gemma on one action token, whose keys and values it writes into the cache."""
+
+    scales: Tensor
+
+    def __init__(self, policy: Any, steps: int) -> None:
+        super().__init__()
+        paligemma = policy.model.paligemma_with_expert.paligemma
+        trunk = paligemma.model.language_model
+        layers, _ = _decoder(trunk)
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("scales", _later_scales(trunk), persistent=False)
+        self.embed_tokens, self.head = trunk.get_input_embeddings(), paligemma.lm_head
+        self.dtype, self.eps, self.steps = trunk.layers[0].self_attn.q_proj.weight.dtype, trunk.norm.eps, steps
+
+    def forward(self, cache: Cache, token: Tensor, step: Tensor) -> Tensor:
+        """Scores [b, words] of the token behind `token`, int64 [b, 1], which is the one with number `step`."""
+        hidden = self.embed_tokens(token).to(self.dtype)
+        rotation = Rotation(cache.rotation.cos.index_select(1, step), cache.rotation.sin.index_select(1, step))
+        mask = cache.mask.index_select(2, step)
+        *scales, last = self.scales.unbind()
+        for layer, cached, scale in zip(self.layers, cache.keys_values, scales, strict=True):
+            hidden, own = layer(hidden, rotation, mask, Norm(), Norm(scale), cached)
+            cached.index_copy_(2, step + (cached.shape[2] - self.steps), own.to(cached.dtype))
+        return _scores(self.head, normalise(hidden, Norm(last), self.eps))
+
+
+def _first_scores(cache: Cache, nothing: Tensor) -> Tensor:
+    return cache.extra[-1]
+
+
+def _scores(head: Any, hidden: Tensor) -> Tensor:
+    """[b, 1, c] to [b, words], in the trunk's precision."""
+    scores: Tensor = head(hidden.to(head.weight.dtype))
+    return scores[:, -1]
+
+
+def _sample_tokens(
+    policy: Any,
+    seam: Seam,
+    runtime: FastRuntime,
+    prepared: Any,
+    masks: list[Tensor],
+    tokens: Tensor,
+    token_mask: Tensor,
+    max_decoding_steps: int | None = None,
+    temperature: float = 0.0,
+) -> Tensor:
+    """In place of the `sample_actions_fast_kv_cache` of π0-FAST's model, whose arguments these are."""
+    model = policy.model
+
+    def own(images: list[Tensor]) -> Tensor:
+        found: Tensor = type(model).sample_actions_fast_kv_cache(
+            model, images, masks[: len(images)], tokens, token_mask, max_decoding_steps, temperature
+        )
+        return found
+
+    if not isinstance(prepared, Prepared):
+        return own(prepared)
+    draws = Draws(tokens.device)
+
+    # What the slow way wrote when the fast one is held against it, and how far that was from what the fast one prefers.
+    written: list[Tensor] = []
+    behind: list[float] = []
+
+    def eager() -> Tensor:
+        draws.again()
+        written.append(own(_reduce(policy, seam, prepared)))
+        return written[-1]
+
+    def loop(step: Any, scores: Tensor, numbers: Tensor) -> Tensor:
+        draws.again()
+        if written and temperature == 0:
+            behind.append(_behind(step, scores, numbers, written[-1], end))
+            return written[-1]
+        return _write(step, scores, numbers, temperature, end)
+
+    def share(found: Tensor, expected: Tensor) -> float:
+        return behind[-1] if behind else float((found != expected).any())
+
+    end = model._paligemma_tokenizer.convert_tokens_to_ids("|")
+    cameras = seam.cameras_of(prepared.batch)
+    observation = observe(prepared, masks, cameras, tokens, token_mask)
+    steps = max_decoding_steps or model.config.max_action_tokens
+    # A token, as which the steps take what they are given.
+    nothing = tokens.new_zeros(len(tokens), 1)
+    compare = Comparison("scores of the tokens", share)
+    return runtime.chunk(observation, nothing, cameras=cameras, steps=steps, eager=eager, loop=loop, compare=compare)
+
+
+def _behind(step: Any, scores: Tensor, numbers: Tensor, written: Tensor, end: int) -> float:
+    """How far the tokens that were written are from the likeliest ones, at most, as a share of the range of the scores.
+
+    Two tokens may be so close that rounding decides. All that follows would then differ, and show nothing.
+
+    Args:
+        step: As in `_write`.
+        scores: As in `_write`.
+        numbers: As in `_write`.
+        written: Tokens int64 [b, steps], which are given to the steps.
+        end: As in `_write`.
+    """
+    finished, worst = torch.zeros_like(written[:, 0], dtype=torch.bool), 0.0
+    for index, number in enumerate(numbers.split(1), 1):
+        token = written[:, index - 1 : index]
+        best = scores.amax(-1)
+        share = (best - scores.gather(1, token)[:, 0]) / (best - scores.amin(-1))
+        worst = max(worst, float(share.masked_fill(finished, 0).max()))
+        finished = finished | (token[:, 0] == end)
+        if index == len(numbers) or bool(finished.all()):
+            break
+        scores = step(token, number)
+    return worst
+
+
+def _write(step: Any, scores: Tensor, numbers: Tensor, temperature: float, end: int) -> Tensor:
+    """Action tokens int64 [b, steps], one by one, as LeRobot chooses them.
+
+    Args:
+        step: (token int64 [b, 1], its number) to the scores of the next token.
+        scores: Of the first token, [b, words].
+        numbers: int64 [steps].
+        temperature: Of the draws; 0 takes the likeliest.
+        end: After this token nothing is read; decoding stops when all have written it, unless it draws.
+    """
+    written = torch.zeros(len(scores), len(numbers), dtype=torch.int64, device=scores.device)
+    finished = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    for index, number in enumerate(numbers.split(1), 1):
+        if temperature > 0:
+            token = torch.multinomial(torch.softmax(scores / temperature, dim=-1), num_samples=1)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+            finished |= token[:, 0] == end
+        written[:, index - 1] = token[:, 0]
+        if index == len(numbers) or (temperature == 0 and bool(finished.all())):
+            break
+        scores = step(token, number)
+    return written
 
 
 class _Step(nn.Module):

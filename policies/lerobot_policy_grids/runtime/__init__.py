@@ -3,7 +3,17 @@
 It knows torch and no policy: each family says in its own file what its phases are made of.
 """
 
-from .fast import QUANTISATIONS, RUNTIMES, FastRuntime
+from .fast import PRECISIONS, QUANTISATIONS, RUNTIMES, Comparison, FastRuntime
 from .phases import Cache, Observation, Phases, UnavailableError
 
-__all__ = ["QUANTISATIONS", "RUNTIMES", "Cache", "FastRuntime", "Observation", "Phases", "UnavailableError"]
+__all__ = [
+    "PRECISIONS",
+    "QUANTISATIONS",
+    "RUNTIMES",
+    "Cache",
+    "Comparison",
+    "FastRuntime",
+    "Observation",
+    "Phases",
+    "UnavailableError",
+]

@@ -7,16 +7,17 @@ a warning says why.
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GridsError, first_line
 from .flow import integrate
-from .phases import Observation, Phases, UnavailableError
+from .phases import Phases, UnavailableError
+from .precision import PRECISIONS, precisely
 from .program import Loop, Program
 from .quantised import QUANTISATIONS, quantise
 from .weights import Mark, mark
@@ -28,8 +29,29 @@ RUNTIMES = ("eager", "fast", "compiled")
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Of float32 where matrix products round their inputs to 10 bits.
 TF32_BOUND = 2e-2
+# And to 7 bits.
+BF16_BOUND = BOUNDS[torch.bfloat16]
 # With weights of 8 bits.
 INT8_BOUND = 5e-2
+
+
+class Comparison(NamedTuple):
+    """How far two action chunks are apart.
+
+    Attributes:
+        of: What is compared.
+        share: (What the fast path gave, what the slow one gave) to the difference as a share of the range of that.
+    """
+
+    of: str
+    share: Callable[[Tensor, Tensor], float]
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / (expected.max() - expected.min()).clamp_min(1e-9))
+
+
+BY_VALUES = Comparison("actions", _apart)
 
 
 class FastRuntime:
@@ -38,6 +60,8 @@ class FastRuntime:
     Args:
         name: "fast" or "compiled".
         quantisation: One of `QUANTISATIONS`: of the weights of trunk and action expert.
+        precision: One of `PRECISIONS`: of products of float32 in the fast path. The slow one, against which it is held,
+            then computes them as float32.
         build: (numbers of the cameras, denoising steps) to the phases; raises UnavailableError.
         budget: Numbers of the cameras to what says how their tokens are reduced at the moment.
         weights: The modules whose weights the phases use.
@@ -54,14 +78,16 @@ class FastRuntime:
         self,
         name: str,
         quantisation: str = "none",
+        precision: str = "own",
         *,
         build: Callable[[list[int], int], Phases],
         budget: Callable[[list[int]], Any],
         weights: Callable[[], Iterable[nn.Module]],
         blocked: Callable[[], str | None],
     ) -> None:
-        self.name, self.quantisation = name, quantisation
+        self.name, self.quantisation, self.precision = name, quantisation, precision
         self.title = f"runtime={name}" + ("" if quantisation == "none" else f" quantise={quantisation}")
+        self.title += "" if precision == "own" else f" precision={precision}"
         self._build, self._budget, self._weights, self._blocked = build, budget, weights, blocked
         self.acting = False
         self.differences: dict[Any, float | str] = {}
@@ -87,23 +113,25 @@ class FastRuntime:
 
     def chunk(
         self,
-        observation: Observation,
+        observation: Any,
         noise: Tensor,
         *,
         cameras: list[int],
         steps: int,
         eager: Callable[[], Tensor],
         loop: Loop = integrate,
+        compare: Comparison | None = None,
     ) -> Tensor:
         """An action chunk [b, t, a].
 
         Args:
-            observation: What the policy sees.
+            observation: What the policy sees: `Observation`, or another NamedTuple of what its prefill takes.
             noise: What it starts from, [b, t, a].
             cameras: Numbers of the cameras whose images these are.
             steps: Denoising steps.
             eager: The slow path, from the same observation and noise.
             loop: Runs the denoising steps.
+            compare: How far apart two chunks are, if not by their values.
         """
         reason = self._blocked() or _blocked_by_torch(noise)
         if reason is not None:
@@ -114,30 +142,34 @@ class FastRuntime:
         key = (shapes, noise.device, tuple(cameras), self._budget(cameras), steps)
         # Tensors of inference mode cannot be written to outside it, and graphs keep some.
         with torch.inference_mode(False), torch.no_grad():
-            observation, noise = Observation(*map(_own, observation)), _own(noise)
+            observation, noise = observation._make(map(_own, observation)), _own(noise)
             if key not in self.programs:
-                return self._first(key, observation, noise, cameras, steps, eager, loop)
+                return self._first(key, observation, noise, cameras, steps, eager, loop, compare or BY_VALUES)
             program = self.programs[key]
             if program is not None:
-                return program(observation, noise, loop)
+                with precisely(self.precision):
+                    return program(observation, noise, loop)
         return eager()
 
     def _first(
         self,
         key: Any,
-        observation: Observation,
+        observation: Any,
         noise: Tensor,
         cameras: list[int],
         steps: int,
         eager: Callable[[], Tensor],
         loop: Loop,
+        compare: Comparison,
     ) -> Tensor:
         """Build the program for observations of a shape, and hold it against the slow path."""
-        expected = eager()
+        with precisely("own" if self.precision == "own" else "fp32"):
+            expected = eager()
         try:
-            phases = self._phases_of(cameras, steps)
-            program = Program(phases, steps, observation, noise, compiled=self.name == "compiled")
-            found = program(observation, noise, loop)
+            with precisely(self.precision):
+                phases = self._phases_of(cameras, steps)
+                program = Program(phases, steps, observation, noise, compiled=self.name == "compiled")
+                found = program(observation, noise, loop)
         except Exception as error:  # whatever it is, the robot can act without
             kind = "" if isinstance(error, GridsError) else f"{type(error).__name__}: "
             self._refuse(key, f"{kind}{first_line(error)}")
@@ -145,18 +177,18 @@ class FastRuntime:
         if not bool(expected.isfinite().all()):
             # Nothing can be learnt from it, and whoever asked refuses it.
             return expected
-        difference = float((found - expected).abs().max() / (expected.max() - expected.min()).clamp_min(1e-9))
+        difference = compare.share(found, expected)
         bound = self._bound(noise.device)
         if not difference <= bound:
-            apart = f"{difference:.1e} of the range of the actions"
+            apart = f"{difference:.1e} of the range of the {compare.of}"
             self._refuse(key, f"its first action chunk differs by {apart}, more than {bound:.0e}")
             return expected
         self.programs[key] = program
         self.differences[key] = difference
         print(
-            f"{self.title}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual tokens, "
-            f"{observation.tokens.shape[1]} language tokens on {noise.device}: the first action chunk differs from the "
-            f"eager one by {difference:.1e} of the range of the actions (at most {bound:.0e})",
+            f"{self.title}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual "
+            f"tokens{_words(observation)} on {noise.device}: the first action chunk differs from the eager one by "
+            f"{difference:.1e} of the range of the {compare.of} (at most {bound:.0e})",
             file=sys.stderr,
             flush=True,
         )
@@ -178,8 +210,11 @@ class FastRuntime:
         bound = max(BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes)
         if self.quantisation != "none":
             bound = max(bound, INT8_BOUND)
-        rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        return max(bound, TF32_BOUND) if rounds else bound
+        with precisely(self.precision):
+            products = torch.get_float32_matmul_precision()
+        if products == "highest" or (device.type != "cuda" and self.precision == "own"):
+            return bound
+        return max(bound, TF32_BOUND if products == "high" else BF16_BOUND)
 
     def _refuse(self, key: Any, reason: str) -> None:
         self.programs[key] = None
@@ -230,8 +265,13 @@ def _own(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
 
 
+def _words(observation: Sequence[Tensor]) -> str:
+    tokens = getattr(observation, "tokens", None)
+    return "" if tokens is None else f", {tokens.shape[1]} language tokens"
+
+
 def _described(budget: Any) -> str:
     return "all" if budget is None else " + ".join(str(count) for count in budget[1])
 
 
-__all__ = ["QUANTISATIONS", "RUNTIMES", "FastRuntime", "UnavailableError"]
+__all__ = ["PRECISIONS", "QUANTISATIONS", "RUNTIMES", "FastRuntime", "UnavailableError"]

@@ -1,5 +1,8 @@
 """What a policy does for one action chunk, in two phases: a prefill, and a denoising step that is repeated.
 
+Most families take an `Observation` and leave a `Cache`. Others have NamedTuples of their own. A family that predicts
+its actions in one pass has a single step, which does not read the noise.
+
 Both are plain modules, functions of tensors alone. Their shapes follow from the batch, the cameras, K and the bucket of
 the language's length. Nothing in them reads a value back to the CPU, so that they can be compiled, recorded as a
 CUDA graph, exported and timed one by one.
@@ -8,8 +11,9 @@ Axes used in shapes: b batch, n cameras that sent an image, l language tokens, p
 chunk, a action dimensions, h query heads, g key heads, d channels of a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -61,6 +65,10 @@ class Cache(NamedTuple):
     extra: tuple[Tensor, ...] = ()
 
 
+def _noise(cache: Any, noise: Tensor) -> Tensor:
+    return noise
+
+
 @dataclass
 class Phases:
     """The two phases of a policy, for fixed cameras, K and number of steps.
@@ -71,10 +79,12 @@ class Phases:
     Attributes:
         prefill: `prefill(*Observation) -> Cache`: vision tower, sampler and trunk.
         denoise_step: `denoise_step(cache, x_t, step) -> velocity`: x_t and the velocity float32 [b, t, a], step
-            int64 [1], the number of a step; its time is 1 - step / steps.
+            int64 [1], the number of a step; its time is 1 - step / steps. Some families predict the actions themselves.
         unused: Modules with weights that no phase reads.
+        start: (Cache, noise) to what the steps begin with: the noise.
     """
 
     prefill: nn.Module
     denoise_step: nn.Module
     unused: tuple[nn.Module, ...] = ()
+    start: Callable[[Any, Tensor], Tensor] = _noise

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .flow import integrate
 from .graphs import RecordedFunction
-from .phases import Cache, Observation, Phases
+from .phases import Phases
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Loop = Callable[[Velocity, Tensor, Tensor], Tensor]
@@ -32,18 +32,20 @@ class Program:
             call, and the cache must be the one of `prefill`.
     """
 
-    def __init__(self, phases: Phases, steps: int, observation: Observation, noise: Tensor, *, compiled: bool) -> None:
+    def __init__(
+        self, phases: Phases, steps: int, observation: tuple[Tensor, ...], noise: Tensor, *, compiled: bool
+    ) -> None:
         self.phases = phases
         self.numbers = torch.arange(steps, device=noise.device)
-        self.prefill: Callable[..., Cache] = phases.prefill
-        self.denoise_step: Callable[[Cache, Tensor, Tensor], Tensor] = phases.denoise_step
+        self.prefill: Callable[..., tuple[Any, ...]] = phases.prefill
+        self.denoise_step: Callable[[Any, Tensor, Tensor], Tensor] = phases.denoise_step
         if compiled:
             self.prefill = torch.compile(phases.prefill, fullgraph=True, dynamic=False)
             self.denoise_step = torch.compile(phases.denoise_step, fullgraph=True, dynamic=False)
         if noise.is_cuda:
             self._record(observation, noise)
 
-    def __call__(self, observation: Observation, noise: Tensor, loop: Loop = integrate) -> Tensor:
+    def __call__(self, observation: tuple[Tensor, ...], noise: Tensor, loop: Loop = integrate) -> Tensor:
         """The action chunk [b, t, a] that denoising leaves of the noise."""
         cache = self.prefill(*observation)
 
@@ -51,9 +53,9 @@ class Program:
             with torch.no_grad():
                 return self.denoise_step(cache, x_t, number)
 
-        return loop(velocity, noise, self.numbers)
+        return loop(velocity, self.phases.start(cache, noise), self.numbers)
 
-    def _record(self, observation: Observation, noise: Tensor) -> None:
+    def _record(self, observation: tuple[Tensor, ...], noise: Tensor) -> None:
         """Replace both phases by CUDA graphs; one graph serves all steps."""
         prefill = RecordedFunction(self.prefill, (), tuple(observation))
         step = RecordedFunction(self.denoise_step, (prefill.result,), (noise, self.numbers[:1]))

@@ -24,16 +24,18 @@ def quantise(phases: Phases, name: str) -> None:
         name: One of `QUANTISATIONS`.
 
     Raises:
-        UnavailableError: If torchao is not installed.
+        UnavailableError: If torchao is not installed, or there are no such layers.
     """
     if name == "none":
         return
     if find_spec("torchao") is None:
         raise UnavailableError(f"quantise={name} needs torchao: pip install 'lerobot_policy_grids[quantise]'")
-    for phase in (phases.prefill, phases.denoise_step):
-        for layer in phase.modules():
-            if isinstance(layer, DecoderLayer):
-                layer.change_weights(lambda linear: _quantised(linear, name))
+    layers = [*phases.prefill.modules(), *phases.denoise_step.modules()]
+    decoders = [layer for layer in layers if isinstance(layer, DecoderLayer)]
+    if not decoders:
+        raise UnavailableError(f"quantise={name} changes layers of a language model, and this policy acts without one")
+    for layer in decoders:
+        layer.change_weights(lambda linear: _quantised(linear, name))
 
 
 def _quantised(linear: nn.Linear, name: str) -> nn.Linear:
