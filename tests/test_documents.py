@@ -70,7 +70,7 @@ ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 # Scripts of benchmarks whose command line is the signature of `main`.
 SIGNATURES = ("training_cost", "adapter_size")
 # Scripts whose options alone are checked.
-WITH_OPTIONS = set("latency export_size libero_expert scenes sheet tower grounding expert soak stages".split())
+WITH_OPTIONS = set(["latency", "export_size", "libero_expert", "scenes", "sheet", "tower", "grounding", "expert", "soak", "stages"])
 # Options of other programs that documents name in passing.
 FOREIGN = {
     "--operation.type",
