@@ -540,7 +540,7 @@ def test_pictures_are_small_and_shown():
 
 
 TABLES = {"training": "training.md"} | dict.fromkeys(
-    ("main", "few-tokens", "frozen-vision", "ablations", "untrained", "perturbed"), "results.md"
+    ("main", "few-tokens", "frozen-vision", "ablations", "untrained", "perturbed", "act"), "results.md"
 )
 # Measured with other episodes than the rest; the text has it.
 LEFT_OUT = {"ablations": {"fast-sampler"}}
