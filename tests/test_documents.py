@@ -70,7 +70,10 @@ ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 # Scripts of benchmarks whose command line is the signature of `main`.
 SIGNATURES = ("training_cost", "adapter_size")
 # Scripts whose options alone are checked.
-WITH_OPTIONS = set(["latency", "export_size", "libero_expert", "scenes", "sheet", "tower", "grounding", "expert", "soak", "stages"])
+WITH_OPTIONS = {
+    *("latency", "export_size", "stages", "soak", "libero_expert"),
+    *("scenes", "sheet", "tower", "grounding", "expert"),
+}
 # Options of other programs that documents name in passing.
 FOREIGN = {
     "--operation.type",
@@ -490,11 +493,12 @@ def known_options():
 
 def test_options_in_prose_exist():
     from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.groot.configuration_groot import GrootConfig
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
     from lerobot_policy_grids import GridsConfig
 
-    known = known_options() | {f"--base.{field.name}" for field in fields(ACTConfig)}
+    known = known_options() | {f"--base.{field.name}" for kind in (ACTConfig, GrootConfig) for field in fields(kind)}
     ours = {field.name for kind in (GridsConfig, SmolVLAConfig) for field in fields(kind)} | {"path"}
     checked = 0
     for path, span in SPANS:
@@ -592,7 +596,7 @@ def test_pictures_are_small_and_shown():
 
 
 TABLES = {"training": "training.md"} | dict.fromkeys(
-    ("main", "few-tokens", "frozen-vision", "ablations", "untrained", "perturbed"), "results.md"
+    ("main", "few-tokens", "frozen-vision", "ablations", "untrained", "perturbed", "act"), "results.md"
 )
 # Measured with other episodes than the rest; the text has it.
 LEFT_OUT = {"ablations": {"fast-sampler"}}
