@@ -20,6 +20,7 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
+from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import (
@@ -159,6 +160,7 @@ class Groot(Family):
     def finish(self, policy: Any) -> None:
         if next(policy.parameters()).is_meta:
             policy.predict_action_chunk = partial(_without_autocast, policy)
+            policy.forward = _no_training_step
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.model_params_fp32 = False
@@ -296,6 +298,12 @@ def _filter_groot_inputs(
         device_type=prepared["input_ids"].device.type, dtype=torch.bfloat16, enabled=policy.config.use_bf16
     ):
         return scatter(seam, backbone.model.model, known, prepared, dense=dense)
+
+
+def _no_training_step(*args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedPolicyError(
+        "a training step of a 'groot' policy cannot be predicted: the values of its prompt decide which operations run"
+    )
 
 
 def _without_autocast(policy: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
