@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lerobot_grids.simulation.libero.grasps import OPENING, choose_grasp
-from lerobot_grids.simulation.libero.layouts import APART, JITTER, REACH, SHIFT, Pose, deal, require_layout
+from lerobot_grids.simulation.libero.layouts import APART, JITTER, REACH, SHIFT, Pose, deal, generator, require_layout
 from lerobot_grids.simulation.libero.shapes import collision_points, rotation_vector, turned
 from lerobot_policy_grids.errors import SimulationError
 
@@ -34,8 +34,8 @@ def poses(places):
     return {name: Pose(np.array(place), np.array([0.5, 0.5, 0.5, 0.5])) for name, place in places.items()}
 
 
-def dealt(suite, places, seed, base=BASE):
-    return deal(suite, poses(places), base, np.random.default_rng(seed))
+def dealt(suite, places, seed, base=BASE, task=0):
+    return deal(suite, poses(places), base, generator(seed, task))
 
 
 def yaw(pose):
@@ -54,6 +54,12 @@ def test_a_layout_follows_from_its_seed(suite, places):
         assert np.array_equal(one[name].quaternion, again[name].quaternion)
         assert one[name].position[2] == places[name][2]
     assert any(np.abs(one[name].position - other[name].position).max() > 0.02 for name in places)
+
+
+def test_tasks_with_the_same_seed_have_their_objects_in_different_places():
+    first = [dealt("libero_object", FLOOR, 1, task=task)["alphabet_soup_1"].position[:2] for task in range(10)]
+    far = [np.linalg.norm(one - other) for one in first for other in first]
+    assert np.mean(np.array(far) > 2 * JITTER) > 0.5
 
 
 def test_objects_change_places_stand_apart_and_in_reach():

@@ -37,7 +37,7 @@ from ...choices import parts
 from ..perturbations import Perturbation, Perturber, parse_perturbations
 from ..perturbations.libero import KINDS
 from ..perturbations.saved import SavedScene
-from .layouts import Pose, deal, require_layout
+from .layouts import Pose, deal, generator, require_layout
 
 DRAWINGS = ("libero", "fast")
 CHEAP = '<quality shadowsize="0" offsamples="0"/>'
@@ -166,7 +166,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         self._settling = True
         observation, info = super().reset(seed=seed, **kwargs)
         if self.layout == "dealt":
-            self._deal(state, np.random.default_rng(seed))
+            self._deal(state, generator(seed, self.task_id))
         elif not self.simulation.hard_reset:
             self._begin(state, {})
         self._settling = False

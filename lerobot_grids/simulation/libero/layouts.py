@@ -8,7 +8,8 @@ looking. Dealt layouts keep LIBERO's scenes and change what a policy has to see:
 - LIBERO-Spatial: everything that stands on the table is turned together around its middle by up to `TURN`, and moved by
   up to `SHIFT`, so "between the plate and the ramekin" stays true. What stands on or in furniture stays there.
 
-A layout depends on its seed alone: every policy gets the same one, and other seeds give others.
+A layout depends on its seed and its task: every policy gets the same one. Other seeds give others, and so do other
+tasks. Their objects have the same slots, so with the seed alone the named object of ten tasks would stand in one place.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ def require_layout(layout: str, suites: list[str]) -> None:
         )
 
 
+def generator(seed: int | None, task: int) -> np.random.Generator:
+    """What deals the objects of an episode of a task, by its number in the suite; without a seed, any."""
+    return np.random.default_rng(None if seed is None else [seed, task])
+
+
 def deal(suite: str, poses: dict[str, Pose], base: np.ndarray, random: np.random.Generator) -> dict[str, Pose]:
     """New poses of the free objects.
 
@@ -56,7 +62,7 @@ def deal(suite: str, poses: dict[str, Pose], base: np.ndarray, random: np.random
         suite: "libero_object" or "libero_spatial".
         poses: Poses in an official state, by name.
         base: Position [3] of the robot's base.
-        random: Generator seeded with the episode's seed.
+        random: What `generator` gives for the episode.
 
     Raises:
         SimulationError: If no layout was found in which objects stand apart and in reach.
