@@ -66,12 +66,11 @@ class LoadedPolicy:
 
 def flow_steps(policy: Any) -> int | None:
     """Integration steps of a policy's flow for one action chunk; None where it has none that are known."""
-    config = dense_policy(policy).config
+    base = dense_policy(policy)
     try:
-        field = get_family(config.type).flow_steps
+        return get_family(base.config.type).count_steps(base)
     except UnsupportedPolicyError:
         return None
-    return None if field is None else int(getattr(config, field))
 
 
 def set_flow_steps(policy: Any, steps: int) -> None:

@@ -677,6 +677,7 @@ class Overwriting:
 def test_results_that_the_next_call_overwrites_are_used_before(phased, guided, monkeypatch):
     policy, batch = phased
     other = batch | {"observation.images.1": batch["observation.images.1"] * 0.5}
+    other["observation.state"] = batch["observation.state"] + 0.5
     if guided:
         if policy.family.policy_type not in FLOWS:
             pytest.skip("LeRobot guides no chunks of this policy")

@@ -62,7 +62,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, dataset, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(HELPERS)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])},
     ) as process:
         while saved_step(output) < moment:
             assert process.poll() is None, process.stderr.read()

@@ -359,6 +359,10 @@ class Family(ABC):
         length: int = prefix[0].shape[1]
         return length
 
+    def count_steps(self, policy: DensePolicy) -> int | None:
+        """Integration steps of the flow of `policy`; None without a flow."""
+        return None if self.flow_steps is None else int(getattr(policy.config, self.flow_steps))
+
     def set_steps(self, policy: DensePolicy, steps: int) -> None:
         """Let `policy` take so many steps after the prefill from now on."""
         setattr(policy.config, str(self.stages(policy).steps_field), steps)

@@ -52,6 +52,7 @@ class Groot(Family):
     position_ids = "dense"
     counted_on_meta = True
     spares_cameras = False
+    flow_steps = "num_inference_timesteps"
     steps: ClassVar = {
         "groot_n1_7_pack_inputs_v1": frozenset(
             {
@@ -173,11 +174,14 @@ class Groot(Family):
         return Target(head.action_decoder, _distance, noise=(head.action_encoder, (0, 1)))
 
     def stages(self, policy: Any) -> Stages:
-        # LeRobot's None is the checkpoint's own number.
         if policy.config.num_inference_timesteps is None:
-            policy.config.num_inference_timesteps = policy._groot_model.action_head.num_inference_timesteps
+            policy.config.num_inference_timesteps = self.count_steps(policy)
         visual = policy._groot_model.backbone.model.model.visual
-        return Stages(visual, visual.merger, "num_inference_timesteps", "backbone._last_decoder_layer_output")
+        return Stages(visual, visual.merger, self.flow_steps, "backbone._last_decoder_layer_output")
+
+    def count_steps(self, policy: Any) -> int:
+        # LeRobot's configuration may leave it to the checkpoint.
+        return int(policy._groot_model.action_head.num_inference_timesteps)
 
     def set_steps(self, policy: Any, steps: int) -> None:
         super().set_steps(policy, steps)
