@@ -15,6 +15,14 @@ from lerobot_grids.simulation.recording import record
 from lerobot_grids_cli.main import main
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """What a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @dataclass
 class Still:
     """A demonstrator without a simulator, whose episodes are made in this process."""
