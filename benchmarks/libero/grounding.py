@@ -1,159 +1,207 @@
 """Teach the language model of a small policy which words mean which object, as a real VLM knows before it sees a robot.
 
-    python benchmarks/libero/grounding.py outputs/libero/scenes.npz outputs/libero/start outputs/libero/grounded
+    python benchmarks/libero/grounding.py outputs/libero/scenes.npz DATASET outputs/libero/start outputs/libero/grounded
 
-The instruction names an object of the scene. Each visual token learns to say, behind the first layer and behind the
-last one, whether that object is in its patch. The vision tower stays as it is, and the action expert is not touched. At
-the end, in scenes that were left out: how often the token that says so most strongly is on the named object.
+The instruction names an object. Behind the first layer each visual token learns to say whether that object is in its
+patch, and behind the second the token of the robot's state says where object and goal are. Half of each batch are
+labelled scenes, the other half frames of the recording, in which the hand is at work. The vision tower stays as it is,
+and the action expert is not touched. At the end, in scenes and episodes that were left out: how often the strongest
+token is on the named object, and how far off its position is told.
 """
 
 import argparse
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from lerobot.policies.smolvla.modeling_smolvla import make_att_2d_masks
+from prefix import PATCH, Prefix, see
+from recorded import Frames, read
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lerobot_policy_grids.tiny.modeling_tiny_smolvla import TinySmolVLAPolicy
-from lerobot_policy_grids.tiny.tokenizer import TinyTokenizerStep
+from lerobot_grids.policies import LoadedPolicy, load
 
-PATCH, HELD_OUT = 8, 0.1
+# Scenes that are held out, every tenth, and brightnesses in which each of the others is seen.
+HELD_OUT, VIEWS = 10, 3
 # A token is on an object if so much of its patch shows it.
 SHARE = 0.15
-UNNAMED = ("background", "robot", "basket")
+UNNAMED, GOAL = ("background", "robot", "basket"), "basket"
+RATE, BATCH = 1.5e-3, 40
 
 
-class Grounding(nn.Module):
-    """The prefix of a policy, with a read-out of its visual tokens behind the first and behind the last layer."""
+@dataclass
+class Batch:
+    """What the trunk sees, and what it has to say: `on` [b, visual tokens], None for frames, and `positions` [b, 6]."""
 
-    def __init__(self, policy: TinySmolVLAPolicy) -> None:
-        super().__init__()
-        self.policy, self.model = policy, policy.model.vlm_with_expert
-        width = self.model.config.text_config.hidden_size
-        self.read = nn.ModuleList([nn.Linear(width, 1), nn.Linear(width, 1)])
-        self._behind_first: Tensor | None = None
-        second = self.model.get_vlm_model().text_model.layers[1]
-        second.input_layernorm.register_forward_pre_hook(self._keep)
+    seen: Tensor
+    words: Tensor
+    mask: Tensor
+    state: Tensor
+    positions: Tensor
+    on: Tensor | None = None
 
-    def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._behind_first = arguments[0]
-
-    def forward(self, images: list[Tensor], words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [b, visual tokens] behind the first and the last layer.
-
-        Args:
-            images: One float [b, 3, h, w] from -1 to 1 for each camera.
-            words: int64 [b, n].
-            mask: bool [b, n].
-        """
-        count = len(words)
-        state = torch.randn(count, self.policy.config.max_state_dim)
-        seen = [torch.ones(count, dtype=torch.bool)] * len(images)
-        prefix, pads, attention = self.policy.model.embed_prefix(images, seen, words, mask, state)
-        (last, _), _ = self.model.forward(
-            attention_mask=make_att_2d_masks(pads, attention),
-            position_ids=torch.cumsum(pads, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[prefix, None],
-            use_cache=True,  # as in a prefill, in which there is no action expert
-        )
-        visual = len(images) * (images[0].shape[-1] // PATCH) ** 2
-        first = self._behind_first
-        assert first is not None
-        scores = [read(hidden[:, :visual])[..., 0] for read, hidden in zip(self.read, (first, last), strict=True)]
-        return scores[0], scores[1]
+    @classmethod
+    def of(cls, frames: Frames, index: Tensor) -> Self:
+        """Some frames of a recording."""
+        parts = (frames.seen, frames.words, frames.mask, frames.state, frames.positions)
+        return cls(*(part[index] for part in parts))
 
 
 class Scenes:
-    """Labelled scenes with one or more cameras, and instructions that name an object of them."""
+    """Labelled scenes, and instructions that name an object of them."""
 
-    def __init__(self, file: Path, cameras: int, instruction: str) -> None:
+    def __init__(self, file: Path, loaded: LoadedPolicy, instruction: str, states: Tensor) -> None:
         content = np.load(file)
-        self.images = torch.from_numpy(content["images"]).unflatten(0, (-1, cameras))
-        self.classes = [str(name) for name in content["classes"]]
-        labels = torch.from_numpy(content["labels"]).unflatten(0, (-1, cameras))
+        classes = [str(name) for name in content["classes"]]
+        self.positions, self.states = torch.from_numpy(content["positions"]), states
+        self.goal = self.positions[:, classes.index(GOAL)]
+        labels = torch.from_numpy(content["labels"])
         # Share of each patch that shows each class, [scenes, visual tokens of all cameras, classes].
         patches = labels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(4).flatten(1, 3)
-        self.shares = torch.stack([(patches == kind).float().mean(-1) for kind in range(len(self.classes))], -1)
+        self.shares = torch.stack([(patches == number).float().mean(-1) for number in range(len(classes))], -1)
         visible = (self.shares > SHARE).any(1)
-        visible[:, [number for number, name in enumerate(self.classes) if name in UNNAMED]] = False
+        visible[:, [number for number, name in enumerate(classes) if name in UNNAMED]] = False
         self.visible = visible.float()
-        texts = [instruction.format(name.replace("_", " ")) + "\n" for name in self.classes]
-        coded = TinyTokenizerStep().input_tokenizer(texts, padding=True, return_tensors="pt")
-        self.words, self.mask = coded["input_ids"], coded["attention_mask"].bool()
+        texts = [instruction.format(name.replace("_", " ")) for name in classes]
+        ready = loaded.preprocessor({"task": texts, "observation.state": states[:1].expand(len(texts), -1)})
+        self.words, self.mask = (ready[f"observation.language.{part}"] for part in ("tokens", "attention_mask"))
+        images = torch.from_numpy(content["images"]).permute(0, 1, 4, 2, 3)
+        self.seen = torch.stack(
+            [see(loaded.policy, images), *(see(loaded.policy, jitter(images)) for _ in range(VIEWS))]
+        )
 
-    def batch(self, index: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """(images, words, mask, whether each token is on the named object [b, n]); the object is drawn."""
+    def batch(self, index: Tensor, views: int = VIEWS) -> Batch:
+        """Some scenes; the object is drawn. The arm is anywhere in them, so the state is that of any frame."""
         named = torch.multinomial(self.visible[index], 1)[:, 0]
-        images = self.images[index].permute(1, 0, 4, 2, 3).float() / 127.5 - 1
-        gain = torch.empty(len(index), 1, 1, 1).uniform_(0.8, 1.2)
-        shift = torch.empty_like(gain).uniform_(-0.15, 0.15)
-        jittered = [(view * gain + shift).clamp(-1, 1) for view in images]
-        on = self.shares[index, :, named] > SHARE
-        return jittered, self.words[named], self.mask[named], on
+        return Batch(
+            seen=self.seen[torch.randint(1 + views, index.shape), index],
+            words=self.words[named],
+            mask=self.mask[named].bool(),
+            state=self.states[torch.randint(len(self.states), index.shape)],
+            positions=torch.cat([self.positions[index, named], self.goal[index]], -1),
+            on=self.shares[index, :, named] > SHARE,
+        )
 
 
-def train(grounding: Grounding, scenes: Scenes, index: Tensor, steps: int, batch: int = 32) -> None:
-    """Train the trunk and the read-outs."""
+def jitter(images: Tensor) -> Tensor:
+    """Images uint8 [n, cameras, 3, h, w] in other brightness and contrast, one for each scene."""
+    gain = torch.empty(len(images), 1, 1, 1, 1).uniform_(0.8, 1.2)
+    shift = torch.empty_like(gain).uniform_(-20, 20)
+    return ((images.float() - 128) * gain + 128 + shift).clamp(0, 255).to(torch.uint8)
+
+
+class Grounding(nn.Module):
+    """The first two layers of a policy's trunk, and read-outs of what they say."""
+
+    def __init__(self, prefix: Prefix, positions: Tensor) -> None:
+        super().__init__()
+        self.prefix, width = prefix, prefix.width
+        self.point = nn.Linear(width, 1)
+        self.place = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, positions.shape[-1]))
+        # The third layer learns nothing here, so it hands on what it gets. Of the last one nothing but keys and values
+        # is ever read.
+        third = prefix.layers[2]
+        nn.init.zeros_(third.self_attn.o_proj.weight)
+        nn.init.zeros_(third.mlp.down_proj.weight)
+        self.mean, self.std = positions.mean(0), positions.std(0).clamp_min(0.02)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(scores of the visual tokens [b, n], positions [b, 6] in standard deviations)."""
+        tokens, exist = self.prefix.embed(batch.seen, batch.words, batch.mask, batch.state)
+        tokens = self.prefix.behind(0, tokens, exist)
+        scores = self.point(tokens[:, : batch.seen.shape[1] * batch.seen.shape[2]])[..., 0]
+        robot = self.prefix.behind(1, tokens, exist)[:, -1]
+        return scores.float(), self.place(robot).float()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of pointing, where it is known which tokens are right, and of the positions."""
+        scores, said = self(batch)
+        off = 2 * functional.smooth_l1_loss(said, (batch.positions - self.mean) / self.std, beta=0.2)
+        if batch.on is None:
+            return off
+        rare = torch.tensor(20.0)
+        return off + functional.binary_cross_entropy_with_logits(scores, batch.on.float(), pos_weight=rare)
+
+    def off(self, said: Tensor, batch: Batch) -> Tensor:
+        """Distances in metres on the table [b] between said and true positions of the named object."""
+        return ((said * self.std + self.mean) - batch.positions)[:, :2].norm(dim=-1)
+
+
+def train(grounding: Grounding, scenes: Scenes, frames: Frames, kept: Tensor, steps: int) -> None:
+    """Train trunk and read-outs on the scenes `kept` and the frames that are not held out."""
     weights = [value for value in grounding.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(weights, 1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    rare = torch.tensor(20.0)
+    optimizer = torch.optim.AdamW(weights, RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    shown = torch.where(~frames.held)[0]
     for step in range(steps):
-        images, words, mask, on = scenes.batch(index[torch.randint(len(index), (batch,))])
-        truth = on.float()
-        losses = [
-            functional.binary_cross_entropy_with_logits(scores, truth, pos_weight=rare)
-            for scores in grounding(images, words, mask)
-        ]
-        loss = torch.stack(losses).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = grounding.loss(scenes.batch(kept[torch.randint(len(kept), (BATCH // 2,))]))
+            loss = loss + grounding.loss(Batch.of(frames, shown[torch.randint(len(shown), (BATCH // 2,))]))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 49:
+        if step % 100 == 99:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
 
 
 @torch.no_grad()
-def point(grounding: Grounding, scenes: Scenes, index: Tensor) -> dict[str, Any]:
-    """How often the strongest token is on the named object, behind the first and the last layer."""
-    hits: list[list[bool]] = [[], []]
-    for part in index.repeat(4).split(40):
-        images, words, mask, on = scenes.batch(part)
-        for found, scores in zip(hits, grounding(images, words, mask), strict=True):
-            found += on.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
-    rates = [round(sum(found) / len(found), 3) for found in hits]
-    return {"points_at_named": dict(zip(("first_layer", "last_layer"), rates, strict=True)), "questions": len(hits[0])}
+def measure(grounding: Grounding, scenes: Scenes, frames: Frames, held: Tensor) -> dict[str, Any]:
+    """How well it points and reads positions, in scenes and frames that were left out."""
+    right, far = [], []
+    for part in held.repeat(4).split(40):
+        batch = scenes.batch(part, views=0)
+        scores, said = grounding(batch)
+        assert batch.on is not None
+        right += batch.on.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
+        far += grounding.off(said, batch).tolist()
+    recorded = []
+    for part in torch.where(frames.held)[0][::8].split(40):
+        batch = Batch.of(frames, part)
+        recorded += grounding.off(grounding(batch)[1], batch).tolist()
+    return {
+        "points_at_named": round(float(np.mean(right)), 3),
+        "questions": len(right),
+        "centimetres_off": {
+            name: round(100 * float(np.median(off)), 2) for name, off in (("scenes", far), ("frames", recorded))
+        },
+        "frames": len(recorded),
+    }
 
 
 def main() -> None:
-    """Train, point, save."""
+    """Train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenes", type=Path)
+    parser.add_argument("dataset", help="recorded demonstrations")
     parser.add_argument("start", type=Path, help="policy that tower.py made")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--instruction", default="pick up the {} and place it in the basket")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     begin = time.perf_counter()
-    policy = TinySmolVLAPolicy.from_pretrained(arguments.start)
-    scenes = Scenes(arguments.scenes, len(policy.config.image_features), arguments.instruction)
-    held = torch.arange(len(scenes.images)) % round(1 / HELD_OUT) == 0
-    grounding = Grounding(policy)
-    train(grounding, scenes, torch.arange(len(held))[~held], arguments.steps)
-    seen = point(grounding.eval(), scenes, torch.arange(len(held))[held])
+    loaded = load(arguments.start)
+    frames = read(loaded, arguments.dataset)
+    scenes = Scenes(arguments.scenes, loaded, arguments.instruction, frames.state[~frames.held])
+    held = torch.arange(len(scenes.positions)) % HELD_OUT == 0
+    policy = loaded.policy.train()
+    for name, weight in policy.named_parameters():
+        weight.requires_grad_("state_proj" in name or (".vlm." in name and "vision_model" not in name))
+    grounding = Grounding(Prefix(policy), frames.positions)
+    train(grounding, scenes, frames, torch.where(~held)[0], arguments.steps)
+    seen = measure(grounding.eval(), scenes, frames, torch.where(held)[0])
     print(json.dumps(seen, indent=2))
+    # The action expert reads what the trunk knows now, and the trunk stays as it is.
+    policy.config.train_expert_only = True
     shutil.copytree(arguments.start, arguments.output, dirs_exist_ok=True)
     policy.save_pretrained(arguments.output)
     seen |= {"steps": arguments.steps, "scenes": int((~held).sum()), "seconds": round(time.perf_counter() - begin)}

@@ -1,4 +1,4 @@
-"""Pictures of dealt LIBERO scenes in which every pixel is labelled with its object, to train a vision tower on.
+"""Pictures of dealt LIBERO scenes, with the object of every pixel and all positions, to train a policy's eyes on.
 
     python benchmarks/libero/scenes.py outputs/libero/scenes.npz --scenes 150    # 150 of each task: about 10 minutes
 
@@ -21,11 +21,16 @@ ARM = 0.22
 ROBOT = "robot"
 
 
+def kind(name: str) -> str:
+    """The kind of an object: its name without the number."""
+    return name.rstrip("0123456789").rstrip("_")
+
+
 def labels(env: LiberoEnv) -> dict[int, str]:
     """{number of a shape: name of its kind of object} of all objects and the robot."""
     model, names = env.simulation.sim.model._model, {}
     for name, body in env.simulation.obj_body_id.items():
-        names[body] = name.rstrip("0123456789").rstrip("_")
+        names[body] = kind(name)
     names[model.body("robot0_base").id] = ROBOT
     kinds: dict[int, str] = {}
     for shape in range(model.ngeom):
@@ -63,24 +68,46 @@ def scatter(env: LiberoEnv, random: np.random.Generator) -> None:
     env.simulation.sim.forward()
 
 
+def positions(env: LiberoEnv, classes: list[str]) -> np.ndarray:
+    """Where the object of each class is, [classes, 3] in metres; NaN where there is none."""
+    places = np.full((len(classes), 3), np.nan, np.float32)
+    for name, body in env.simulation.obj_body_id.items():
+        places[classes.index(kind(name))] = env.simulation.sim.data.body_xpos[body]
+    return places
+
+
 def draw(suite_name: str, scenes: int, size: int) -> dict[str, Any]:
-    """{"images": uint8 [n, h, w, 3], "labels": uint8 [n, h, w], "classes": names}."""
+    """What is saved.
+
+    Returns:
+        "images" uint8 [scenes, cameras, h, w, 3], "labels" uint8 [scenes, cameras, h, w], "positions" float32
+        [scenes, classes, 3], and "classes", whose first is the background.
+    """
     config = LiberoConfig(task=suite_name, drawing="fast", observation_height=size, observation_width=size)
-    images, masks, classes = [], [], []
+    images, masks, places, classes = [], [], [], []
     for number in config.chosen[suite_name]:
         env = config.make(suite_name, number)
         env.reset(seed=FIRST_SEED)
         kinds = labels(env)
-        classes += [kind for kind in dict.fromkeys(kinds.values()) if kind not in classes]
+        classes += [name for name in dict.fromkeys(kinds.values()) if name not in classes]
         for scene in range(scenes):
             scatter(env, np.random.default_rng(FIRST_SEED + 1000 * number + scene))
-            for camera in env.camera_name:
-                image, mask = picture(env, camera, kinds, classes)
-                images.append(image)
-                masks.append(mask)
-        print(f"{suite_name} {number}: {len(images)} pictures", flush=True)
+            drawn = [picture(env, camera, kinds, classes) for camera in env.camera_name]
+            images.append(np.stack([image for image, _ in drawn]))
+            masks.append(np.stack([mask for _, mask in drawn]))
+            places.append(positions(env, classes))
+        print(f"{suite_name} {number}: {len(images)} scenes", flush=True)
         env.close()
-    return {"images": np.stack(images), "labels": np.stack(masks), "classes": ["background", *classes]}
+    # A later task may bring new classes.
+    known = np.full((len(places), 1 + len(classes), 3), np.nan, np.float32)
+    for row, there in zip(known, places, strict=True):
+        row[1 : 1 + len(there)] = there
+    return {
+        "images": np.stack(images),
+        "labels": np.stack(masks),
+        "positions": known,
+        "classes": ["background", *classes],
+    }
 
 
 def main() -> None:

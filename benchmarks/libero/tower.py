@@ -123,7 +123,8 @@ def main() -> None:
     torch.manual_seed(0)
     content, start = np.load(arguments.scenes), time.perf_counter()
     classes = [str(name) for name in content["classes"]]
-    images, (kinds, shapes) = torch.from_numpy(content["images"]), targets(content["labels"])
+    pictures, labels = (content[name].reshape(-1, *content[name].shape[2:]) for name in ("images", "labels"))
+    images, (kinds, shapes) = torch.from_numpy(pictures), targets(labels)
     meta = load_metadata(arguments.dataset)
     features = dataset_to_policy_features(meta.features)
     size = images.shape[1]
@@ -132,6 +133,7 @@ def main() -> None:
         output_features={name: f for name, f in features.items() if f.type is FeatureType.ACTION},
         resize_imgs_with_padding=(size, size),
         vision_tower="local",
+        language_layers=4,
         device="cpu",
         push_to_hub=False,
     )

@@ -75,6 +75,7 @@ BOUNDS: dict[str, float] = {
     "len_soft_prompts": 512,
     # Layers.
     "num_vlm_layers": 64,
+    "language_layers": 64,
     "num_expert_layers": 64,
     "depth": 48,
     "depths": 32,

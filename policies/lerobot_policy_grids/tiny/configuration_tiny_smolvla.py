@@ -36,6 +36,9 @@ class TinySmolVLAConfig(SmolVLAConfig):
 
     # A name and not a path: the files are part of this package, wherever it is installed.
     vlm_model_name: str = "lerobot_policy_grids/tiny"
-    # 0 keeps every layer of the shipped configuration.
+    # 0 keeps every layer of `language_layers`.
     num_vlm_layers: int = 0
+    # Layers of the language model, and of the action expert. With two, a named object is pointed at; the robot's token
+    # learns where it is from the third on.
+    language_layers: int = 2
     expert_width_multiplier: float = 1.0

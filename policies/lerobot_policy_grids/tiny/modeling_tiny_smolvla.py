@@ -5,12 +5,17 @@ linear patch embedding, and the last layer of the language model is trainable, b
 and values.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
+from lerobot.policies.smolvla import smolvlm_with_expert
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from .configuration_tiny_smolvla import TinySmolVLAConfig
 from .tokenizer import VLM_FOLDER
@@ -86,7 +91,8 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
         # Not `replace`, which checks the device again and knows no "meta".
         local = copy(config)
         local.vlm_model_name, local.load_vlm_weights = str(VLM_FOLDER), False
-        super().__init__(local, **kwargs)
+        with _language_layers(config.language_layers):
+            super().__init__(local, **kwargs)
         # The path is valid on this machine only, so the saved configuration keeps the name.
         self.config = self.model.config = config
         vlm = self.model.vlm_with_expert.get_vlm_model()
@@ -110,3 +116,19 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
         # With strict=False LeRobot would keep random weights where the file has none.
         loaded: Self = super()._load_as_safetensor(model, model_file, map_location, strict=True)
         return loaded
+
+
+@contextmanager
+def _language_layers(count: int) -> Iterator[None]:
+    """In this block LeRobot reads configurations of vision-language models with this number of language layers."""
+
+    def read(name: str) -> Any:
+        config: Any = AutoConfig.from_pretrained(name)
+        config.text_config.num_hidden_layers = count
+        return config
+
+    smolvlm_with_expert.AutoConfig = SimpleNamespace(from_pretrained=read)
+    try:
+        yield
+    finally:
+        smolvlm_with_expert.AutoConfig = AutoConfig

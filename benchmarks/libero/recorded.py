@@ -1,0 +1,68 @@
+"""The frames of a recording, prepared once: as the vision tower sees them, normalised, and with their action chunks."""
+
+from dataclasses import dataclass
+
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from prefix import see
+from torch import Tensor
+
+from lerobot_grids.data import load_metadata
+from lerobot_grids.data.frame_cache import FrameCache
+from lerobot_grids.data.frames import default_video_backend
+from lerobot_grids.data.metadata import POSITIONS
+from lerobot_grids.policies import LoadedPolicy
+
+# Every tenth episode is held out.
+HELD_OUT = 10
+
+
+@dataclass
+class Frames:
+    """Frames of a recording; every field has them on its first axis.
+
+    Attributes:
+        seen: What the vision tower says, bfloat16 [n, cameras, tokens, c].
+        words: int64 [n, words].
+        mask: Which words exist, bool [n, words].
+        state: Normalised [n, d].
+        actions: Normalised [n, chunk, d].
+        over: Which actions are behind the episode's end, bool [n, chunk].
+        positions: Of the named object and the goal, in metres [n, 6].
+        held: Frames of episodes that are held out, bool [n].
+    """
+
+    seen: Tensor
+    words: Tensor
+    mask: Tensor
+    state: Tensor
+    actions: Tensor
+    over: Tensor
+    positions: Tensor
+    held: Tensor
+
+
+def read(loaded: LoadedPolicy, dataset: str) -> Frames:
+    """Read all frames of a recorded dataset for a small policy."""
+    meta, config = load_metadata(dataset), loaded.policy.config
+    chunk = {"action": [step / meta.fps for step in range(config.chunk_size)]}
+    backend = default_video_backend()
+    source = LeRobotDataset(
+        meta.repo_id, root=meta.root, delta_timestamps=chunk, return_uint8=True, video_backend=backend
+    )
+    cameras = list(config.image_features)
+    kept = [*cameras, "observation.state", "action", POSITIONS, "episode_index", "task_index"]
+    batch = FrameCache(source, {name: name for name in kept}).__getitems__(list(range(meta.total_frames)))
+    seen = see(loaded.policy, torch.stack([batch.pop(name) for name in cameras], 1))
+    positions, episodes = batch.pop(POSITIONS), batch.pop("episode_index")
+    ready = loaded.preprocessor(batch)
+    return Frames(
+        seen=seen,
+        words=ready["observation.language.tokens"],
+        mask=ready["observation.language.attention_mask"].bool(),
+        state=ready["observation.state"],
+        actions=ready["action"],
+        over=ready["action_is_pad"],
+        positions=positions,
+        held=episodes % HELD_OUT == HELD_OUT - 1,
+    )
