@@ -111,18 +111,18 @@ def timed(owner: Any, name: str, now: Callable[[], float], spent: list[float]) -
 def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     """(Object, method, stage) of the stages that can be timed on their own."""
     base = dense_policy(policy)
+    stages = get_family(base.config.type).stages(base)
     runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
-    if get_family(base.config.type).stages(base).steps_field is None:
+    if stages.steps_field is None:
         backbone = base.model.backbone
         if runtime is None:
             return [(backbone, "forward", "vision")]
         (program,) = runtime.programs.values()
         return [(program.phases.prefill.backbone, "forward", "vision"), (program, "denoise_step", "steps")]
-    vision = get_family(base.config.type).stages(base).vision
-    encoder = next((module for name, module in vision.named_modules() if name.endswith("encoder")), vision)
-    runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
+    named = stages.vision.named_modules()
+    encoder = next((module for name, module in named if name.endswith("encoder")), stages.vision)
     if runtime is None:
-        if get_family(base.config.type).stages(base).decodes:
+        if stages.decodes:
             return [(encoder, "forward", "vision")]
         if hasattr(base.model, "denoise_step"):
             return [(encoder, "forward", "vision"), (base.model, "denoise_step", "steps")]

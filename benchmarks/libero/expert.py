@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import torch
+from descent import descend
 from prefix import Prefix
 from recorded import Frames, read
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
@@ -77,19 +78,15 @@ def flow_loss(memory: Memory, index: Tensor) -> Tensor:
 
 def train(memory: Memory, steps: int) -> None:
     """Train the expert and the projections of actions."""
-    weights = [value for value in memory.prefix.policy.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(weights, RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
     shown = torch.where(~memory.frames.held)[0]
-    for step in range(steps):
-        loss = flow_loss(memory, shown[torch.randint(len(shown), (BATCH,))])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 199:
-            print(f"step {step + 1}: loss {loss.item():.3f}, held out {held_out(memory):.3f}", flush=True)
+
+    def compute_loss() -> Tensor:
+        return flow_loss(memory, shown[torch.randint(len(shown), (BATCH,))])
+
+    policy = memory.prefix.policy
+    for step, loss in descend(policy, compute_loss, steps=steps, rate=RATE, warmup=0.05, betas=(0.9, 0.95)):
+        if step % 200 == 0:
+            print(f"step {step}: loss {loss:.3f}, held out {held_out(memory):.3f}", flush=True)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from descent import descend
 from prefix import PATCH, Prefix, see
 from recorded import Frames, read
 from torch import Tensor, nn
@@ -134,21 +135,16 @@ class Grounding(nn.Module):
 
 def train(grounding: Grounding, scenes: Scenes, frames: Frames, kept: Tensor, steps: int) -> None:
     """Train trunk and read-outs on the scenes `kept` and the frames that are not held out."""
-    weights = [value for value in grounding.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(weights, RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     shown = torch.where(~frames.held)[0]
-    for step in range(steps):
+
+    def compute_loss() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = grounding.loss(scenes.batch(kept[torch.randint(len(kept), (BATCH // 2,))]))
-            loss = loss + grounding.loss(Batch.of(frames, shown[torch.randint(len(shown), (BATCH // 2,))]))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+            return loss + grounding.loss(Batch.of(frames, shown[torch.randint(len(shown), (BATCH // 2,))]))
+
+    for step, loss in descend(grounding, compute_loss, steps=steps, rate=RATE, warmup=0.1, betas=(0.9, 0.95)):
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss:.3f}", flush=True)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from descent import descend
 from lerobot.configs import FeatureType
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
@@ -79,24 +80,19 @@ def brighten(images: Tensor) -> Tensor:
 
 def train(tower: Tower, images: Tensor, kinds: Tensor, shapes: Tensor, steps: int, batch: int = 32) -> None:
     """Train the tower and its read-out."""
-    weights = [value for value in tower.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(weights, 2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     rarity = 1 / torch.bincount(kinds.flatten(), minlength=int(kinds.max()) + 1).float().clamp_min(1).sqrt()
-    for step in range(steps):
+
+    def compute_loss() -> Tensor:
         index = torch.randint(len(images), (batch,))
         scores, read = tower(brighten(images[index]))
         kind, shape = kinds[index].flatten(1), shapes[index].flatten(1, 2)
         named = functional.cross_entropy(scores.flatten(0, 1), kind.flatten(), rarity / rarity.mean())
         seen = kind > 0
-        loss = named + (read[seen] - shape[seen]).abs().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 199:
-            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+        return named + (read[seen] - shape[seen]).abs().mean()
+
+    for step, loss in descend(tower, compute_loss, steps=steps, rate=2e-3):
+        if step % 200 == 0:
+            print(f"step {step}: loss {loss:.3f}", flush=True)
 
 
 @torch.no_grad()
