@@ -145,7 +145,7 @@ def test_identity_with_a_camera_missing(resizing_family):
 @pytest.mark.parametrize(("height", "width"), [(48, 96), (90, 60), (64, 64)])
 def test_image_region_is_where_the_policy_puts_the_image(resizing_family, height, width):
     family = resizing_family
-    if family.has_one_shape:
+    if family.makes_patches:
         pytest.skip("images of this family become patches in its pre-processor")
     policy = family.policy()
     wrapped = wrap(policy, 9)
