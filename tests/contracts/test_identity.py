@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -105,9 +106,10 @@ def test_a_copy_is_whole_and_its_own(family, duplicate):
     dense = family.policy()
     try:
         duplicate(dense)
-    except AttributeError as error:
-        # LeRobot's π classes hold classes defined in functions: what cannot be pickled dense cannot be wrapped.
-        assert "local object" in str(error)  # noqa: PT017
+    except (AttributeError, pickle.PicklingError) as error:
+        # LeRobot's π classes hold classes defined in functions, its MolmoAct2 holds names of kernels: what cannot be
+        # pickled dense cannot be wrapped.
+        assert re.search("local object|_SDPBackend", str(error))  # noqa: PT017
         return
     wrapped = train_offsets(wrap(dense, 9))
     batch = family.batch(wrapped.base)

@@ -283,7 +283,10 @@ class MolmoAct2(Family):
             "enable_inference_cuda_graph": False,
         }
         config = MolmoAct2Config(device="cpu", input_features=inputs, output_features=outputs, **fields | options)
-        return MolmoAct2Policy(config)
+        policy = MolmoAct2Policy(config)
+        # LeRobot makes its table of positions when it first acts, which would look like memory that a test did not see.
+        policy._backbone().transformer.prepare_rope_cache(device="cpu")
+        return policy
 
 
 FAMILIES = (
@@ -430,8 +433,9 @@ def _require_grid(layout: TokenLayout, grids: Tensor, samples: int, cameras: int
         columns = ", with column tokens" if has_columns else ""
         raise TokenGridError(
             f"{samples} samples of {cameras} cameras have {len(grids)} images with the grids of tokens "
-            f"{found}{columns}, expected {expected} without column tokens; use a checkpoint whose processor_config.json has "
-            "crop_mode=resize and use_single_crop_col_tokens=false, and send an image of every camera in the batch"
+            f"{found}{columns}, expected {expected} without column tokens; use a checkpoint whose "
+            "processor_config.json has crop_mode=resize and use_single_crop_col_tokens=false, and send what the "
+            "pre-processor wrote of these cameras"
         )
 
 
@@ -455,7 +459,7 @@ def _encode(tower: nn.Module, pooling: Tensor, places: list[int], images: Tensor
     The tower sees them sample by sample and as they are in the prompt, as in the dense policy.
     """
     by_place = images.unflatten(0, (len(places), -1))[[places.index(place) for place in range(len(places))]]
-    features: Tensor = tower(by_place.transpose(0, 1), pooling)
+    features: Tensor = tower(by_place.transpose(0, 1).contiguous(), pooling)
     by_sample = features.unflatten(0, (len(pooling), len(places), -1))
     return by_sample[:, places].transpose(0, 1).flatten(0, 1)
 
