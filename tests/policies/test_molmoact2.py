@@ -6,10 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from driving import act, loss_of, train_offsets, wrap
 from lerobot_grids.policies.loaded import flow_steps, set_flow_steps
+from lerobot_grids.preflight.robot import _fixed_width_faults
 from lerobot_grids.profiling import architectures
 from lerobot_grids.profiling.known_values import KnownValues
 from lerobot_grids.profiling.measure import count_flops, prefix_length
@@ -18,6 +20,7 @@ from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.checkpoint.save import save_policy
 from lerobot_policy_grids.errors import TokenGridError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.families.base import width_faults
 from lerobot_policy_grids.families.molmoact2 import _Cut, _distance, _rotate
 from lerobot_policy_grids.processor_grids import make_processors
 
@@ -154,6 +157,22 @@ def test_it_acts_by_its_flow_where_nothing_is_said(molmoact2, batch):
         wrapped.predict_action_chunk(dict(batch), inference_action_mode="discrete")
 
 
+def test_chunks_in_real_time_are_the_dense_ones(molmoact2, batch):
+    """LeRobot's real-time chunking has a loop of its own, which begins with the last chunk."""
+    policy = copy.deepcopy(molmoact2)
+    policy.config.rtc_config = RTCConfig(enabled=True)
+    policy.init_rtc_processor()
+    before = torch.randn(2, 8, 32)
+    options = {"inference_delay": 2, "prev_chunk_left_over": before, "execution_horizon": 6}
+    chunks = []
+    for each in (policy, wrap(policy, 64, position_ids="dense")):
+        torch.manual_seed(4)
+        chunks.append(each.predict_action_chunk(dict(batch), **options))
+    assert torch.equal(*chunks)
+    # Another loop, or another start, gives other actions.
+    assert not torch.equal(chunks[0], act(molmoact2, batch))
+
+
 def test_a_policy_that_was_trained_acts_with_its_new_weights(molmoact2, batch):
     """LeRobot keeps what it makes of the steps' times, and would use it with other weights."""
     wrapped = wrap(copy.deepcopy(molmoact2), 4)
@@ -245,6 +264,16 @@ def test_the_published_sizes_fill_the_published_file():
     # Each tensor has a line of at least 100 characters there.
     assert 100 * len(policy.state_dict()) < rest < CONTENTS
     assert config.checkpoint_path == "allenai/MolmoAct2"
+
+
+def test_a_robot_with_other_widths_fits(molmoact2):
+    """The state is written into the prompt, and actions are padded."""
+    for state, action, expected in ((6, 6, 0), (80, 32, 0), (6, 33, 1)):
+        widths = {"observation.state": state, "action": action}
+        lines = width_faults("x", molmoact2.config, widths)
+        assert len(lines) == expected
+        assert all("33 dimensions, and x takes at most 32" in line for line in lines)
+        assert _fixed_width_faults("x", molmoact2.config, widths) == []
 
 
 def test_a_missing_package_is_named_with_its_extra(molmoact2, monkeypatch):

@@ -1,5 +1,4 @@
-"""MolmoAct2: a vision tower, whose patches are pooled 2 x 2 -> placeholders in the prompt -> a language model, from
-whose keys and values an action expert reads, layer by layer.
+"""MolmoAct2: pooled patches -> placeholders in the prompt -> a language model, whose keys and values an expert reads.
 
 Modifications, from outside, of `lerobot/policies/molmoact2`, from LeRobot 0.6.1 on:
 - `MolmoAct2Policy._model_inputs`, where the whole batch is visible, also runs the vision tower, once for all cameras,
@@ -80,12 +79,13 @@ PATCH, SIDE, HORIZON, STATES = 4, 60, 8, 16
 
 
 class MolmoAct2(Family):
-    """MolmoAct2 on Molmo2-ER."""
+    """MolmoAct2 on Molmo2-ER, with an action expert that has a layer for each of the language model's."""
 
     resolution_field = None
     extra = "molmoact2"
     flow_steps = "num_inference_steps"
     counted_on_meta = True
+    writes_state = True
     steps: ClassVar = {
         "molmoact2_masked_normalizer": frozenset({"eps", "features", "norm_map", "normalize_observation_keys"}),
         "molmoact2_masked_unnormalizer": frozenset({"eps", "features", "norm_map", "normalize_observation_keys"}),
@@ -120,7 +120,8 @@ class MolmoAct2(Family):
             width=sizes.text_config.hidden_size,
             cameras=tuple(cameras),
             language_width=sizes.text_config.hidden_size,
-            state_width=policy.config.robot_state_feature.shape[0],
+            # As wide as its actions may be, so that a reducer fits another robot, too.
+            state_width=max(policy.config.expected_max_action_dim, policy.config.robot_state_feature.shape[0]),
             regions=tuple(cameras.values()),
         )
 
