@@ -441,16 +441,12 @@ def _require_grid(layout: TokenLayout, grids: Tensor, samples: int, cameras: int
 
 
 def _told(sizes: Any, ids: Tensor) -> Tensor:
-    """Which tokens are no words of the instruction: the state, which a reducer gets as numbers, and the answer."""
+    """Which tokens are no words of the instruction: the state, which a reducer gets as numbers, and an answer."""
     told = torch.zeros_like(ids, dtype=torch.bool)
-    for first, count in (
-        (sizes.state_token_start_id, sizes.num_state_tokens),
-        (sizes.action_token_start_id, sizes.num_action_tokens),
-        (sizes.action_start_token_id, 1),
-        (sizes.action_end_token_id, 1),
-    ):
-        if first is not None:
-            told |= (ids >= first) & (ids < first + count)
+    if (first := sizes.state_token_start_id) is not None:
+        told |= (ids >= first) & (ids < first + sizes.num_state_tokens)
+    if sizes.action_start_token_id is not None:
+        told |= (ids == sizes.action_start_token_id).cumsum(1) > 0
     return told
 
 
