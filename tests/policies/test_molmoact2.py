@@ -21,7 +21,7 @@ from lerobot_policy_grids.checkpoint.save import save_policy
 from lerobot_policy_grids.errors import TokenGridError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.base import width_faults
-from lerobot_policy_grids.families.molmoact2 import _Cut, _distance, _rotate
+from lerobot_policy_grids.families.molmoact2 import _Cut, _dense_positions, _distance, _rotate
 from lerobot_policy_grids.processor_grids import make_processors
 
 # Bytes of the weights that Ai2 publishes for LeRobot, in bfloat16, and of the longest table of contents before them.
@@ -188,6 +188,22 @@ def test_a_policy_that_was_trained_acts_with_its_new_weights(molmoact2, batch):
     # What it was copied from may have acted.
     other.base._action_expert()._modulation_cache_key = None
     assert torch.equal(act(wrapped, batch), act(other, batch))
+
+
+def test_dense_positions_are_those_of_the_sequence_with_every_token():
+    """Two images of 2 x 2 cells, of which one and two tokens are left, in prompts that are padded in front."""
+    prompts = ["b<....>i<....>ww", "pb<....>i<....>w"]
+    is_image = torch.tensor([[c == "." for c in prompt] for prompt in prompts])
+    number = is_image.cumsum(1) - 1
+    keep = ~is_image | (number == 0) | (number == 4) | (number == 5)
+    # The middle of the lower right cell; the middle of the upper left one, and half way to its right neighbour.
+    places = [torch.tensor([[[0.75, 0.75]]] * 2), torch.tensor([[[0.25, 0.25], [0.5, 0.25]]] * 2)]
+    found = _dense_positions(_Cut(keep), is_image, places, (2, 2))
+    # b 0, < 1, cells 2-5, > 6, i 7, < 8, cells 9-12, > 13, w 14, w 15
+    assert found.tolist() == [
+        [0, 1, 5, 6, 7, 8, 9, 9.5, 13, 14, 15],
+        [0, 1, 2, 6, 7, 8, 9, 10, 10.5, 14, 15],
+    ]
 
 
 def test_fractions_of_positions_are_between_whole_ones(molmoact2):
