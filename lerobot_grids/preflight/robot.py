@@ -89,15 +89,17 @@ def check_cameras(source: str, config: Any, data: DatasetFeatures) -> list[Findi
 def _fixed_width_faults(source: str, base: Any, widths: dict[str, int]) -> list[Finding]:
     """Refuse states and actions of other widths where a policy does not pad them: its weights have their widths."""
     trained = {OBS_STATE: base.robot_state_feature, ACTION: base.action_feature}
+    if get_family(base.type).writes_state:
+        del trained[OBS_STATE]
     return [
         Finding(
             f"the dataset's {kind} has {widths[name]} dimensions, and {source} was trained with "
             f"{trained[name].shape[0]}, which stay with a '{base.type}' policy; start a new one"
         )
-        for name, kind, field in LIMITS
-        if not hasattr(base, field)
+        for name, kind, fields in LIMITS
+        if not any(hasattr(base, field) for field in fields)
         and name in widths
-        and trained[name] is not None
+        and trained.get(name) is not None
         and trained[name].shape[0] != widths[name]
     ]
 

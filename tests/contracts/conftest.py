@@ -52,8 +52,12 @@ class Row:
         tells_cameras_apart: Whether it knows which camera a token is from.
         rounded: Ends of the names of parameters whose gradients it sums over the batch in another order.
         flow: Whether its noise and time are drawn by methods that training can change.
-        needs_every_camera: Whether its pre-processor refuses a batch without one of its cameras.
+        needs_every_camera: Whether its pre-processor refuses a batch without one of its cameras, or writes another
+            prompt.
+        makes_patches: Whether its pre-processor hands over patches in the place of images.
         reads_text: Whether its seam works on the text of a prompt or its ids, whose values decide what runs.
+        beyond: Parts of the names of low-rank matrices that distillation does not reach: of the vision tower, whose
+            features a teacher without them shares, and of what comes after all that the action head reads.
         needs: A package that its LeRobot class needs and that not everyone has.
         has_one_shape: Whether all its cameras must have one shape.
         language: What holds the instruction in its batch.
@@ -83,8 +87,10 @@ class Row:
     language: str = OBS_LANGUAGE_TOKENS
     stretches: bool = False
     needs_every_camera: bool = False
+    makes_patches: bool = False
     has_one_shape: bool = False
     reads_text: bool = False
+    beyond: tuple[str, ...] = ()
     needs: str = ""
     layers: int = 0
     since: str = "0.6.0"
@@ -217,7 +223,14 @@ class PromptRow(Row):
         return self.processed(policy, {name: batch[name] for name in names} | changes)
 
 
-class GrootRow(PromptRow):
+class PaddedRow(PromptRow):
+    """Of a LeRobot class whose pre-processor also makes actions as wide as the policy's."""
+
+    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        return super().changed(policy, batch | {"action": batch["action"][..., :4]}, **changes)
+
+
+class GrootRow(PaddedRow):
     """GR00T, whose pre-processor leaves no image in the batch, and asks for the tokenizer of a backbone on the Hub."""
 
     def processed(self, policy: Any, raw: dict[str, Any]) -> dict[str, Any]:
@@ -230,10 +243,6 @@ class GrootRow(PromptRow):
             if hasattr(step, "model_name"):
                 step._proc = self.built["processor"]
         return {**raw, **preprocessor(dict(raw))}
-
-    def changed(self, policy: Any, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
-        # Its actions are as wide as the policy's now.
-        return super().changed(policy, batch | {"action": batch["action"][..., :4]}, **changes)
 
 
 class Blocks(Row):
@@ -281,6 +290,7 @@ PROMPT = {
     "language": "task",
     "stretches": True,
     "needs_every_camera": True,
+    "makes_patches": True,
     "has_one_shape": True,
     "reads_text": True,
     "since": "0.6.1",
@@ -357,6 +367,14 @@ FAMILIES: dict[str, Row] = {
         seam="preprocess_inputs",
         needs="torchdiffeq",
         **PROMPT | {"image_size": 252, "tokens_per_camera": 81},
+    ),
+    "molmoact2": PaddedRow(
+        "molmoact2",
+        sequence=("model.transformer", ("inputs_embeds",)),
+        seam="_model_inputs",
+        bfloat16={"model_dtype": "bfloat16"},
+        beyond=("vision_backbone", "blocks.1.self_attn.attn_out", "blocks.1.mlp"),
+        **PROMPT | {"has_one_shape": False},
     ),
     "act": Row(
         "act",

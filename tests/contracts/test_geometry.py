@@ -49,8 +49,9 @@ def test_each_camera_is_read_inside_its_picture(resizing_family, mixed):
         torch.testing.assert_close(wrapped.seam.coordinates[camera][0], points)
 
 
-def test_cameras_that_send_no_image_do_not_change_the_others(mixed):
+def test_cameras_that_send_no_image_do_not_change_the_others(resizing_family, mixed):
     """Neither one that is absent, nor one that the policy only has by name."""
+    require_optional_cameras(resizing_family)
     policy, batch = mixed
     keys = list(policy.config.image_features)
     wrapped = wrap(policy, 8)

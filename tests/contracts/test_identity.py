@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -105,9 +106,10 @@ def test_a_copy_is_whole_and_its_own(family, duplicate):
     dense = family.policy()
     try:
         duplicate(dense)
-    except AttributeError as error:
-        # LeRobot's π classes hold classes defined in functions: what cannot be pickled dense cannot be wrapped.
-        assert "local object" in str(error)  # noqa: PT017
+    except (AttributeError, pickle.PicklingError) as error:
+        # LeRobot's π classes hold classes defined in functions, its MolmoAct2 holds names of kernels: what cannot be
+        # pickled dense cannot be wrapped.
+        assert re.search("local object|_SDPBackend", str(error))  # noqa: PT017
         return
     wrapped = train_offsets(wrap(dense, 9))
     batch = family.batch(wrapped.base)
@@ -145,7 +147,7 @@ def test_identity_with_a_camera_missing(resizing_family):
 @pytest.mark.parametrize(("height", "width"), [(48, 96), (90, 60), (64, 64)])
 def test_image_region_is_where_the_policy_puts_the_image(resizing_family, height, width):
     family = resizing_family
-    if family.has_one_shape:
+    if family.makes_patches:
         pytest.skip("images of this family become patches in its pre-processor")
     policy = family.policy()
     wrapped = wrap(policy, 9)

@@ -60,7 +60,7 @@ def test_what_the_trunk_keeps_is_sorted_by_camera(pruned_family, reducer):
 
 def test_a_point_is_drawn_where_lerobots_letterbox_put_the_pixels(family, monkeypatch):
     """A mark in the camera's image is found in what LeRobot hands the vision tower, and its point is drawn on it."""
-    if family.has_one_shape:
+    if family.makes_patches:
         pytest.skip("images of this family become patches in its pre-processor")
     policy = wide_and_tall(family)
     wrapped = wrap(policy, 4)

@@ -61,4 +61,4 @@ def run(policy, batch):
 def require_optional_cameras(family):
     """Skip a test of cameras that are missing, for a family that cannot do without any."""
     if family.needs_every_camera:
-        pytest.skip("LeRobot's pre-processor of this family refuses a batch without a camera")
+        pytest.skip("LeRobot's pre-processor refuses a batch without a camera, or writes another prompt")

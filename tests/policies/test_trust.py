@@ -9,6 +9,7 @@ import shutil
 import struct
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lerobot_policy_grids.checkpoint.trust import bound_of, check_processors, ch
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.families import families
 from lerobot_policy_grids.families.eo1 import QWEN_2_5_VL_3B
+from lerobot_policy_grids.families.molmoact2 import write_small_checkpoint
 from lerobot_policy_grids.families.small_qwen import write_small_processor
 from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.tiny import VLM_FOLDER
@@ -373,6 +375,7 @@ def test_the_hubs_cache_links_to_its_own_contents(folder, tmp_path):
 def any_tokenizer(monkeypatch, tmp_path_factory):
     """Where LeRobot would fetch a tokenizer from the Hub, it gets the one that ships here."""
     from lerobot.policies.eo1 import processor_eo1
+    from lerobot.policies.molmoact2 import processor_molmoact2
     from lerobot.processor import tokenizer_processor
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 
@@ -391,6 +394,10 @@ def any_tokenizer(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(tokenizer_processor, "AutoTokenizer", Shipped)
     monkeypatch.setattr(tokenizer_processor, "AutoProcessor", Shipped)
     monkeypatch.setattr(processor_eo1, "Qwen2_5_VLProcessor", ShippedQwen)
+    molmo = str(write_small_checkpoint(tmp_path_factory.mktemp("molmoact2") / "files"))
+    monkeypatch.setattr(processor_molmoact2, "_resolve_checkpoint_location", lambda *args, **options: molmo)
+    actions = SimpleNamespace(from_pretrained_local=lambda name: None)
+    monkeypatch.setattr(processor_molmoact2, "UniversalActionProcessor", actions)
 
 
 def made(kind, folder):

@@ -25,8 +25,11 @@ from .tower import Tower, sample_between
 EMPTY_CAMERA = "empty_camera"
 # Channels that an image may have: depth, colour, colour with opacity.
 CHANNELS = (1, 3, 4)
-# What a policy has a largest width of, and the field of its configuration.
-LIMITS = ((OBS_STATE, "state", "max_state_dim"), (ACTION, "action", "max_action_dim"))
+# What a policy has a largest width of, and what the field of its configuration may be called.
+LIMITS = (
+    (OBS_STATE, "state", ("max_state_dim",)),
+    (ACTION, "action", ("max_action_dim", "expected_max_action_dim")),
+)
 
 
 class DensePolicy(Protocol):
@@ -131,6 +134,7 @@ class Family(ABC):
         flow_steps: Field of the configuration with the number of its flow's integration steps; None without a flow.
         reads_state: Whether it cannot do without the robot's state.
         spares_cameras: Whether it goes without a camera that sends no image.
+        writes_state: Whether it writes the state into its prompt, so that states of any width fit.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
         position_ids: How its trunk numbers visual tokens unless told otherwise.
         reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
@@ -146,6 +150,7 @@ class Family(ABC):
     flow_steps: ClassVar[str | None] = None
     reads_state: ClassVar[bool] = True
     spares_cameras: ClassVar[bool] = True
+    writes_state: ClassVar[bool] = False
     camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
     reference: ClassVar[str | None] = None
@@ -511,7 +516,8 @@ def width_faults(source: str, config: Any, widths: Mapping[str, int]) -> list[st
     return [
         f"the dataset's {kind} has {widths[name]} dimensions, and {source} takes at most {limit} ({field}); choose "
         "another policy, or a dataset with fewer"
-        for name, kind, field in LIMITS
+        for name, kind, fields in LIMITS
+        for field in fields
         if (limit := getattr(config, field, None)) is not None and widths.get(name, 0) > limit
     ]
 

@@ -19,7 +19,6 @@ class Refusal:
 _KEYPOINTS = (
     "a spatial softmax makes keypoints of its feature map at once, and no layer behind it gets a grid of visual tokens"
 )
-_LATER = "it has a grid of visual tokens, but nobody has written its family yet"
 REFUSED: dict[str, Refusal] = {
     "diffusion": Refusal(_KEYPOINTS),
     "vqbet": Refusal(_KEYPOINTS),
@@ -28,5 +27,4 @@ REFUSED: dict[str, Refusal] = {
     "multi_task_dit": Refusal("its transformer gets one token per camera, the class token of CLIP"),
     "fastwam": Refusal("its visual tokens are a video that it is trained to predict, and it needs each of them"),
     "lingbot_va": Refusal("its visual tokens are a video that it denoises in fixed slots, and it needs each of them"),
-    "molmoact2": Refusal(_LATER),
 }
