@@ -17,9 +17,9 @@ from lerobot_policy_grids import GridsConfig, compress
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import act as act_family
 from lerobot_policy_grids.families import acting, get_family
-from lerobot_policy_grids.families import pi as pi_family
 from lerobot_policy_grids.families import seam as seams
 from lerobot_policy_grids.families import xvla as xvla_family
+from lerobot_policy_grids.families.phases import pi_fast
 from lerobot_policy_grids.runtime import buckets, fast, flow, graphs, layers, program, quantised
 from lerobot_policy_grids.runtime.phases import Rotation
 from lerobot_policy_grids.runtime.precision import precisely
@@ -169,9 +169,9 @@ WRONG_XVLA = {
 }
 WRONG_PI0_FAST = {
     "positions": WRONG["positions"],
-    "what is visible": (pi_family, "score_mask", lambda visible, *more: torch.zeros(1, 1, *visible.shape[1:])),
-    "written tokens": (pi_family._StepTokens, "forward", lambda self, cache, token, step: cache.extra[-1]),
-    "order": (pi_family, "Rotation", lambda cos, sin: Rotation(cos[:, :1] * 0, sin[:, :1] * 0)),
+    "what is visible": (pi_fast, "score_mask", lambda visible, *more: torch.zeros(1, 1, *visible.shape[1:])),
+    "written tokens": (pi_fast.Step, "forward", lambda self, cache, token, step: cache.extra[-1]),
+    "order": (pi_fast, "Rotation", lambda cos, sin: Rotation(cos[:, :1] * 0, sin[:, :1] * 0)),
 }
 FAULTS = [(name, fault) for name in FLOWS for fault in WRONG.items()]
 FAULTS += [("act", fault) for fault in WRONG_ACT.items()]
@@ -186,7 +186,8 @@ def test_a_wrong_fast_path_is_found_and_not_used(family_row, name, fault, monkey
     module, attribute, wrong = fault[1]
     policy.use_runtime("fast")
     with monkeypatch.context() as patch:
-        for place in (module, acting, sys.modules[type(policy.family).__module__]):
+        phases = [module for name, module in sys.modules.items() if ".families.phases." in name]
+        for place in (module, acting, sys.modules[type(policy.family).__module__], *phases):
             patch.setattr(place, attribute, wrong, raising=False)
         for _ in range(2):
             assert torch.equal(act(policy, batch), expected)
