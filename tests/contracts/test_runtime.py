@@ -15,11 +15,11 @@ from driving import act, train_offsets, wrap
 from lerobot_grids.profiling.operations import count_operations
 from lerobot_policy_grids import GridsConfig, compress
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
-from lerobot_policy_grids.families import act as act_family
 from lerobot_policy_grids.families import acting, get_family
 from lerobot_policy_grids.families import seam as seams
-from lerobot_policy_grids.families import xvla as xvla_family
+from lerobot_policy_grids.families.phases import act as act_phases
 from lerobot_policy_grids.families.phases import pi_fast
+from lerobot_policy_grids.families.phases import xvla as xvla_phases
 from lerobot_policy_grids.runtime import buckets, fast, flow, graphs, layers, program, quantised
 from lerobot_policy_grids.runtime.phases import Rotation
 from lerobot_policy_grids.runtime.precision import precisely
@@ -156,16 +156,16 @@ WRONG = {
     "steps": (flow, "integrate", lambda velocity, noise, numbers: noise - velocity(noise, numbers[:1])),
 }
 WRONG_ACT = {
-    "positions": (act_family._Attention, "keys_values", lambda self, tokens, positions: self.project(tokens, 1, 2)),
-    "queries": (act_family._Decode, "_among_themselves", lambda self, number, hidden: hidden),
-    "layers": (act_family, "_feed_forward", lambda layer, hidden: hidden),
+    "positions": (act_phases._Attention, "keys_values", lambda self, tokens, positions: self.project(tokens, 1, 2)),
+    "queries": (act_phases.Decode, "_among_themselves", lambda self, number, hidden: hidden),
+    "layers": (act_phases, "_feed_forward", lambda layer, hidden: hidden),
 }
 WRONG_XVLA = {
-    "positions": (xvla_family._Prefill, "_rows", lambda self, table, segments, like: torch.zeros_like(like)),
-    "instruction": (xvla_family._Prefill, "_read", lambda self, hidden, segments: hidden),
-    "times": (xvla_family, "_times", lambda steps: [1.0] * steps),
-    "steps": (xvla_family, "_refine", lambda space, predict, noise, at: space.postprocess(predict(noise, at[:1]))),
-    "first layer": (xvla_family, "_attend", lambda block, hidden, heads: hidden),
+    "positions": (xvla_phases.Prefill, "_rows", lambda self, table, segments, like: torch.zeros_like(like)),
+    "instruction": (xvla_phases.Prefill, "_read", lambda self, hidden, segments: hidden),
+    "times": (xvla_phases, "_times", lambda steps: [1.0] * steps),
+    "steps": (xvla_phases, "_refine", lambda space, predict, noise, at: space.postprocess(predict(noise, at[:1]))),
+    "first layer": (xvla_phases, "_attend", lambda block, hidden, heads: hidden),
 }
 WRONG_PI0_FAST = {
     "positions": WRONG["positions"],
