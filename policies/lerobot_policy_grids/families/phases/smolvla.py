@@ -105,7 +105,7 @@ class Prefill(nn.Module):
         policy: LeRobot's.
         seam: Attached to it.
         cameras: Numbers of the cameras.
-        special: Tokens in front of and behind each camera's visual tokens in the prefix.
+        around: Tokens in front of and behind each camera's visual tokens in the prefix.
     """
 
     scales: Tensor
@@ -114,7 +114,7 @@ class Prefill(nn.Module):
     state_proj: Any
     connector: Any
 
-    def __init__(self, policy: Any, seam: Seam, cameras: list[int], special: tuple[int, int]) -> None:
+    def __init__(self, policy: Any, seam: Seam, cameras: list[int], around: tuple[int, int]) -> None:
         super().__init__()
         model = policy.model
         vlm = model.vlm_with_expert
@@ -145,7 +145,7 @@ class Prefill(nn.Module):
         self.dtype = trunk[0].self_attn.q_proj.weight.dtype
         self.expert_dtype = next(layer for layer in expert if layer is not None).self_attn.q_proj.weight.dtype
         self.chunk_size = policy.config.chunk_size
-        self.before, self.after = special
+        self.before, self.after = around
         special = torch.cat([model.global_image_start_token, model.image_end_token])
         self.register_buffer("special", special.to(self.embed_tokens.weight.device), persistent=False)
         height, width = seam.layout.token_grid
