@@ -142,11 +142,19 @@ def test_evo1_costs_what_its_dimensions_say(k):
     assert flops["steps"] == pytest.approx(32 * 8 * (action + keys), rel=0.3)
 
 
+def test_a_smaller_image_costs_what_its_tokens_say():
+    policy = instantiate(make_config("pi0", 1, 112), "meta")
+    vision = count_flops(policy, make_batch(policy, 48, "meta"))["vision"]
+    assert vision == pytest.approx(siglip(1, tokens=64), rel=1e-3)
+
+
 def test_a_smaller_image_is_shown_beside():
-    result = bench("pi0", [64], cameras=1, resolutions=[112])
-    assert [cost.name for cost in result.costs] == ["dense", "K=64", "dense at 112 px"]
-    assert [cost.visual_tokens for cost in result.costs] == [256, 64, 64]
-    assert result.costs[2].flops["vision"] == pytest.approx(siglip(1, tokens=64), rel=1e-3)
+    costs = bench("tiny", [36], cameras=1, resolutions=[48]).costs
+    assert [cost.name for cost in costs] == ["dense", "K=36", "dense at 48 px"]
+    assert [cost.visual_tokens for cost in costs] == [144, 36, 36]
+    small = instantiate(make_config("tiny", 1, 48), "cpu")
+    assert costs[2].flops == count_flops(small, make_batch(small, 32, "cpu"))
+    assert costs[2].flops["vision"] < costs[0].flops["vision"] / 4
 
 
 def test_flow_steps_cost_alike_and_nothing_else():
