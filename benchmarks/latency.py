@@ -34,6 +34,7 @@ from lerobot_grids.profiling.architectures import instantiate, make_batch, make_
 from lerobot_grids.profiling.bench import device_name
 from lerobot_grids.profiling.operations import count_operations
 from lerobot_policy_grids import GridsPolicy, compress
+from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
 from lerobot_policy_grids.reducers import reducer_config
@@ -286,7 +287,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     for steps in options.num_steps:
-        result = run(options, steps)
+        try:
+            result = run(options, steps)
+        except GridsError as error:
+            parser.exit(1, f"{parser.prog}: error: {error}\n")
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         print(
             f"{result['device']}, {result['threads']} threads, {options.dtype}, steps {result['num_steps']}, {versions}"

@@ -70,18 +70,23 @@ def _steps(policy: Any, count: int) -> Iterator[None]:
     if name is None:
         yield
         return
-    family, saved = get_family(base.config.type), getattr(base.config, name)
+    family, saved, option = get_family(base.config.type), _number_of_steps(policy), getattr(base.config, name)
     family.set_steps(base, count)
     try:
         yield
     finally:
         family.set_steps(base, saved)
+        # The option may leave it to the checkpoint.
+        setattr(base.config, name, option)
 
 
 def _number_of_steps(policy: Any) -> int:
     """Steps after the prefill; 0 for a policy that predicts its actions in one pass."""
-    name = stages_of(policy).steps_field
-    return 0 if name is None else int(getattr(dense_policy(policy).config, name))
+    base, name = dense_policy(policy), stages_of(policy).steps_field
+    if name is None:
+        return 0
+    of_flow = get_family(base.config.type).count_steps(base)
+    return int(getattr(base.config, name)) if of_flow is None else of_flow
 
 
 @contextmanager

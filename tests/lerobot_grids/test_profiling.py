@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from formulas import gemma, linear, siglip
+from lerobot_grids.policies import set_flow_steps
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
 from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
@@ -43,16 +44,23 @@ def pi0_on_meta(request):
     return request.param, instantiate(make_config("pi0", request.param), "meta")
 
 
-@pytest.mark.parametrize("k", [256, 16, 1])
-def test_pi0_costs_what_its_dimensions_say(pi0_on_meta, k):
-    cameras, policy = pi0_on_meta
-    batch = make_batch(policy, 48, "meta")
-    measured = policy if k == 256 else compress(policy, k)
-    try:
-        flops, length = count_flops(measured, batch), prefix_length(measured, batch)
-    finally:
+@pytest.fixture(scope="module")
+def pi0_costs(pi0_on_meta):
+    """{K: (FLOPs by stage, tokens of the prefix)}; all 256 are those of the dense policy."""
+    _, policy = pi0_on_meta
+    batch, costs = make_batch(policy, 48, "meta"), {}
+    for k in (256, 16, 1):
+        measured = policy if k == 256 else compress(policy, k)
+        costs[k] = count_flops(measured, batch), prefix_length(measured, batch)
         if measured is not policy:
             measured.detach()
+    return costs
+
+
+@pytest.mark.parametrize("k", [256, 16, 1])
+def test_pi0_costs_what_its_dimensions_say(pi0_on_meta, pi0_costs, k):
+    cameras, _ = pi0_on_meta
+    flops, length = pi0_costs[k]
     expected = pi0(cameras, k)
     assert length == cameras * k + 48
     for stage, value in flops.items():
@@ -73,17 +81,28 @@ def test_later_layers_of_pi0_cost_what_their_tokens_say(pi0_on_meta, after):
         assert value == pytest.approx(expected[stage], rel=1e-3), stage
 
 
-@pytest.mark.parametrize(
-    ("family", "cameras", "dense", "reduced"),
-    # GFLOPs of an independent count: meta tensors, uniform sampling, no sampler.
-    [("pi0", 2, 3073.0, 1086.8), ("pi0", 3, 4379.1, 1370.9), ("pi05", 2, 3707.2, 1700.2)],
-)
-def test_whole_policy_totals(family, cameras, dense, reduced):
-    result = bench(family, [16], cameras=cameras)
-    full, sixteen = result.costs
-    assert full.total_flops / 1e9 == pytest.approx(dense, rel=0.01)
-    assert (sixteen.total_flops - sixteen.flops["sampler"]) / 1e9 == pytest.approx(reduced, rel=0.01)
-    assert 0 < sixteen.flops["sampler"] < 0.005 * sixteen.total_flops
+# GFLOPs of the whole policy by an independent count: meta tensors, uniform sampling, no sampler. Dense, and K=16.
+TOTALS = {("pi0", 2): (3073.0, 1086.8), ("pi0", 3): (4379.1, 1370.9), ("pi05", 2): (3707.2, 1700.2)}
+
+
+def assert_totals(family, cameras, full, sixteen):
+    """Of FLOPs by stage."""
+    dense, reduced = TOTALS[family, cameras]
+    total = sum(sixteen.values())
+    assert sum(full.values()) / 1e9 == pytest.approx(dense, rel=0.01)
+    assert (total - sixteen["sampler"]) / 1e9 == pytest.approx(reduced, rel=0.01)
+    assert 0 < sixteen["sampler"] < 0.005 * total
+
+
+def test_whole_policy_totals(pi0_on_meta, pi0_costs):
+    cameras, _ = pi0_on_meta
+    assert_totals("pi0", cameras, pi0_costs[256][0], pi0_costs[16][0])
+
+
+def test_bench_totals():
+    full, sixteen = bench("pi05", [16], cameras=2).costs
+    assert_totals("pi05", 2, full.flops, sixteen.flops)
+    assert [cost.total_flops for cost in (full, sixteen)] == [sum(cost.flops.values()) for cost in (full, sixteen)]
     assert (full.visual_tokens, sixteen.visual_tokens) == (256, 16)
 
 
@@ -98,6 +117,9 @@ def test_decoding_steps_grow_with_what_they_attend_to():
     logits = linear(1, 2048, 257152)
     later = sum(gemma(1, prefix + t, 2048, 16384) for t in range(1, 9))
     assert predicted == pytest.approx(later + 9 * logits, rel=0.15)
+    # Its steps are those of no flow.
+    with pytest.raises(GridsError, match="a 'pi0_fast' policy integrates no flow; drop --num_steps"):
+        set_flow_steps(policy, 1)
 
 
 @pytest.mark.parametrize("k", [None, 16])
@@ -120,11 +142,19 @@ def test_evo1_costs_what_its_dimensions_say(k):
     assert flops["steps"] == pytest.approx(32 * 8 * (action + keys), rel=0.3)
 
 
+def test_a_smaller_image_costs_what_its_tokens_say():
+    policy = instantiate(make_config("pi0", 1, 112), "meta")
+    vision = count_flops(policy, make_batch(policy, 48, "meta"))["vision"]
+    assert vision == pytest.approx(siglip(1, tokens=64), rel=1e-3)
+
+
 def test_a_smaller_image_is_shown_beside():
-    result = bench("pi0", [64], cameras=1, resolutions=[112])
-    assert [cost.name for cost in result.costs] == ["dense", "K=64", "dense at 112 px"]
-    assert [cost.visual_tokens for cost in result.costs] == [256, 64, 64]
-    assert result.costs[2].flops["vision"] == pytest.approx(siglip(1, tokens=64), rel=1e-3)
+    costs = bench("tiny", [36], cameras=1, resolutions=[48]).costs
+    assert [cost.name for cost in costs] == ["dense", "K=36", "dense at 48 px"]
+    assert [cost.visual_tokens for cost in costs] == [144, 36, 36]
+    small = instantiate(make_config("tiny", 1, 48), "cpu")
+    assert costs[2].flops == count_flops(small, make_batch(small, 32, "cpu"))
+    assert costs[2].flops["vision"] < costs[0].flops["vision"] / 4
 
 
 def test_flow_steps_cost_alike_and_nothing_else():
@@ -133,8 +163,8 @@ def test_flow_steps_cost_alike_and_nothing_else():
     for one, four in itertools.batched(result.costs, 2):
         assert (one.num_steps, four.num_steps) == (1, 4)
         assert four.flops == one.flops | {"steps": 4 * one.flops["steps"]}
-    with pytest.raises(GridsError, match="a 'pi0_fast' policy integrates no flow; drop --num_steps"):
-        bench("pi0_fast", [16], cameras=1, steps=[1])
+    with pytest.raises(GridsError, match="a 'act' policy integrates no flow; drop --num_steps"):
+        bench("act", [16], cameras=1, steps=[1])
 
 
 @pytest.mark.parametrize("steps", [1, 2])

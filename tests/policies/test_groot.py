@@ -143,6 +143,8 @@ def test_weights_that_are_loaded_afterwards_are_not_read(groot, batch, tmp_path,
 def test_its_steps_can_be_set_where_the_checkpoint_decides(groot, batch):
     policy = copy.deepcopy(groot)
     policy.config.num_inference_timesteps = None
+    get_family("groot").stages(policy)
+    assert policy.config.num_inference_timesteps is None
     assert flow_steps(policy) == 3
     calls = []
     policy._groot_model.action_head.action_decoder.register_forward_hook(lambda *args: calls.append(1))
@@ -160,8 +162,12 @@ def test_flops_are_counted_without_values(groot, monkeypatch):
         get_family("groot").finish(policy)
         wrapped = compress(policy, 16)
         batch = architectures.make_batch(policy, 12, place)
+        # The number of steps is then the checkpoint's.
+        policy.config.num_inference_timesteps = 3 if place == "cpu" else None
         with sdpa_kernel(SDPBackend.MATH), KnownValues() if place == "meta" else nullcontext():
             counted.append((prefix_length(wrapped, batch), count_flops(wrapped, batch)))
+        assert policy.config.num_inference_timesteps == (3 if place == "cpu" else None)
+        assert flow_steps(policy) == 3
     assert counted[0] == counted[1]
     assert counted[0][0] == 2 * (16 + 2) + 12
     assert all(count > 0 for count in counted[0][1].values())

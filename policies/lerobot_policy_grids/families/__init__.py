@@ -1,6 +1,7 @@
 """Families: everything this project knows of a VLA family is in one file here, and nowhere else.
 
-A module of this package that holds `FAMILIES` declares those LeRobot policy types; being there registers them.
+A module of this package that holds `FAMILIES` declares those LeRobot policy types; being there registers them. A family
+with a fast path has a second file, in `phases`.
 """
 
 from functools import cache

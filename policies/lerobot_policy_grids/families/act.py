@@ -8,8 +8,7 @@ the position of each token of each sample, where LeRobot has one for the whole b
 A token has what lies between the sinusoidal positions of the cells around it. That is the default, "dense"; with
 "consecutive" positions the tokens have those of the first cells. Positions give the coordinates no gradient.
 
-A fast runtime acts in two phases (`ACT.phases`): a prefill up to the keys and values that the decoder reads, and the
-decoder as the only step. Until it first reads them the decoder is the same for all observations: computed once.
+A fast runtime acts in two phases, of which the second is a single step: `phases.act`.
 
 LeRobot keeps the size of images, so the grid is that of the images in `input_features`: 15 x 20 for 480 x 640 pixels.
 All cameras need one size. A cell of a ResNet sees a wide field, whose middle lies half a cell up and left of its own.
@@ -21,25 +20,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGES, OBS_STATE
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from ..errors import CheckpointError, TokenGridError, UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
-from ..reducers.interpolation import bilinear
-from ..runtime import FastRuntime, Phases, UnavailableError
-from ..runtime.convolutions import without_norms
+from ..runtime import FastRuntime, Phases
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
+from .phases.act import Decode, Prefill, Seen, decode_once
+from .position_embeddings import embeddings_of_tokens
 from .seam import Seam
-
-# Positions are read at whole 256ths of a cell, so that a cell's own centre is exactly that.
-FRACTIONS = 256
 
 
 class ACT(Family):
@@ -103,9 +98,10 @@ class ACT(Family):
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         model = policy.model
-        _, _, dense_positions = model.forward.args
+        _, _, at_places = model.forward.args
+        dense = _dense_positions(model, seam.layout.token_grid, model.encoder_latent_input_proj.bias)
         unused = tuple(module for name, module in model.named_children() if name.startswith("vae_encoder"))
-        return Phases(_Prefill(model, seam, cameras, dense_positions), _Decode(model), unused)
+        return Phases(Prefill(model, seam, cameras, dense, at_places), Decode(model), unused)
 
     def target(self, policy: DensePolicy) -> Target:
         # When it acts, and in a teacher, the latent is zero; so it is in a student, which otherwise reads the actions.
@@ -214,7 +210,7 @@ def _forward(model: Any, seam: Seam, dense_positions: bool, batch: dict[str, Any
         cameras=seam.cameras_of(batch),
         steps=1,
         eager=lambda: eager()[0],
-        loop=_decode_once,
+        loop=decode_once,
     )
     return chunk, (None, None)
 
@@ -223,7 +219,7 @@ def _forward_eagerly(model: Any, seam: Seam, dense_positions: bool, batch: dict[
     tokens = seam.tokens(batch[OBS_IMAGES], batch, partial(_encode, model, seam), None)
     # Nothing where every token was kept.
     coordinates = (seam.coordinates or None) if dense_positions else None
-    positions = _positions(_dense_positions(model, seam.layout.token_grid, tokens[0]), tokens, coordinates)
+    positions = embeddings_of_tokens(_dense_positions(model, seam.layout.token_grid, tokens[0]), tokens, coordinates)
     cells = [camera.transpose(1, 2)[..., None] for camera in tokens]
     return type(model).forward(_Reduced(model, positions), {**batch, OBS_IMAGES: cells})
 
@@ -246,23 +242,6 @@ def _dense_positions(model: Any, token_grid: tuple[int, int], like: Tensor) -> T
     # The embedding reads of its input only the size and the device.
     dense: Tensor = model.encoder_cam_feat_pos_embed(like.new_zeros(1, 1, *token_grid, dtype=torch.float32))
     return dense
-
-
-def _positions(dense: Tensor, tokens: list[Tensor], coordinates: list[Tensor] | None) -> Tensor:
-    """Positions float32 [tokens of all cameras, 1 or b, c] of a batch's visual tokens.
-
-    Args:
-        dense: Those of all cells, [1, c, H, W].
-        tokens: [b, k, c] of each camera.
-        coordinates: Where they were read, float32 [b, k, 2] of each camera; None for the places of the first cells.
-    """
-    height, width = dense.shape[-2:]
-    if coordinates is None:
-        return torch.cat([dense.flatten(2).permute(2, 0, 1)[: camera.shape[1]] for camera in tokens])
-    table = dense.permute(0, 2, 3, 1)
-    cells = [torch.stack([places[..., 0] * width, places[..., 1] * height], dim=-1) - 0.5 for places in coordinates]
-    rows = [bilinear(table.expand(len(tokens[0]), -1, -1, -1), (at * FRACTIONS).round() / FRACTIONS) for at in cells]
-    return torch.cat(rows, dim=1).transpose(0, 1)
 
 
 @dataclass
@@ -300,184 +279,6 @@ class _Reduced:
         """The positions [s, 1, c] that LeRobot stacked, with those of the visual tokens, which come last."""
         first = positions[: len(positions) - len(self.positions)]
         return torch.cat([first.expand(-1, self.positions.shape[1], -1), self.positions.to(first.dtype)])
-
-
-# The phases.
-
-
-class Seen(NamedTuple):
-    """What the prefill gets.
-
-    Attributes:
-        images: float32 [n * b, 3, height, width], camera by camera.
-        state: float32 [b, s], of the robot.
-        environment: float32 [b, e], of what surrounds it; e is 0 where the policy does not read it.
-    """
-
-    images: Tensor
-    state: Tensor
-    environment: Tensor
-
-
-class Memory(NamedTuple):
-    """What the prefill leaves for the decoder.
-
-    Attributes:
-        keys_values: For each of its layers, keys and then values, [b, 2 * h, p, d].
-    """
-
-    keys_values: tuple[Tensor, ...]
-
-
-class _Attention(nn.Module):
-    """torch's attention with one product for queries and keys, fused scores, and the batch in front.
-
-    Args:
-        attention: torch's.
-
-    Raises:
-        UnavailableError: If its weights are not all that it does.
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        plain = type(attention) is nn.MultiheadAttention and attention.in_proj_bias is not None
-        if not plain or attention._forward_hooks or attention._forward_pre_hooks:
-            raise UnavailableError(
-                f"an attention is a {type(attention).__name__} or has hooks, and only torch's own is rewritten; merge "
-                "low-rank matrices into the weights"
-            )
-        self.attention, self.heads = attention, attention.num_heads
-
-    def project(self, tokens: Tensor, first: int, last: int) -> Tensor:
-        """Queries (0), keys (1), values (2), from the first to the last of these, of [b, p, c]: [b, ... * h, p, d]."""
-        attention, width = self.attention, self.attention.embed_dim
-        rows = slice(first * width, (last + 1) * width)
-        projected = F.linear(tokens, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-        return projected.unflatten(-1, ((last + 1 - first) * self.heads, -1)).transpose(1, 2)
-
-    def keys_values(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """[b, 2 * h, p, d]; positions belong to the keys."""
-        return torch.cat([self.project(tokens + positions, 1, 1), self.project(tokens, 2, 2)], dim=1)
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[b, h, t, d] to [b, t, c]."""
-        attended = F.scaled_dot_product_attention(queries, keys, values)
-        return F.linear(
-            attended.transpose(1, 2).flatten(2), self.attention.out_proj.weight, self.attention.out_proj.bias
-        )
-
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens [b, t, c] that attend to each other; positions belong to queries and keys."""
-        queries, keys = self.project(tokens + positions, 0, 1).chunk(2, dim=1)
-        return self.attend(queries, keys, self.project(tokens, 2, 2))
-
-
-class _Encode(nn.Module):
-    """A layer of the encoder."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer, self.attention = layer, _Attention(layer.self_attn)
-
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """[b, p, c], with positions [1 or b, p, c]."""
-        layer = self.layer
-        if layer.pre_norm:
-            hidden = hidden + self.attention(layer.norm1(hidden), positions)
-            return hidden + _feed_forward(layer, layer.norm2(hidden))
-        hidden = layer.norm1(hidden + self.attention(hidden, positions))
-        last: Tensor = layer.norm2(hidden + _feed_forward(layer, hidden))
-        return last
-
-
-def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
-    inner: Tensor = layer.linear2(layer.activation(layer.linear1(hidden)))
-    return inner
-
-
-class _Prefill(nn.Module):
-    """ResNet, sampler, encoder, and the keys and values that the decoder reads."""
-
-    def __init__(self, model: Any, seam: Seam, cameras: list[int], dense_positions: bool) -> None:
-        super().__init__()
-        self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
-        self.at_places = dense_positions
-        self.backbone, self.projection = without_norms(model.backbone), model.encoder_img_feat_input_proj
-        self.state, self.norm = model.encoder_robot_state_input_proj, model.encoder.norm
-        self.environment = model.encoder_env_state_input_proj if model.config.env_state_feature else None
-        self.layers = nn.ModuleList([_Encode(layer) for layer in model.encoder.layers])
-        self.readers = nn.ModuleList([_Attention(layer.multihead_attn) for layer in model.decoder.layers])
-        self.latent: Tensor
-        self.first: Tensor
-        self.dense: Tensor
-        # The latent is zero when it acts.
-        self.register_buffer("latent", model.encoder_latent_input_proj.bias.detach().clone(), persistent=False)
-        self.register_buffer("first", model.encoder_1d_feature_pos_embed.weight.detach().clone(), persistent=False)
-        self.register_buffer("dense", _dense_positions(model, seam.layout.token_grid, self.latent), persistent=False)
-
-    def forward(self, images: Tensor, state: Tensor, environment: Tensor) -> Memory:
-        """See `runtime.phases`."""
-        visual, coordinates = self.seam.reduce(
-            self.reducer, images, {OBS_STATE: state}, self.cameras, self._encode, None
-        )
-        places = _positions(self.dense, visual, (coordinates or None) if self.at_places else None).transpose(0, 1)
-        positions = torch.cat([self.first.expand(len(places), -1, -1), places.to(self.first.dtype)], dim=1)
-        numbers = [self.latent.expand(len(state), -1), self.state(state)]
-        if self.environment is not None:
-            numbers.append(self.environment(environment))
-        hidden = torch.cat([torch.stack(numbers, dim=1), *visual], dim=1)
-        for layer in self.layers:
-            hidden = layer(hidden, positions)
-        hidden = self.norm(hidden)
-        return Memory(tuple(reader.keys_values(hidden, positions) for reader in self.readers))  # type: ignore[operator]
-
-    def _encode(self, images: Tensor) -> Tensor:
-        cells: Tensor = self.projection(self.backbone(images)["feature_map"])
-        return cells.flatten(2).transpose(1, 2)
-
-
-class _Decode(nn.Module):
-    """The decoder: its queries are learned, so they are the same for all observations until they read the memory."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.layers, self.norm, self.head = model.decoder.layers, model.decoder.norm, model.action_head
-        self.own: Any = nn.ModuleList([_Attention(layer.self_attn) for layer in self.layers])
-        self.readers: Any = nn.ModuleList([_Attention(layer.multihead_attn) for layer in self.layers])
-        self.positions: Tensor
-        self.start: Tensor
-        self.register_buffer("positions", model.decoder_pos_embed.weight.detach()[None].clone(), persistent=False)
-        self.register_buffer("start", self._among_themselves(0, torch.zeros_like(self.positions)), persistent=False)
-
-    def forward(self, memory: Memory, x_t: Tensor, step: Tensor) -> Tensor:
-        """See `runtime.phases`."""
-        hidden = self.start.expand(len(x_t), -1, -1)
-        for number, (layer, reader) in enumerate(zip(self.layers, self.readers, strict=True)):
-            if number:
-                hidden = self._among_themselves(number, hidden)
-            inner = layer.norm2(hidden) if layer.pre_norm else hidden
-            queries = reader.project(inner + self.positions, 0, 0)
-            hidden = hidden + reader.attend(queries, *memory.keys_values[number].chunk(2, dim=1))
-            hidden = hidden if layer.pre_norm else layer.norm2(hidden)
-            hidden = hidden + _feed_forward(layer, layer.norm3(hidden) if layer.pre_norm else hidden)
-            hidden = hidden if layer.pre_norm else layer.norm3(hidden)
-        actions: Tensor = self.head(self.norm(hidden))
-        return actions
-
-    def _among_themselves(self, number: int, hidden: Tensor) -> Tensor:
-        """The first part of a layer, in which queries attend to each other."""
-        layer = self.layers[number]
-        if layer.pre_norm:
-            return hidden + self.own[number](layer.norm1(hidden), self.positions)
-        normed: Tensor = layer.norm1(hidden + self.own[number](hidden, self.positions))
-        return normed
-
-
-def _decode_once(decode: Any, nothing: Tensor, numbers: Tensor) -> Tensor:
-    # On a GPU the next chunk overwrites what the step returns.
-    actions: Tensor = decode(nothing, numbers[:1]).clone()
-    return actions
 
 
 # Small sizes. torchvision's ResNets have 512 channels at least, so a smaller one of its blocks takes the place of one.

@@ -486,7 +486,8 @@ class Family(ABC):
             UnsupportedPolicyError: If there is no such instance.
         """
         raise UnsupportedPolicyError(
-            f"there is no narrow '{self.policy_type}' policy of full depth; measure it as it is"
+            f"a narrow policy was asked for, and the '{self.policy_type}' family has none (all layers, few channels); "
+            "measure it at its real sizes, without --narrow"
         )
 
 

@@ -174,8 +174,6 @@ class Groot(Family):
         return Target(head.action_decoder, _distance, noise=(head.action_encoder, (0, 1)))
 
     def stages(self, policy: Any) -> Stages:
-        if policy.config.num_inference_timesteps is None:
-            policy.config.num_inference_timesteps = self.count_steps(policy)
         visual = policy._groot_model.backbone.model.model.visual
         return Stages(visual, visual.merger, self.flow_steps, "backbone._last_decoder_layer_output")
 

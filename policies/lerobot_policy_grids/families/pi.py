@@ -9,9 +9,7 @@ Modifications, from outside, of `lerobot/policies/{pi0,pi05,pi0_fast}`, which sh
   nothing attends to them and they advance no position, so the result is the same.
 Everything after that follows from the number of tokens: masks, positions, key-value cache, FAST decoding.
 
-A fast runtime acts in two phases (`Pi.phases`), made of the modules of the policy: Gemma's layers and the action
-expert's are `runtime.layers`. π0 gives the time to the expert's input and π0.5 to its norms; both are known for each
-step. A step of π0-FAST is Gemma on one action token, with the keys and values of those before it.
+A fast runtime acts in two phases, made of the modules of the policy: `phases.pi` and `phases.pi_fast`.
 
 To drop tokens inside the trunk of π0 and π0.5 (`attach_to_trunk`), hooks in front of each layer of the language model
 and of the action expert shorten what they get. In training LeRobot runs both through a function of its own, which
@@ -27,25 +25,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
-from ..runtime import Cache, Comparison, FastRuntime, Phases
-from ..runtime.flow import NoisyActions, step_times
-from ..runtime.layers import DecoderLayer, Heads, Norm, normalise, prefix_keys_values, rotation_tables, score_mask
-from ..runtime.phases import Rotation
+from ..runtime import FastRuntime, Phases
 from ..tiny import VLM_FOLDER
-from .acting import Draws, Prepared, act_through, observe
+from .acting import Prepared, act_through
 from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
-from .positions import dense_positions, keep_positions, numbering_of, release_positions
+from .phases import pi_fast
+from .phases.pi import Prefill, StepTimedByInput, StepTimedByNorms
+from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
 from .seam import Sampling, Seam
-from .tower import Tower, release_tower, run_between
+from .tower import Tower, release_tower
 
 # The paper's (its openpi configurations): 30 k steps of 128 frames, peak 5e-5 after 10 k steps of warm-up.
 RECIPE = Recipe(steps=30_000, batch=128, micro_batch=8, lr=5e-5, warmup=1 / 3)
@@ -122,9 +118,9 @@ class Pi(Family):
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         model = policy.model.paligemma_with_expert
-        step = _StepTimedByNorms if hasattr(policy.model, "time_mlp_in") else _StepTimedByInput
+        step = StepTimedByNorms if hasattr(policy.model, "time_mlp_in") else StepTimedByInput
         return Phases(
-            _Prefill(policy, seam, cameras), step(policy, steps), (model.paligemma.lm_head, model.gemma_expert.lm_head)
+            Prefill(policy, seam, cameras), step(policy, steps), (model.paligemma.lm_head, model.gemma_expert.lm_head)
         )
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
@@ -244,12 +240,14 @@ class PiFast(Pi):
                 "which runs the whole prefix for each token; set use_kv_cache=true, or use runtime=eager"
             )
         seam.runtime = runtime
-        policy.model.sample_actions_fast_kv_cache = partial(_sample_tokens, policy, seam, runtime)
+        policy.model.sample_actions_fast_kv_cache = partial(
+            pi_fast.sample_tokens, policy, seam, runtime, partial(_reduce, policy, seam)
+        )
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
-        prefill, step = _PrefillTokens(policy, seam, cameras, steps), _StepTokens(policy, steps)
-        return Phases(prefill, step, start=_first_scores)
+        prefill, step = pi_fast.Prefill(policy, seam, cameras, steps), pi_fast.Step(policy, steps)
+        return Phases(prefill, step, start=pi_fast.first_scores)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         # Decoding runs the layers of the prefix again for each token.
@@ -362,422 +360,6 @@ def _get_image_features(paligemma: Any, pixel_values: Tensor, **kwargs: Any) -> 
 
         return BaseModelOutputWithPooling(pooler_output=paligemma.multi_modal_projector(pixel_values))
     return type(paligemma).get_image_features(paligemma, pixel_values, **kwargs)
-
-
-# Acting in two phases.
-
-
-def _decoder(model: Any) -> tuple[list[DecoderLayer], Heads]:
-    """The layers of Gemma or of the action expert, and their heads."""
-    config = model.config
-    heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    layers = [
-        DecoderLayer(layer, heads, layer.input_layernorm.eps, scale=_scale(layer.input_layernorm))
-        for layer in model.layers
-    ]
-    return layers, heads
-
-
-def _scale(norm: Any) -> Tensor | None:
-    """Scale float32 [c] of a norm; None if it depends on time."""
-    return 1.0 + norm.weight.float() if norm.dense is None else None
-
-
-def _later_scales(model: Any) -> Tensor:
-    """Scales float32 [layers + 1, c] of the norms before the MLPs, and of the last."""
-    norms = [*(layer.post_attention_layernorm for layer in model.layers), model.norm]
-    return torch.stack([1.0 + norm.weight.float() for norm in norms])
-
-
-def _embedded_times(policy: Any, steps: int) -> Tensor:
-    """Times float32 [steps, c], as LeRobot embeds them."""
-    project, config = policy.model.action_in_proj, policy.config
-    times = step_times(steps, project.weight.device)
-    embedded: Tensor = modeling(config.type).create_sinusoidal_pos_embedding(
-        times, project.out_features, min_period=config.min_period, max_period=config.max_period, device=times.device
-    )
-    return embedded.to(times.dtype)
-
-
-class _Prefill(nn.Module):
-    """Vision tower, sampler, projector and Gemma."""
-
-    scales: Tensor
-    projector: Any
-    state_proj: Any
-
-    def __init__(self, policy: Any, seam: Seam, cameras: list[int]) -> None:
-        super().__init__()
-        model = policy.model.paligemma_with_expert
-        paligemma = model.paligemma.model
-        trunk = paligemma.language_model
-        # π0-FAST has no expert, and what follows runs through the trunk.
-        following = model.gemma_expert.model if hasattr(model, "gemma_expert") else trunk
-        tower = getattr(paligemma.vision_tower, "vision_model", paligemma.vision_tower)
-        self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
-        self.embed_patches, self.encoder, self.tower_norm = tower.embeddings, tower.encoder, tower.post_layernorm
-        self.projector, self.embed_tokens = paligemma.multi_modal_projector, trunk.get_input_embeddings()
-        layers, self.heads = _decoder(trunk)
-        self.layers = nn.ModuleList(layers)
-        self.register_buffer("scales", _later_scales(trunk), persistent=False)
-        self.rotary, self.later_rotary = trunk.rotary_emb, following.rotary_emb
-        self.numbering = numbering_of(model)
-        self.dtype = trunk.layers[0].self_attn.q_proj.weight.dtype
-        self.chunk_size, self.state_proj = policy.config.chunk_size, getattr(policy.model, "state_proj", None)
-
-    def forward(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Cache:
-        """See `runtime.phases`."""
-        hidden, seen, rotation, later = self._prefix(images, image_mask, tokens, token_mask, state)
-        visible = score_mask(seen[:, None], self.heads.keys, self.dtype)
-        return Cache(
-            tuple(prefix_keys_values(self.layers, hidden, rotation, visible, self.scales)),
-            score_mask(self._visible_later(seen), self.heads.keys, self.dtype),
-            later,
-            () if self.state_proj is None else (self._embed_state(state),),
-        )
-
-    def _prefix(
-        self,
-        images: Tensor,
-        image_mask: Tensor,
-        tokens: Tensor,
-        token_mask: Tensor,
-        state: Tensor,
-        last: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Rotation, Rotation]:
-        """(Tokens [b, p, c] of the trunk, which of them are real, their rotation, that of the tokens that follow).
-
-        Args:
-            images: As those further on, of an `Observation`.
-            image_mask: Of an observation.
-            tokens: Of an observation.
-            token_mask: Of an observation.
-            state: Of an observation.
-            last: A token int64 [b, 1] behind the instruction, which is no part of it for the sampler.
-        """
-        batch = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: token_mask, OBS_STATE: state}
-        visual, coordinates = self.seam.reduce(
-            self.reducer, images, batch, self.cameras, self._encode, self.embed_tokens
-        )
-        if last is not None:
-            tokens = torch.cat([tokens, last], dim=1)
-            token_mask = torch.cat([token_mask, torch.ones_like(last, dtype=torch.bool)], dim=1)
-        hidden = torch.cat([self.projector(torch.cat(visual, dim=1)), self.embed_tokens(tokens)], dim=1)
-        hidden = hidden.to(self.dtype)
-        real = [mask.expand(-1, camera.shape[1]) for mask, camera in zip(image_mask.split(1, 1), visual, strict=True)]
-        seen = torch.cat([*real, token_mask], dim=1)
-
-        positions = seen.cumsum(1) - 1
-        following = seen.sum(1, keepdim=True) + torch.arange(self._following, device=seen.device)
-        if self.numbering is not None and coordinates:
-            grid = self.seam.layout.token_grid
-            positions, moved = dense_positions(positions, coordinates, grid, 0, 0)
-            following = following + moved
-        rotation = self._rotation(self.rotary, hidden, positions)
-        return hidden, seen, rotation, self._rotation(self.later_rotary, hidden, following)
-
-    def _encode(self, images: Tensor, sample: Sampling | None = None) -> Tensor:
-        states = self.embed_patches(images)
-        if sample is None:
-            states = self.encoder(inputs_embeds=states).last_hidden_state
-        else:
-            states = run_between(self.encoder, self.seam.after, sample, states)
-        normed: Tensor = self.tower_norm(states)
-        return normed
-
-    @property
-    def _following(self) -> int:
-        """Tokens of the action expert."""
-        return self.chunk_size + (self.state_proj is not None)
-
-    def _rotation(self, rotary: Any, hidden: Tensor, positions: Tensor) -> Rotation:
-        cos, sin = rotary(hidden, positions)
-        return rotation_tables(cos, sin, self.heads.queries + self.heads.keys, self.heads.keys)
-
-    def _visible_later(self, seen: Tensor) -> Tensor:
-        """What the expert's tokens see: all that is real, but the state's token sees no action."""
-        own = seen.new_ones(len(seen), self._following)
-        visible = torch.cat([seen, own], dim=1)[:, None]
-        if self.state_proj is None:
-            return visible
-        number = torch.arange(visible.shape[-1], device=seen.device)
-        is_state = torch.arange(self._following, device=seen.device)[:, None] == 0
-        return visible & ~(is_state & (number > seen.shape[1]))
-
-    def _embed_state(self, state: Tensor) -> Tensor:
-        project = self.state_proj
-        padded = nn.functional.pad(state, (0, project.in_features - state.shape[-1]))
-        embedded: Tensor = project(padded.to(project.weight.dtype))
-        return embedded[:, None]
-
-
-class _PrefillTokens(_Prefill):
-    """The same for π0-FAST, whose trunk writes action tokens behind the prefix.
-
-    The cache has room for their keys and values, and the scores [b, words] of the first token as its last tensor.
-    """
-
-    def __init__(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> None:
-        super().__init__(policy, seam, cameras)
-        trunk = policy.model.paligemma_with_expert.paligemma
-        self.steps, self.eps, self.head = steps, trunk.model.language_model.norm.eps, trunk.lm_head
-        self.begin = policy.model._paligemma_tokenizer.bos_token_id
-
-    def forward(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Cache:
-        """See `runtime.phases`."""
-        begin = tokens.new_full((len(tokens), 1), self.begin)
-        hidden, seen, rotation, later = self._prefix(images, image_mask, tokens, token_mask, state, begin)
-        visible = score_mask(seen[:, None], self.heads.keys, self.dtype)
-        *earlier, last = self.layers
-        scales = self.scales.unbind()
-        found = []
-        for layer, scale in zip(earlier, scales, strict=False):
-            hidden, own = layer(hidden, rotation, visible, Norm(), Norm(scale))
-            found.append(own)
-        # Of the last layer only the last token goes on.
-        found.append(last.keys_values(hidden, rotation, Norm()))  # type: ignore[operator]
-        at_end = Rotation(rotation.cos[:, -1:], rotation.sin[:, -1:])
-        final, _ = last(hidden[:, -1:], at_end, visible, Norm(), Norm(scales[-2]), found[-1][:, :, :-1])
-        room = found[-1].new_zeros(*found[-1].shape[:2], self.steps, found[-1].shape[-1])
-        return Cache(
-            tuple(torch.cat([own, room], dim=2) for own in found),
-            score_mask(self._visible_later(seen), self.heads.keys, self.dtype),
-            later,
-            (_scores(self.head, normalise(final, Norm(scales[-1]), self.eps)),),
-        )
-
-    @property
-    def _following(self) -> int:
-        return self.steps
-
-    def _visible_later(self, seen: Tensor) -> Tensor:
-        """What each action token sees: the prefix, those before it, and itself, which comes last."""
-        order = torch.arange(self.steps, device=seen.device)
-        before = (order < order[:, None]).expand(len(seen), -1, -1)
-        itself = before.new_ones(len(seen), self.steps, 1)
-        return torch.cat([seen[:, None].expand(-1, self.steps, -1), before, itself], dim=2)
-
-
-class _StepTokens(nn.Module):
-    """Gemma on one action token, whose keys and values it writes into the cache."""
-
-    scales: Tensor
-
-    def __init__(self, policy: Any, steps: int) -> None:
-        super().__init__()
-        paligemma = policy.model.paligemma_with_expert.paligemma
-        trunk = paligemma.model.language_model
-        layers, _ = _decoder(trunk)
-        self.layers = nn.ModuleList(layers)
-        self.register_buffer("scales", _later_scales(trunk), persistent=False)
-        self.embed_tokens, self.head = trunk.get_input_embeddings(), paligemma.lm_head
-        self.dtype, self.eps, self.steps = trunk.layers[0].self_attn.q_proj.weight.dtype, trunk.norm.eps, steps
-
-    def forward(self, cache: Cache, token: Tensor, step: Tensor) -> Tensor:
-        """Scores [b, words] of the token behind `token`, int64 [b, 1], which is the one with number `step`."""
-        hidden = self.embed_tokens(token).to(self.dtype)
-        rotation = Rotation(cache.rotation.cos.index_select(1, step), cache.rotation.sin.index_select(1, step))
-        mask = cache.mask.index_select(2, step)
-        *scales, last = self.scales.unbind()
-        for layer, cached, scale in zip(self.layers, cache.keys_values, scales, strict=True):
-            hidden, own = layer(hidden, rotation, mask, Norm(), Norm(scale), cached)
-            cached.index_copy_(2, step + (cached.shape[2] - self.steps), own.to(cached.dtype))
-        return _scores(self.head, normalise(hidden, Norm(last), self.eps))
-
-
-def _first_scores(cache: Cache, nothing: Tensor) -> Tensor:
-    return cache.extra[-1]
-
-
-def _scores(head: Any, hidden: Tensor) -> Tensor:
-    """[b, 1, c] to [b, words], in the trunk's precision."""
-    scores: Tensor = head(hidden.to(head.weight.dtype))
-    return scores[:, -1]
-
-
-def _sample_tokens(
-    policy: Any,
-    seam: Seam,
-    runtime: FastRuntime,
-    prepared: Any,
-    masks: list[Tensor],
-    tokens: Tensor,
-    token_mask: Tensor,
-    max_decoding_steps: int | None = None,
-    temperature: float = 0.0,
-) -> Tensor:
-    """In place of the `sample_actions_fast_kv_cache` of π0-FAST's model, whose arguments these are."""
-    model = policy.model
-
-    def own(images: list[Tensor]) -> Tensor:
-        found: Tensor = type(model).sample_actions_fast_kv_cache(
-            model, images, masks[: len(images)], tokens, token_mask, max_decoding_steps, temperature
-        )
-        return found
-
-    if not isinstance(prepared, Prepared):
-        return own(prepared)
-    draws = Draws(tokens.device)
-
-    # What the slow way wrote when the fast one is held against it, and how far that was from what the fast one prefers.
-    written: list[Tensor] = []
-    behind: list[float] = []
-
-    def eager() -> Tensor:
-        draws.again()
-        written.append(own(_reduce(policy, seam, prepared)))
-        return written[-1]
-
-    def loop(step: Any, scores: Tensor, numbers: Tensor) -> Tensor:
-        draws.again()
-        if written and temperature == 0:
-            behind.append(_behind(step, scores, numbers, written[-1], end))
-            return written[-1]
-        return _write(step, scores, numbers, temperature, end)
-
-    def share(found: Tensor, expected: Tensor) -> float:
-        return behind[-1] if behind else float((found != expected).any())
-
-    end = model._paligemma_tokenizer.convert_tokens_to_ids("|")
-    cameras = seam.cameras_of(prepared.batch)
-    observation = observe(prepared, masks, cameras, tokens, token_mask)
-    steps = max_decoding_steps or model.config.max_action_tokens
-    # A token, as which the steps take what they are given.
-    nothing = tokens.new_zeros(len(tokens), 1)
-    compare = Comparison("scores of the tokens", share)
-    return runtime.chunk(observation, nothing, cameras=cameras, steps=steps, eager=eager, loop=loop, compare=compare)
-
-
-def _behind(step: Any, scores: Tensor, numbers: Tensor, written: Tensor, end: int) -> float:
-    """How far the tokens that were written are from the likeliest ones, at most, as a share of the range of the scores.
-
-    Two tokens may be so close that rounding decides. All that follows would then differ, and show nothing.
-
-    Args:
-        step: As in `_write`.
-        scores: As in `_write`.
-        numbers: As in `_write`.
-        written: Tokens int64 [b, steps], which are given to the steps.
-        end: As in `_write`.
-    """
-    finished, worst = torch.zeros_like(written[:, 0], dtype=torch.bool), 0.0
-    for index, number in enumerate(numbers.split(1), 1):
-        token = written[:, index - 1 : index]
-        best = scores.amax(-1)
-        share = (best - scores.gather(1, token)[:, 0]) / (best - scores.amin(-1))
-        worst = max(worst, float(share.masked_fill(finished, 0).max()))
-        finished = finished | (token[:, 0] == end)
-        if index == len(numbers) or bool(finished.all()):
-            break
-        scores = step(token, number)
-    return worst
-
-
-def _write(step: Any, scores: Tensor, numbers: Tensor, temperature: float, end: int) -> Tensor:
-    """Action tokens int64 [b, steps], one by one, as LeRobot chooses them.
-
-    Args:
-        step: (token int64 [b, 1], its number) to the scores of the next token.
-        scores: Of the first token, [b, words].
-        numbers: int64 [steps].
-        temperature: Of the draws; 0 takes the likeliest.
-        end: After this token nothing is read; decoding stops when all have written it, unless it draws.
-    """
-    written = torch.zeros(len(scores), len(numbers), dtype=torch.int64, device=scores.device)
-    finished = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    for index, number in enumerate(numbers.split(1), 1):
-        if temperature > 0:
-            token = torch.multinomial(torch.softmax(scores / temperature, dim=-1), num_samples=1)
-        else:
-            token = scores.argmax(dim=-1, keepdim=True)
-            finished |= token[:, 0] == end
-        written[:, index - 1] = token[:, 0]
-        if index == len(numbers) or (temperature == 0 and bool(finished.all())):
-            break
-        scores = step(token, number)
-    return written
-
-
-class _Step(nn.Module):
-    """The action expert on noisy actions."""
-
-    def __init__(self, policy: Any) -> None:
-        super().__init__()
-        expert = policy.model.paligemma_with_expert.gemma_expert.model
-        layers, _ = _decoder(expert)
-        self.layers = nn.ModuleList(layers)
-        self.dtype, self.eps = expert.layers[0].self_attn.q_proj.weight.dtype, expert.norm.eps
-        self.project_out, self.chunk_size = policy.model.action_out_proj, policy.config.chunk_size
-
-    def run(self, cache: Cache, hidden: Tensor, before: list[Norm], after: list[Norm]) -> Tensor:
-        """Tokens [b, t, c] through all layers, to the velocity of the actions.
-
-        Args:
-            cache: Of the prefill.
-            hidden: The tokens.
-            before: Norms before the attentions.
-            after: Norms before the MLPs, and the last.
-        """
-        hidden = hidden.to(self.dtype)
-        for layer, cached, first, second in zip(self.layers, cache.keys_values, before, after[:-1], strict=True):
-            hidden, _ = layer(hidden, cache.rotation, cache.mask, first, second, cached)
-        velocity: Tensor = self.project_out(normalise(hidden[:, -self.chunk_size :], after[-1], self.eps))
-        return velocity
-
-
-class _StepTimedByInput(_Step):
-    """π0's: the time is part of what each action is embedded as."""
-
-    scales: Tensor
-
-    def __init__(self, policy: Any, steps: int) -> None:
-        super().__init__(policy)
-        model = policy.model
-        times = _embedded_times(policy, steps)
-        self.actions = NoisyActions(model.action_in_proj, model.action_time_mlp_in, model.action_time_mlp_out, times)
-        self.register_buffer("scales", _later_scales(model.paligemma_with_expert.gemma_expert.model), persistent=False)
-
-    def forward(self, cache: Cache, x_t: Tensor, step: Tensor) -> Tensor:
-        """See `runtime.phases`."""
-        hidden = torch.cat([cache.extra[0], self.actions(x_t, step)], dim=1)
-        return self.run(cache, hidden, [Norm()] * len(self.layers), [Norm(scale) for scale in self.scales.unbind()])
-
-
-class _StepTimedByNorms(_Step):
-    """π0.5's: the time sets scale, shift and gate of each norm."""
-
-    tables: tuple[str, ...] = ("scales", "shifts", "biases", "gates")
-    scales: Tensor
-    shifts: Tensor
-    biases: Tensor
-    gates: Tensor
-
-    def __init__(self, policy: Any, steps: int) -> None:
-        super().__init__(policy)
-        model = policy.model
-        self.project = model.action_in_proj
-        hidden = nn.functional.silu(model.time_mlp_in(_embedded_times(policy, steps)))
-        condition = nn.functional.silu(model.time_mlp_out(hidden))
-        expert = model.paligemma_with_expert.gemma_expert.model
-        norms = [*(layer.input_layernorm for layer in expert.layers)]
-        norms += [*(layer.post_attention_layernorm for layer in expert.layers), expert.norm]
-        modulations = [norm.dense(condition.to(norm.dense.weight.dtype)).float().chunk(3, dim=-1) for norm in norms]
-        scales, shifts, gates = (torch.stack(parts, dim=1) for parts in zip(*modulations, strict=True))
-        first: Any = self.layers
-        pairs = zip(shifts.to(self.dtype).unbind(1), first, strict=False)
-        biases = torch.stack([nn.functional.linear(shift, layer.weight, layer.bias) for shift, layer in pairs], dim=1)
-        values = {"scales": 1 + scales, "shifts": shifts, "biases": biases, "gates": gates.to(self.dtype)}
-        for name in self.tables:
-            self.register_buffer(name, values[name], persistent=False)
-
-    def forward(self, cache: Cache, x_t: Tensor, step: Tensor) -> Tensor:
-        """See `runtime.phases`."""
-        rows = (getattr(self, name).index_select(0, step)[0].unbind() for name in self.tables)
-        scales, shifts, biases, gates = rows
-        count = len(biases)
-        before = [Norm(scales[i], bias=biases[i], gate=gates[i]) for i in range(count)]
-        after = [Norm(scales[i], shifts[i], gate=gates[i]) for i in range(count, len(scales))]
-        return self.run(cache, self.project(x_t), before, after)
 
 
 # Dropping tokens inside the trunk.

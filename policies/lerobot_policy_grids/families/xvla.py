@@ -12,9 +12,7 @@ LeRobot 0.6.1 on:
 - With dense positions, the default, `SoftPromptedTransformer.forward` adds other rows of `pos_emb`: see `dense_rows`.
 Views that the batch lacks are tokens of zeros in LeRobot, and attended to. So they are here, as many as of a real view.
 
-A fast runtime acts in two phases (`XVLA.phases`), and `XVLAModel.generate_actions` is its loop. All tokens attend to
-each other, so no keys and values can be kept between steps but those of the first layer, whose input is the same in
-all. The last layer makes the actions alone.
+A fast runtime acts in two phases, and `XVLAModel.generate_actions` is its loop: `phases.xvla`.
 """
 
 import math
@@ -23,29 +21,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from lerobot.utils.constants import (
-    ACTION,
-    OBS_IMAGES,
-    OBS_LANGUAGE_ATTENTION_MASK,
-    OBS_LANGUAGE_TOKENS,
-    OBS_STATE,
-)
+from lerobot.utils.constants import ACTION, OBS_IMAGES
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
-from ..reducers.interpolation import bilinear
-from ..reducers.layout import cell_coordinates
 from ..runtime import FastRuntime, Phases
-from ..runtime.layers import require_plain
-from .acting import Draws, Prepared
+from .acting import Prepared
 from .base import DensePolicy, Family, Recipe, Stages, Target, lower_right_region, refuse_second_attach
 from .characters import CHARACTERS, write_character_tokenizer
+from .phases.xvla import Prefill, Step, generate_actions
+from .position_embeddings import BART_OFFSET, dense_rows, places_of_views
 from .seam import Seam
 
 # Sizes of Florence-2-large, from which X-VLA-0.9B was trained. LeRobot reads them from a checkpoint's config.json.
@@ -79,10 +69,6 @@ FLORENCE2_LARGE: dict[str, Any] = {
         "eos_token_id": 2,
     },
 }
-# Rows of BART's table that stand for no position.
-BART_OFFSET = 2
-# Positions are read at whole 256ths of a cell, so that a cell's own centre is exactly that.
-FRACTIONS = 256
 
 
 @dataclass
@@ -211,11 +197,11 @@ class XVLA(Family):
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
         seam.runtime = runtime
-        policy.model.generate_actions = partial(_generate_actions, policy, seam, runtime)
+        policy.model.generate_actions = partial(generate_actions, policy, seam, runtime, partial(_reduce, policy, seam))
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
-        return Phases(_Prefill(policy, seam, cameras, steps), _Step(policy.model))
+        return Phases(Prefill(policy, seam, cameras, steps, _encode, _project), Step(policy.model))
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.dtype = "bfloat16"
@@ -404,51 +390,6 @@ def _small_florence(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def dense_rows(table: Tensor, segments: Sequence[int | Tensor], token_grid: tuple[int, int], batch: int) -> Tensor:
-    """Rows of a table of learned positions that the tokens of a reduced sequence have in the dense one.
-
-    A visual token between cells gets what lies between their rows; all others keep the row they were trained with.
-
-    Args:
-        table: [positions, c].
-        segments: What the sequence is made of: so many tokens in a row, or a view, by the coordinates float32
-            [b, k, 2] of its visual tokens; in front of them is the view's mean token. A view of none has neither.
-        token_grid: (H, W) of each view.
-        batch: b.
-
-    Returns:
-        [b, tokens, c].
-    """
-    height, width = token_grid
-    rows, start = [], 0
-    for segment in segments:
-        if isinstance(segment, int):
-            rows.append(table[start : start + segment].expand(batch, -1, -1))
-            start += segment
-            continue
-        if segment.shape[1]:
-            cells = table[start + 1 : start + 1 + height * width].unflatten(0, token_grid)
-            pixels = segment * segment.new_tensor([width, height]) - 0.5
-            pixels = (pixels * FRACTIONS).round() / FRACTIONS
-            rows += [table[start : start + 1].expand(batch, -1, -1), bilinear(cells.expand(batch, -1, -1, -1), pixels)]
-        start += 1 + height * width
-    return torch.cat(rows, dim=1)
-
-
-def _spread(count: int, token_grid: tuple[int, int], like: Tensor) -> Tensor:
-    """Coordinates [b, k, 2] of k cells, evenly spaced in raster order, for tokens that were read nowhere."""
-    height, width = token_grid
-    cells = ((torch.arange(count, device=like.device) + 0.5) * (height * width) / max(count, 1)).long()
-    places = cell_coordinates(token_grid, like.device)[cells]
-    return places.expand(len(like), -1, -1)
-
-
-def _places(coordinates: list[Tensor], empty_views: int, tokens: int, token_grid: tuple[int, int]) -> list[Tensor]:
-    """Coordinates of each view, also of empty ones with so many tokens."""
-    blank = _spread(tokens - 1 if tokens else 0, token_grid, coordinates[0])
-    return [*coordinates, *[blank] * empty_views]
-
-
 def _build_model_inputs(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> dict[str, Any]:
     inputs: dict[str, Any] = type(policy)._build_model_inputs(policy, batch)
     prepared = Prepared(list(inputs["image_input"].unbind(1)), batch)
@@ -490,7 +431,7 @@ def _forward_vlm(
     empty = max(view.shape[1] for view in pixel_values.tokens)
     segments: list[int | Tensor] = []
     if pixel_values.coordinates is not None:
-        main, *aside = _places(pixel_values.coordinates, pixel_values.empty, empty, token_grid)
+        main, *aside = places_of_views(pixel_values.coordinates, pixel_values.empty, empty, token_grid)
         segments = [main, input_ids.shape[1]]
     # On the CPU, so that counting the real views waits for nothing.
     real = torch.ones(len(first), 1, dtype=torch.bool, device="cpu")
@@ -536,244 +477,6 @@ def _forward_transformer(transformer: Any, *args: Any, positions: Tensor | None 
     owner = transformer if positions is None else _WithPositions(transformer, positions)
     actions: Tensor = type(transformer).forward(owner, *args, **kwargs)
     return actions
-
-
-# The phases.
-
-
-def _generate_actions(
-    policy: Any,
-    seam: Seam,
-    runtime: FastRuntime,
-    input_ids: Tensor,
-    image_input: Any,
-    image_mask: Tensor,
-    domain_id: Tensor,
-    proprio: Tensor,
-    steps: int,
-) -> Tensor:
-    """In place of `XVLAModel.generate_actions`, whose arguments these are."""
-    model = policy.model
-
-    def own(views: Any) -> Tensor:
-        actions: Tensor = type(model).generate_actions(model, input_ids, views, image_mask, domain_id, proprio, steps)
-        return actions
-
-    if not isinstance(image_input, Prepared):
-        return own(image_input)
-    model.eval()
-    draws = Draws(proprio.device)
-    shape = (len(input_ids), model.chunk_size, model.dim_action)
-    noise = torch.randn(shape, device=proprio.device, dtype=model._get_target_dtype())
-
-    def eager() -> Tensor:
-        # LeRobot draws the noise itself: the same once more.
-        draws.again()
-        return own(_reduce(policy, seam, image_input))
-
-    cameras = seam.cameras_of(image_input.batch)
-    real = image_input.batch.get(OBS_LANGUAGE_ATTENTION_MASK)
-    real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.bool()
-    return runtime.chunk(
-        Seen(torch.cat(image_input.images[: len(cameras)]), input_ids, real, proprio, domain_id),
-        noise,
-        cameras=cameras,
-        steps=max(1, int(steps)),
-        eager=eager,
-        loop=partial(_refine, model.action_space),
-    )
-
-
-def _refine(space: Any, predict: Any, noise: Tensor, numbers: Tensor) -> Tensor:
-    """Predict the actions, each time from noise that has more of the last prediction in it."""
-    x_t = actions = noise
-    for index, number in enumerate(numbers.split(1), 1):
-        actions = predict(x_t, number)
-        share = 1 - index / len(numbers)
-        x_t = noise * share + actions * (1 - share)
-    # It may write to the actions, which on a GPU the next chunk overwrites, too.
-    refined: Tensor = space.postprocess(actions.clone())
-    return refined
-
-
-def _times(steps: int) -> list[float]:
-    """Of the steps, from 1 (noise)."""
-    return [(steps - step) / steps for step in range(steps)]
-
-
-class Seen(NamedTuple):
-    """What the prefill gets.
-
-    Attributes:
-        images: float32 [n * b, 3, height, width], camera by camera.
-        tokens: int64 [b, l], the instruction; padding is read, too.
-        token_mask: bool [b, l], false for padding.
-        state: float32 [b, s], the robot's.
-        domain: int64 [b], the kind of robot.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    token_mask: Tensor
-    state: Tensor
-    domain: Tensor
-
-
-class Known(NamedTuple):
-    """What the prefill leaves for the steps.
-
-    Attributes:
-        context: What the actions are among, [b, p, c].
-        queries_keys_values: Of the context in the first layer, [b, p, 3 * c].
-        start: What is added to embedded actions at all steps, [b, t, c].
-        of_time: And at each step, [b, steps, c].
-        embed: Embeds actions of this kind of robot, [b, a, c].
-        decode: And decodes them, [b, c, a].
-        bias: [b, 1, a].
-    """
-
-    context: Tensor
-    queries_keys_values: Tensor
-    start: Tensor
-    of_time: Tensor
-    embed: Tensor
-    decode: Tensor
-    bias: Tensor
-
-
-class _Prefill(nn.Module):
-    """Vision tower, sampler, BART, and what the action transformer makes of both before it sees an action."""
-
-    def __init__(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> None:
-        from lerobot.policies.xvla.soft_transformer import timestep_embedding
-
-        super().__init__()
-        model = policy.model
-        self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
-        self.vlm, self.transformer, self.space = model.vlm, model.transformer, model.action_space
-        self.empty = max(0, (policy.config.num_image_views or 0) - len(cameras))
-        # `keep_positions` was there.
-        self.at_places = "forward" in vars(model.transformer)
-        self.dtype, self.chunk_size = model._get_target_dtype(), model.chunk_size
-        self.times: Tensor
-        times = torch.tensor(_times(steps), dtype=self.dtype, device=model.transformer.pos_emb.device)
-        self.register_buffer("times", timestep_embedding(times, model.transformer.dim_time), persistent=False)
-
-    def forward(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor, domain: Tensor) -> Known:
-        """See `runtime.phases`."""
-        vlm, grid = self.vlm, self.seam.layout.token_grid
-        batch = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: token_mask, OBS_STATE: state}
-        embed = vlm.get_input_embeddings()
-        encode = partial(_encode, vlm)
-        views, coordinates = self.seam.reduce(self.reducer, images.to(self.dtype), batch, self.cameras, encode, embed)
-        counts = [view.shape[1] for view in views]
-        first, *others = _project(vlm.multi_modal_projector, torch.cat(views, dim=1)).split(counts, dim=1)
-        words: int = tokens.shape[1]
-        segments: list[int | Tensor] = []
-        if self.at_places and coordinates:
-            main, *aside = _places(coordinates, self.empty, max(counts), grid)
-            segments = [main, words, *aside]
-        read = self._read(torch.cat([first, embed(tokens)], dim=1), segments[:2])
-        blank = first.new_zeros(len(first), self.empty * max(counts), first.shape[-1])
-        return self._known(read, torch.cat([*others, blank], dim=1), segments, state.to(self.dtype), domain)
-
-    def _read(self, hidden: Tensor, segments: list[int | Tensor]) -> Tensor:
-        """View 0 and the instruction, [b, l, c], through BART."""
-        encoder = self.vlm.language_model.encoder
-        hidden = encoder.layernorm_embedding(
-            hidden + self._rows(encoder.embed_positions.weight[BART_OFFSET:], segments, hidden)
-        )
-        for layer in encoder.layers:
-            hidden = layer(hidden, None)
-        return hidden
-
-    def _rows(self, table: Tensor, segments: Sequence[int | Tensor], like: Tensor) -> Tensor:
-        """Rows of a table of positions for tokens [b, l, c]."""
-        if not segments:
-            return table[None, : like.shape[1]]
-        return dense_rows(table, segments, self.seam.layout.token_grid, len(like))
-
-    def _known(self, read: Tensor, aside: Tensor, segments: list[int | Tensor], state: Tensor, domain: Tensor) -> Known:
-        transformer, size = self.transformer, len(read)
-        projections = (transformer.vlm_proj, transformer.aux_visual_proj)
-        more = (domain,) if transformer.use_hetero_proj else ()
-        context = torch.cat(
-            [project(part, *more) for project, part in zip(projections, (read, aside), strict=True)], dim=1
-        )
-        chunk = context.new_zeros(size, self.chunk_size, context.shape[-1])
-        segments = [self.chunk_size, *segments] if segments else []
-        rows = self._rows(transformer.pos_emb[0], segments, torch.cat([chunk, context], dim=1))
-        context = context + rows[:, self.chunk_size :]
-        if transformer.len_soft_prompts > 0:
-            prompts = transformer.soft_prompt_hub(domain).view(size, transformer.len_soft_prompts, -1)
-            context = torch.cat([context, prompts], dim=1)
-
-        encoder, decoder = transformer.action_encoder, transformer.action_decoder
-        state, _ = self.space.preprocess(state, chunk[..., : transformer.dim_action])
-        weight = encoder.fc(domain).view(size, encoder.input_size, encoder.output_size)
-        embed, of_state, of_time = weight.split([transformer.dim_action, state.shape[-1], transformer.dim_time], dim=1)
-        start = encoder.bias(domain)[:, None] + state[:, None] @ of_state + rows[:, : self.chunk_size]
-        block = transformer.blocks[0]
-        return Known(
-            context,
-            block.attn.qkv(block.norm1(context)),
-            start,
-            self.times @ of_time,
-            embed,
-            decoder.fc(domain).view(size, decoder.input_size, decoder.output_size),
-            decoder.bias(domain)[:, None],
-        )
-
-
-class _Step(nn.Module):
-    """The action transformer on noisy actions and what is known."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.blocks, self.norm, self.space = model.transformer.blocks, model.transformer.norm, model.action_space
-        for block in (self.blocks[0], self.blocks[-1]):
-            require_plain(block.attn.qkv)
-            require_plain(block.attn.proj)
-
-    def forward(self, known: Known, x_t: Tensor, step: Tensor) -> Tensor:
-        """See `runtime.phases`; the actions themselves, [b, t, a]."""
-        _, noisy = self.space.preprocess(x_t, x_t)
-        length = x_t.shape[1]
-        start = known.start + known.of_time.index_select(1, step)
-        actions = torch.baddbmm(start, noisy, known.embed)
-        first, *middle = self.blocks
-        heads = torch.cat([first.attn.qkv(first.norm1(actions)), known.queries_keys_values], dim=1)
-        hidden = torch.cat([actions, known.context], dim=1)
-        if not middle:
-            return self._decode(known, _attend(first, hidden[:, :length], heads))
-        hidden = _attend(first, hidden, heads)
-        *middle, last = middle
-        for block in middle:
-            hidden = block(hidden)
-        return self._decode(known, _attend(last, hidden[:, :length], last.attn.qkv(last.norm1(hidden))))
-
-    def _decode(self, known: Known, hidden: Tensor) -> Tensor:
-        return torch.baddbmm(known.bias, self.norm(hidden), known.decode)
-
-
-def _attend(block: Any, hidden: Tensor, heads: Tensor) -> Tensor:
-    """A block of the action transformer.
-
-    Args:
-        block: LeRobot's.
-        hidden: Its first tokens, [b, t, c]: only these are gone on with.
-        heads: Queries, keys and values of all its tokens, [b, p, 3 * c].
-
-    Returns:
-        [b, t, c].
-    """
-    attention = block.attn
-    queries, keys, values = heads.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    queries, keys = attention.q_norm(queries[:, :, : hidden.shape[1]]), attention.k_norm(keys)
-    attended = F.scaled_dot_product_attention(queries, keys, values)
-    hidden = hidden + attention.proj(attended.transpose(1, 2).flatten(2))
-    whole: Tensor = hidden + block.mlp(block.norm2(hidden))
-    return whole
 
 
 def _prepare_images_on_meta(policy: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -43,3 +43,8 @@ def block_reach(patches: float, block: int) -> float:
 def spread(values: Tensor, block: int) -> Tensor:
     """Give every patch of a block the block's value: [b, k, c] to [b, k * s * s, c]."""
     return values if block == 1 else values.repeat_interleave(block * block, dim=1)
+
+
+def join(patches: Tensor, block: int) -> Tensor:
+    """One state of each block: its patches, which lie one after the other, [b, k * s * s, c] to [b, k, s * s * c]."""
+    return patches.unflatten(1, (-1, block * block)).flatten(2)

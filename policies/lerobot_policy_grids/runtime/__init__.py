@@ -1,6 +1,6 @@
 """How a policy's action chunks are computed: prefill and denoising step as plain modules, and a fast path of them.
 
-It knows torch and no policy: each family says in its own file what its phases are made of.
+It knows torch and no policy: `families.phases` has those of each family, made of its modules.
 """
 
 from .fast import PRECISIONS, QUANTISATIONS, RUNTIMES, Comparison, FastRuntime

@@ -1,0 +1,61 @@
+"""A fast path that is wrong on purpose is found, and is not used."""
+
+import sys
+
+import pytest
+import torch
+
+from driving import act
+from fast_path import FLOWS, small
+from lerobot_policy_grids.families import acting
+from lerobot_policy_grids.families.phases import act as act_phases
+from lerobot_policy_grids.families.phases import pi_fast
+from lerobot_policy_grids.families.phases import xvla as xvla_phases
+from lerobot_policy_grids.runtime import flow, layers
+from lerobot_policy_grids.runtime.phases import Rotation
+
+WRONG = {
+    "positions": (layers, "rotate", lambda heads, rotation: heads),
+    "mask": (layers, "score_mask", lambda visible, groups, dtype: torch.zeros(1, 1, 1, visible.shape[-1], dtype=dtype)),
+    "times": (flow, "step_times", lambda steps, device: torch.linspace(0, 1, steps)),
+    "steps": (flow, "integrate", lambda velocity, noise, numbers: noise - velocity(noise, numbers[:1])),
+}
+WRONG_ACT = {
+    "positions": (act_phases._Attention, "keys_values", lambda self, tokens, positions: self.project(tokens, 1, 2)),
+    "queries": (act_phases.Decode, "_among_themselves", lambda self, number, hidden: hidden),
+    "layers": (act_phases, "_feed_forward", lambda layer, hidden: hidden),
+}
+WRONG_XVLA = {
+    "positions": (xvla_phases.Prefill, "_rows", lambda self, table, segments, like: torch.zeros_like(like)),
+    "instruction": (xvla_phases.Prefill, "_read", lambda self, hidden, segments: hidden),
+    "times": (xvla_phases, "_times", lambda steps: [1.0] * steps),
+    "steps": (xvla_phases, "_refine", lambda space, predict, noise, at: space.postprocess(predict(noise, at[:1]))),
+    "first layer": (xvla_phases, "_attend", lambda block, hidden, heads: hidden),
+}
+WRONG_PI0_FAST = {
+    "positions": WRONG["positions"],
+    "what is visible": (pi_fast, "score_mask", lambda visible, *more: torch.zeros(1, 1, *visible.shape[1:])),
+    "written tokens": (pi_fast.Step, "forward", lambda self, cache, token, step: cache.extra[-1]),
+    "order": (pi_fast, "Rotation", lambda cos, sin: Rotation(cos[:, :1] * 0, sin[:, :1] * 0)),
+}
+FAULTS = [(name, fault) for name in FLOWS for fault in WRONG.items()]
+FAULTS += [("act", fault) for fault in WRONG_ACT.items()]
+FAULTS += [("pi0_fast", fault) for fault in WRONG_PI0_FAST.items()]
+FAULTS += [("xvla", fault) for fault in WRONG_XVLA.items()]
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_a_wrong_fast_path_is_found_and_not_used(family_row, name, fault, monkeypatch, caplog):
+    policy, batch = small(family_row(name))
+    expected = act(policy, batch)
+    module, attribute, wrong = fault[1]
+    policy.use_runtime("fast")
+    with monkeypatch.context() as patch:
+        phases = [module for name, module in sys.modules.items() if ".families.phases." in name]
+        for place in (module, acting, sys.modules[type(policy.family).__module__], *phases):
+            patch.setattr(place, attribute, wrong, raising=False)
+        for _ in range(2):
+            assert torch.equal(act(policy, batch), expected)
+    (found,) = policy.seam.runtime.differences.values()
+    assert "of the range of the" in found
+    assert caplog.text.count("is not used, the policy acts eagerly") == 1

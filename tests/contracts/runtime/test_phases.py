@@ -1,0 +1,163 @@
+"""Phases read nothing back, are whole graphs, and may be recorded."""
+
+import pytest
+import torch
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from driving import act, train_offsets, wrap
+from fast_path import FLOWS, ROUNDING, apart
+from lerobot_policy_grids.errors import UnsupportedPolicyError
+from lerobot_policy_grids.families import seam as seams
+from lerobot_policy_grids.runtime import graphs, program
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Collects (phases, observation, noise) of each program."""
+    found = []
+    make = program.Program.__init__
+
+    def spy(self, phases, steps, observation, noise, **options):
+        found.append((phases, observation, noise))
+        make(self, phases, steps, observation, noise, **options)
+
+    monkeypatch.setattr(program.Program, "__init__", spy)
+    return found
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value is read back, or a shape depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero"), func
+        return func(*args, **(kwargs or {}))
+
+
+def run_phases(phases, observation, noise, wrapped=lambda phase, *inputs: phase):
+    """(Cache, velocity), each phase wrapped with its inputs."""
+    number = torch.tensor([1])
+    cache = wrapped(phases.prefill, *observation)(*observation)
+    return cache, wrapped(phases.denoise_step, cache, noise, number)(cache, noise, number)
+
+
+def exported(phase, *inputs):
+    return torch.export.export(phase, inputs, strict=False).module()
+
+
+def compiled(phase, *inputs):
+    return torch.compile(phase, fullgraph=True, dynamic=False, backend="eager")
+
+
+@torch.no_grad()
+def test_phases_read_nothing_back_and_are_whole_graphs(phased, built):
+    policy, batch = phased
+    policy.use_runtime("fast")
+    act(policy, batch)
+    ((phases, observation, noise),) = built
+    with NoReading():
+        cache, velocity = run_phases(phases, observation, noise)
+    for wrapped in (exported, compiled):
+        torch.compiler.reset()
+        other_cache, other = run_phases(phases, observation, noise, wrapped)
+        assert torch.equal(other, velocity)
+        assert all(map(torch.equal, tree_leaves(other_cache), tree_leaves(cache)))
+
+
+@torch.no_grad()
+def test_a_phase_that_reads_a_value_is_found(pi0, built, monkeypatch):
+    policy, batch = pi0
+    policy.use_runtime("fast")
+    act(policy, batch)
+    ((phases, observation, noise),) = built
+    gather = seams.gather_context
+
+    def reading(condition_on, batch, **options):
+        assert float(batch["observation.state"].abs().max()) >= 0
+        return gather(condition_on, batch, **options)
+
+    monkeypatch.setattr(seams, "gather_context", reading)
+    torch.compiler.reset()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
+        run_phases(phases, observation, noise)
+    for wrapped in (exported, compiled):
+        with pytest.raises(Exception, match=r"data-dependent|scalar|Unsupported"):
+            run_phases(phases, observation, noise, wrapped)
+
+
+@torch.no_grad()
+def test_fast_path_samples_inside_the_tower_too(tower_family, built):
+    policy = tower_family.policy(2)
+    batch = tower_family.batch(policy)
+    policy = train_offsets(wrap(policy, 4, sample_after_layer=1))
+    expected = act(policy, batch)
+    try:
+        policy.use_runtime("fast")
+    except UnsupportedPolicyError:
+        return
+    act(policy, batch)
+    assert apart(expected, act(policy, batch)) < ROUNDING
+    ((phases, observation, _),) = built
+    with NoReading():
+        cache = phases.prefill(*observation)
+    # The denoising step is the module that it is without.
+    for wrapped in (exported, compiled):
+        torch.compiler.reset()
+        other = wrapped(phases.prefill, *observation)(*observation)
+        assert all(map(torch.equal, tree_leaves(other), tree_leaves(cache)))
+
+
+class Overwriting:
+    """`RecordedFunction` without a GPU: inputs and outputs stay at their places, and each call overwrites them."""
+
+    def __init__(self, function, fixed, examples):
+        self.places = tree_map(torch.clone, examples)
+        self.run = lambda: function(*fixed, *self.places)
+        self.result = tree_map(torch.clone, self.run())
+
+    def __call__(self, *arguments):
+        for place, value in zip(tree_leaves(self.places), tree_leaves(arguments), strict=True):
+            place.copy_(value)
+        for place, value in zip(tree_leaves(self.result), tree_leaves(self.run()), strict=True):
+            place.copy_(value)
+        return self.result
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_results_that_the_next_call_overwrites_are_used_before(phased, guided, monkeypatch):
+    policy, batch = phased
+    other = batch | {"observation.images.1": batch["observation.images.1"] * 0.5}
+    other["observation.state"] = batch["observation.state"] + 0.5
+    if guided:
+        if policy.family.policy_type not in FLOWS:
+            pytest.skip("LeRobot guides no chunks of this policy")
+        policy.config.rtc_config = RTCConfig(enabled=True, debug=True)
+        policy.init_rtc_processor()
+    expected = [act(policy, given) for given in (batch, other)]
+    make = program.Program.__init__
+
+    def recorded(self, phases, steps, observation, noise, **options):
+        make(self, phases, steps, observation, noise, **options)
+        self._record(observation, noise)
+
+    monkeypatch.setattr(program, "RecordedFunction", Overwriting)
+    monkeypatch.setattr(program.Program, "__init__", recorded)
+    policy.use_runtime("fast")
+    act(policy, other)
+    found = [act(policy, given) for given in (batch, other)]
+    assert len(policy.seam.runtime.programs) == 1
+    for one, two in zip(expected, found, strict=True):
+        assert apart(one, two) < ROUNDING
+    assert apart(*expected) > 10 * ROUNDING
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_recorded_function_follows_its_inputs():
+    weight = torch.randn(4, 4, device="cuda")
+    recorded = graphs.RecordedFunction(lambda fixed, x: (fixed @ x, x + 1), (weight,), (torch.zeros(4, device="cuda"),))
+    for _ in range(2):
+        x = torch.randn(4, device="cuda")
+        product, more = recorded(x)
+        torch.testing.assert_close(product, weight @ x)
+        torch.testing.assert_close(more, x + 1)

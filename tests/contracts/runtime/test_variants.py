@@ -1,0 +1,130 @@
+"""The fast path acts as the slow one for every option of a family and every reducer before the trunk."""
+
+import pytest
+import torch
+
+from driving import act, train_offsets, wrap
+from fast_path import ROUNDING, apart
+from lerobot_policy_grids.runtime import fast
+
+VARIANTS = {
+    "special tokens": {"add_image_special_tokens": True},
+    "layers that all attend to the actions": {"attention_mode": "self_attn"},
+    "layers that attend to the prefix alone": {"self_attn_every_n_layers": 0},
+    "fewer layers in the expert": {"num_expert_layers": 1},
+    "half precision in the trunk": {},
+    "a masked image": {},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_one_family(family_row, variant):
+    row = family_row("tiny_smolvla")
+    base = row.policy(2, **VARIANTS[variant])
+    policy, batch, bound = train_offsets(wrap(base, 5)), row.batch(base), ROUNDING
+    if variant == "half precision in the trunk":
+        base.model.vlm_with_expert.vlm.to(torch.bfloat16)
+        bound = fast.BOUNDS[torch.bfloat16] / 2
+    if variant == "a masked image":
+        unmasked = act(policy, batch)
+        batch["observation.images.1_padding_mask"] = torch.tensor([True, False, True])
+        assert apart(unmasked, act(policy, batch)) > 10 * ROUNDING
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    assert all(isinstance(found, float) for found in policy.seam.runtime.differences.values())
+    assert apart(expected, act(policy, batch)) < bound
+
+
+VARIANTS_OF_XVLA = {
+    "an empty view": {"num_image_views": 3},
+    "projections of each kind of robot": {"use_hetero_proj": True},
+    "positions of the first tokens": {},
+    "no state": {"use_proprio": False},
+    "one layer": {"depth": 1},
+    "one step": {"num_denoising_steps": 1},
+    "a gripper": {"action_mode": "joint", "max_state_dim": 14},
+    "half precision": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("variant", ["draws", "an end", "half precision", "dense position ids"])
+def test_variants_of_pi0_fast(family_row, variant, monkeypatch):
+    row = family_row("pi0_fast")
+    base = row.policy(2, temperature=0.7 if variant == "draws" else 0.0, max_decoding_steps=9)
+    options = {"position_ids": "dense"} if variant == "dense position ids" else {}
+    policy, batch = train_offsets(wrap(base, 5, **options)), row.batch(base)
+    written, decode = [], base.model.sample_actions_fast_kv_cache
+    monkeypatch.setattr(base, "detokenize_actions", lambda tokens, **shape: written.append(tokens) or tokens * 1.0)
+    if variant == "half precision":
+        base.model.paligemma_with_expert.to_bfloat16_for_selected_params("bfloat16")
+    assert decode.__func__ is type(base.model).sample_actions_fast_kv_cache
+    act(policy, batch)
+    if variant == "an end":
+        # A token that it did not write before.
+        batch = {name: value[:1] for name, value in batch.items()}
+        row = written[0][0].tolist()
+        stop = next(place for place in range(1, 9) if row[place] not in row[:place])
+        tokenizer = base.model._paligemma_tokenizer
+        monkeypatch.setattr(tokenizer, "convert_tokens_to_ids", lambda word: row[stop], raising=False)
+        written.clear()
+        act(policy, batch)
+        assert written[0][0, stop] == row[stop]
+        assert not written[0][0, stop + 1 :].any()
+    policy.use_runtime("fast")
+    after = []
+    for _ in range(2):
+        act(policy, batch)
+        after.append(torch.rand(1))
+    (found,) = policy.seam.runtime.differences.values()
+    # In half precision rounding decides between tokens; what the slow path wrote must still be nearly the likeliest.
+    assert found < fast.BOUNDS[torch.bfloat16] if variant == "half precision" else found == 0
+    assert torch.equal(written[0], written[1])
+    assert variant == "half precision" or torch.equal(written[0], written[2])
+    assert torch.equal(*after)
+    assert (written[0] != 0).sum() > 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS_OF_XVLA)
+def test_variants_of_xvla(family_row, variant):
+    row = family_row("xvla")
+    base = row.policy(2, **VARIANTS_OF_XVLA[variant])
+    options = {"position_ids": "consecutive"} if variant == "positions of the first tokens" else {}
+    policy, batch = train_offsets(wrap(base, 5, **options)), row.batch(base) | {"domain_id": torch.tensor([1, 0, 1])}
+    other = batch | {"domain_id": torch.tensor([0, 0, 0])}
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    (found,) = policy.seam.runtime.differences.values()
+    bound = fast.BOUNDS[torch.bfloat16] / 2 if variant == "half precision" else ROUNDING
+    assert found < bound
+    assert apart(expected, act(policy, batch)) < bound
+    assert apart(expected, act(policy, other)) > 10 * ROUNDING
+
+
+@pytest.mark.parametrize("reducer", ["grids", "mean", "uniform", "pool", "tome", "random"])
+def test_every_reducer_before_the_trunk(pi0, reducer):
+    policy, batch = pi0
+    options = {"camera_tokens": {"observation.images.1": 2}} if reducer == "grids" else {}
+    policy = train_offsets(wrap(policy.detach(), 4, reducer, **options))
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    (found,) = policy.seam.runtime.differences.values()
+    if reducer == "random":
+        # It draws anew at each look, so no two ways to act can be compared.
+        assert "more than" in found
+    else:
+        assert found < ROUNDING
+        assert apart(expected, act(policy, batch)) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_bfloat16_stays_within_its_bound(family_row, name):
+    row = family_row(name)
+    policy = train_offsets(wrap(row.policy(2, **row.bfloat16), 5))
+    batch = row.batch(policy.base)
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    assert apart(expected, act(policy, batch)) < fast.BOUNDS[torch.bfloat16] / 2

@@ -1,0 +1,49 @@
+"""What was computed from weights is not used with others."""
+
+import pytest
+
+from driving import act
+from fast_path import ROUNDING, apart, change_in_place
+from lerobot_policy_grids.runtime import fast
+
+
+def load_others(policy):
+    policy.load_state_dict(
+        {name: value * 1.2 if "proj" in name else value for name, value in policy.state_dict().items()}
+    )
+
+
+def replace_data(policy):
+    for weight in policy.parameters():
+        weight.data = weight.data * 1.1
+
+
+def train_a_step(policy):
+    policy.train()
+    change_in_place(policy)
+    policy.eval()
+
+
+@pytest.mark.parametrize("change", [change_in_place, load_others, replace_data, train_a_step])
+def test_weights_that_changed_are_noticed(phased, change):
+    policy, batch = phased
+    policy.use_runtime("fast")
+    before = [act(policy, batch) for _ in range(2)][1]
+    change(policy)
+    after = [act(policy, batch) for _ in range(2)][1]
+    policy.use_runtime("eager")
+    expected = act(policy, batch)
+    assert apart(expected, after) < ROUNDING
+    assert apart(expected, before) > 10 * ROUNDING
+
+
+def test_without_noticing_old_weights_would_act(pi0, monkeypatch):
+    policy, batch = pi0
+    policy.use_runtime("fast")
+    act(policy, batch)
+    monkeypatch.setattr(fast, "mark", lambda *modules: ())
+    act(policy, batch)
+    change_in_place(policy)
+    found = act(policy, batch)
+    policy.use_runtime("eager")
+    assert apart(act(policy, batch), found) > 10 * ROUNDING

@@ -1,0 +1,31 @@
+"""Small policies on the fast path, and how far two action chunks are apart."""
+
+import torch
+
+from driving import train_offsets, wrap
+
+# Share of the range of the actions. Both paths are float32 and round in other places; 2e-7 was measured.
+ROUNDING = 3e-6
+FLOWS = ("pi0", "pi05", "tiny_smolvla")
+
+
+def apart(one, other):
+    """Largest difference as a share of the range."""
+    return float((one - other).abs().max() / (one.max() - one.min()))
+
+
+def small(row):
+    """A small policy, and a batch."""
+    policy = row.policy(2)
+    # ACT's biases and the statistics of its norms start at what makes no difference.
+    for name, value in [*policy.model.named_parameters(), *policy.model.named_buffers()] * (row.policy_type == "act"):
+        if name.endswith(("bias", "running_mean", "running_var")):
+            value.data += 0.3 * torch.rand_like(value)
+    return train_offsets(wrap(policy, 5)), row.batch(policy)
+
+
+def change_in_place(policy):
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if any(part in name for part in ("q_proj", "layernorm", "in_proj", "norm1")):
+                weight.mul_(1.5)
