@@ -189,8 +189,6 @@ class MolmoAct2(Family):
         return Target(policy._action_expert().final_layer, _distance)
 
     def stages(self, policy: Any) -> Stages:
-        if policy.config.num_inference_steps is None:
-            policy.config.num_inference_steps = self.count_steps(policy)
         tower = policy._backbone().vision_backbone
         return Stages(tower, tower.image_projector, self.flow_steps, "model.build_input_embeddings")
 
