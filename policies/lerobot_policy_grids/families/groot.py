@@ -7,6 +7,8 @@ Modifications, from outside, of `lerobot/policies/groot`, from LeRobot 0.6.1 on:
   layers (deepstack) are read at the same coordinates.
 The pre-processor stretches images to a square and keeps its middle, as the base checkpoint's files say, and hands over
 patches alone: after it no camera can be missing. It normalises states and actions itself.
+
+A fast runtime acts in two phases, and `GR00TN17.get_action` hands over to them: `phases.groot`.
 """
 
 import json
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
+from ..runtime import FastRuntime, Phases
 from .base import (
     Family,
     Recipe,
@@ -34,6 +37,7 @@ from .base import (
     replaced,
 )
 from .factory import recognise_wrapped
+from .phases.groot import Prefill, Step, get_action
 from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
@@ -51,6 +55,7 @@ class Groot(Family):
     extra = "groot"
     position_ids = "dense"
     counted_on_meta = True
+    exports = False
     spares_cameras = False
     flow_steps = "num_inference_timesteps"
     steps: ClassVar = {
@@ -110,15 +115,15 @@ class Groot(Family):
         refuse_second_attach("_filter_groot_inputs" in vars(policy))
         recognise_wrapped(self.policy_type)
         seam.remember_coordinates()
-        # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
-        policy._filter_groot_inputs = partial(_filter_groot_inputs, policy, seam, False)
+        _attach(policy, seam, dense=False)
         attach_model(policy._groot_model.backbone.model.model)
 
     def keep_positions(self, policy: Any, seam: Seam) -> None:
-        policy._filter_groot_inputs = partial(_filter_groot_inputs, policy, seam, True)
+        _attach(policy, seam, dense=True)
 
     def detach(self, policy: Any) -> None:
         vars(policy).pop("_filter_groot_inputs", None)
+        vars(policy._groot_model).pop("get_action", None)
         detach_model(policy._groot_model.backbone.model.model)
 
     def feature_source(self, policy: Any) -> nn.Module:
@@ -162,6 +167,17 @@ class Groot(Family):
         if next(policy.parameters()).is_meta:
             policy.predict_action_chunk = partial(_without_autocast, policy)
             policy.forward = _no_training_step
+
+    def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
+        # `get_action` asks for it.
+        seam.runtime = runtime
+
+    @torch.no_grad()
+    def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
+        model = policy._groot_model
+        dense = policy._filter_groot_inputs.args[-1]
+        prefill = Prefill(policy, seam, cameras, steps, dense)
+        return Phases(prefill, Step(model.action_head, steps))
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.model_params_fp32 = False
@@ -285,10 +301,22 @@ def _seen_size(config: Any, height: int, width: int) -> tuple[int, int]:
     return image_size(image.shape)
 
 
+def _attach(policy: Any, seam: Seam, dense: bool) -> None:
+    # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
+    policy._filter_groot_inputs = partial(_filter_groot_inputs, policy, seam, dense)
+    policy._groot_model.get_action = partial(get_action, policy, seam, partial(_reduce, policy, seam, dense, {}))
+
+
 def _filter_groot_inputs(
     policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], *, include_action: bool
 ) -> dict[str, Any]:
-    inputs = type(policy)._filter_groot_inputs(policy, batch, include_action=include_action)
+    inputs: dict[str, Any] = type(policy)._filter_groot_inputs(policy, batch, include_action=include_action)
+    if seam.acts_in_phases and not include_action:
+        return inputs
+    return _reduce(policy, seam, dense, batch, inputs)
+
+
+def _reduce(policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     model = policy._groot_model
     # On the device and in the precision in which LeRobot runs all of it.
     prepared, _ = model.prepare_input(inputs)
