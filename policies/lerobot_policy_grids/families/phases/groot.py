@@ -361,7 +361,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _require_supported(policy: Any, head: Any) -> None:
-    dtype = next(policy._groot_model.parameters()).dtype
+    dtype = policy._groot_model.dtype
     if policy.config.use_bf16 and dtype != torch.bfloat16:
         raise UnavailableError(
             f"use_bf16=true computes in bfloat16 with weights in {str(dtype).removeprefix('torch.')}, which the phases "
@@ -484,8 +484,11 @@ def get_action(
 def _dtype_of_actions(policy: Any) -> torch.dtype:
     """Of the noise that LeRobot draws: that of what the norm in front of the action head makes."""
     model = policy._groot_model
-    normed = policy.config.use_bf16 and isinstance(model.action_head.vlln, nn.LayerNorm)
-    return torch.float32 if normed else next(model.parameters()).dtype
+    width = model.config.backbone_embedding_dim
+    features = torch.zeros(1, width, dtype=model.dtype, device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=policy.config.use_bf16):
+        normed: Tensor = model.action_head.vlln(features)
+    return normed.dtype
 
 
 def _observe(model: Any, seam: Seam, prepared: Any) -> Seen:
