@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
@@ -42,10 +42,26 @@ from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatte
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
 
+
+
+class Depths(NamedTuple):
+    """Layers of a checkpoint: of the vision tower, those whose features the trunk gets, too, of the trunk, of the
+    transformer that reads it alone, and of the one that makes actions."""
+
+    vision: int
+    deepstack: tuple[int, ...]
+    trunk: int
+    readers: int
+    transformer: int
+
+
 # Pixels of an image, at least and at most, of the image processor of the one backbone that LeRobot's processor has.
 LEAST_PIXELS, MOST_PIXELS = 2**16, 2**24
 # Of the small instance.
 EMBODIMENT, PATCH, HORIZON, SIZE = "new_embodiment", 16, 8, 4
+SMALL_DEPTHS = Depths(vision=2, deepstack=(0,), trunk=2, readers=1, transformer=3)
+# Of the published checkpoint.
+REAL_DEPTHS = Depths(vision=24, deepstack=(5, 11, 17), trunk=16, readers=4, transformer=32)
 
 
 class Groot(Family):
@@ -241,6 +257,14 @@ class Groot(Family):
             policy.bfloat16()
         return policy
 
+    def narrow(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
+        fields: dict[str, Any] = {"max_state_dim": 32, "max_action_dim": 32} | options
+        fields |= {"chunk_size": 40, "n_action_steps": 40, "num_inference_timesteps": 4}
+        widths = {name: fields[name] for name in ("max_state_dim", "max_action_dim")}
+        # `small` takes the one that is there.
+        _write_small_checkpoint(folder / "groot", REAL_DEPTHS, action_horizon=40, max_seq_len=64, **widths)
+        return self.small(inputs, outputs, folder, **fields)
+
 
 FAMILIES = (
     Groot(
@@ -359,42 +383,48 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
     return (error * counts).sum() / counts.sum().clamp_min(1)
 
 
-def _write_small_checkpoint(folder: Path) -> Path:
-    """A small checkpoint as NVIDIA publishes them, with statistics, for images of 256 pixels and 8 x 8 tokens."""
+def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **options: Any) -> Path:
+    """A small checkpoint as NVIDIA publishes them, with statistics, for images of 256 pixels and 8 x 8 tokens.
+
+    Args:
+        folder: Where to; what is there already stays.
+        depths: Its layers.
+        **options: Other fields of its configuration.
+    """
     if folder.exists():
         return folder
     from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
 
     # LeRobot warns of a backbone with another name.
-    backbone = write_small_qwen3(folder.parent / "Qwen" / "Qwen3-VL-small", PATCH)
+    backbone = write_small_qwen3(
+        folder.parent / "Qwen" / "Qwen3-VL-small", PATCH, depths.vision, depths.deepstack, depths.trunk
+    )
     attention = {"positional_embeddings": None, "num_attention_heads": 2, "dropout": 0.0, "final_dropout": True}
+    sizes = {"action_horizon": HORIZON, "max_state_dim": 8, "max_action_dim": 8, "max_seq_len": 16}
     config = GR00TN17Config(
         model_name=str(backbone),
         model_dtype="float32",
         dtype="float32",
         tune_llm=True,
         tune_visual=True,
-        select_layer=2,
+        select_layer=depths.trunk,
         backbone_embedding_dim=32,
         hidden_size=16,
         input_embedding_dim=16,
-        action_horizon=HORIZON,
-        max_state_dim=8,
-        max_action_dim=8,
-        max_seq_len=16,
         max_num_embodiments=1,
         attn_dropout=0.0,
         state_dropout_prob=0.0,
+        **sizes | options,
         # Of words, of its own, of images.
         diffusion_model_cfg=attention
         | {
-            "num_layers": 3,
+            "num_layers": depths.transformer,
             "attention_head_dim": 8,
             "output_dim": 16,
             "norm_type": "ada_norm",
             "interleave_self_attention": True,
         },
-        vl_self_attention_cfg=attention | {"num_layers": 1, "attention_head_dim": 16},
+        vl_self_attention_cfg=attention | {"num_layers": depths.readers, "attention_head_dim": 16},
     )
     model = GR00TN17(config)
     for name, parameter in model.action_head.named_parameters():

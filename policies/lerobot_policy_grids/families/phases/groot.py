@@ -252,11 +252,11 @@ class Prefill(nn.Module):
         )[:, None]
         positions = _positions(counts, places, self.seam.layout.token_grid, images_before, token_mask, self.dense)
         rotation = rotation_tables(*self.rotary(hidden, positions), 1, 0)
+        added = self._added(earlier, places, tokens.shape[1])
         for number, (layer, scale) in enumerate(zip(self.layers, self.scales.unbind(), strict=True)):
             hidden, _ = layer(hidden, rotation, visible, Norm(), Norm(scale))
-            if number < len(earlier):
-                more = self._at_places(earlier[number], places)
-                hidden = hidden + F.pad(more.to(hidden.dtype), (0, 0, 0, tokens.shape[1]))
+            if number < len(added):
+                hidden = hidden + added[number]
         return self._known(hidden, sum(counts), token_mask, token_exists, state, embodiment)
 
     def _encode(self, earlier: list[Tensor], patches: Tensor) -> Tensor:
@@ -264,13 +264,21 @@ class Prefill(nn.Module):
         earlier += features
         return tokens
 
-    def _at_places(self, features: Tensor, places: list[Tensor]) -> Tensor:
-        """Features [n * b, H * W, c] where tokens were read, [b, n * k, c]."""
-        cameras = features.chunk(len(self.cameras))
+    def _added(self, earlier: list[Tensor], places: list[Tensor], words: int) -> tuple[Tensor, ...]:
+        """What the first layers of the trunk get from the tower's, [b, p, c] each, zero at the words.
+
+        Args:
+            earlier: Features [n * b, H * W, c] of layers of the tower.
+            places: Where tokens were read, [b, k, 2] of each camera; none where all cells were kept.
+            words: How many there are.
+        """
+        if not earlier:
+            return ()
+        cameras = torch.cat(earlier, dim=-1).chunk(len(self.cameras))
         if places:
             grid = self.seam.layout.token_grid
             cameras = tuple(read_at(camera, place, grid) for camera, place in zip(cameras, places, strict=True))
-        return torch.cat(cameras, dim=1)
+        return F.pad(torch.cat(cameras, dim=1), (0, 0, 0, words)).chunk(len(earlier), dim=-1)
 
     def _known(
         self, hidden: Tensor, images: int, token_mask: Tensor, token_exists: Tensor, state: Tensor, embodiment: Tensor
