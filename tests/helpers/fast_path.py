@@ -14,9 +14,9 @@ def apart(one, other):
     return float((one - other).abs().max() / (one.max() - one.min()))
 
 
-def small(row):
-    """A small policy, and a batch."""
-    policy = row.policy(2)
+def small(row, **options):
+    """A small policy with these options of its configuration, and a batch."""
+    policy = row.policy(2, **options)
     # ACT's biases and the statistics of its norms start at what makes no difference.
     for name, value in [*policy.named_parameters(), *policy.named_buffers()] * (row.policy_type == "act"):
         if name.endswith(("bias", "running_mean", "running_var")):

@@ -43,7 +43,6 @@ from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
 
 
-
 class Depths(NamedTuple):
     """Layers of a checkpoint: of the vision tower, those whose features the trunk gets, too, of the trunk, of the
     transformer that reads it alone, and of the one that makes actions."""

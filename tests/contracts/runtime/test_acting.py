@@ -37,6 +37,24 @@ def test_one_check_for_each_shape(flowing):
     assert all(isinstance(found, float) for found in checked.values())
 
 
+def test_another_prompt_of_a_bucket_costs_groot_nothing(family_row):
+    row = family_row("groot")
+    policy, batch = small(row)
+    prompts = [("push a mug", 1), ("lift a cup", 1), ("lift a large cup", 2), ("open it", 2)]
+    given = [row.changed(policy.base, batch, task=[task] * len(batch["state"])) for task, _ in prompts]
+    expected = [act(policy, prompt) for prompt in given]
+    policy.use_runtime("fast")
+    checked = policy.seam.runtime.differences
+    for (_, count), prompt, chunk in zip(prompts, given, expected, strict=True):
+        assert apart(chunk, act(policy, prompt)) < ROUNDING
+        assert len(checked) == count
+    assert apart(expected[0], expected[1]) > 10 * ROUNDING
+    policy.num_tokens = 3
+    act(policy, given[0])
+    assert len(checked) == 3
+    assert all(isinstance(found, float) for found in checked.values())
+
+
 @pytest.mark.parametrize(("length", "size"), [(1, 16), (16, 16), (17, 32), (48, 48), (129, 200), (201, 256)])
 def test_buckets(length, size):
     tokens = torch.arange(1, 301).expand(2, -1)

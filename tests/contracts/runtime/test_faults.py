@@ -39,9 +39,22 @@ WRONG_PI0_FAST = {
     "written tokens": (pi_fast.Step, "forward", lambda self, cache, token, step: cache.extra[-1]),
     "order": (pi_fast, "Rotation", lambda cos, sin: Rotation(cos[:, :1] * 0, sin[:, :1] * 0)),
 }
+_observe_groot = groot_phases._observe
+
+
+def _with_padding_for_words(*given):
+    seen = _observe_groot(*given)
+    return seen._replace(token_exists=torch.ones_like(seen.token_exists))
+
+
 WRONG_GROOT = {
+    "padding": (groot_phases, "_observe", _with_padding_for_words),
     "positions": (groot_phases, "_positions", lambda counts, *more: torch.zeros(3, 1, sum(counts) + 16)),
-    "what is visible": (groot_phases, "_visible", lambda counts, before, mask: mask.new_ones(len(mask), sum(counts) + 16, sum(counts) + 16)),
+    "what is visible": (
+        groot_phases,
+        "_visible",
+        lambda counts, before, mask: mask.new_ones(len(mask), sum(counts) + 16, sum(counts) + 16),
+    ),
     "features of earlier layers": (groot_phases.Prefill, "_added", lambda self, *more: ()),
     "images for words": (groot_phases, "reads_words", lambda transformer, number: number > 0),
     "times": (groot_phases, "_times", lambda head, steps: torch.zeros(steps, dtype=torch.int64)),

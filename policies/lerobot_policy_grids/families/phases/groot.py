@@ -154,8 +154,15 @@ class _Block(nn.Module):
         projections = [attention.to_q, *([] if reads else [attention.to_k, attention.to_v])]
         for linear in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
             require_plain(linear)
-        unusual = [name for name in ("norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm") if _has(attention, name)]
-        if unusual or block.pos_embed is not None or attention.residual_connection or attention.rescale_output_factor != 1:
+        unusual = [
+            name for name in ("norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm") if _has(attention, name)
+        ]
+        if (
+            unusual
+            or block.pos_embed is not None
+            or attention.residual_connection
+            or attention.rescale_output_factor != 1
+        ):
             raise UnavailableError(
                 f"an attention of the action head has {', '.join(unusual) or 'positions, a residual or a factor'}, "
                 "which N1.7's have not"
@@ -376,7 +383,9 @@ def _require_supported(policy: Any, head: Any) -> None:
             "would not follow; set model_params_fp32=false for weights in bfloat16, or use_bf16=false"
         )
     if not head.config.use_alternate_vl_dit:
-        raise UnavailableError("use_alternate_vl_dit=false makes another action transformer than N1.7's, without phases")
+        raise UnavailableError(
+            "use_alternate_vl_dit=false makes another action transformer than N1.7's, without phases"
+        )
 
 
 def _times(head: Any, steps: int) -> Tensor:
