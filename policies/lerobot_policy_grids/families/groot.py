@@ -45,7 +45,8 @@ from .small_qwen import sharpen, write_small_qwen3
 
 class Depths(NamedTuple):
     """Layers of a checkpoint: of the vision tower, those whose features the trunk gets, too, of the trunk, of the
-    transformer that reads it alone, and of the one that makes actions."""
+    transformer that reads it alone, and of the one that makes actions.
+    """
 
     vision: int
     deepstack: tuple[int, ...]

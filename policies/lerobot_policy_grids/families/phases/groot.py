@@ -115,7 +115,8 @@ class _Tower(nn.Module):
         heads = attention.qkv(inner).unflatten(-1, (3 * attention.num_heads, -1))
         rotated, values = heads.split([2 * attention.num_heads, attention.num_heads], dim=2)
         queries, keys = rotate(rotated, Rotation(self.cos, self.sin)).chunk(2, dim=2)
-        attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (queries, keys, values)))
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
+        attended = F.scaled_dot_product_attention(queries, keys, values)
         projected: Tensor = attention.proj(attended.transpose(1, 2).flatten(2))
         return projected
 
@@ -258,7 +259,8 @@ class Prefill(nn.Module):
             self.heads.keys, dim=0, output_size=len(tokens) * self.heads.keys
         )[:, None]
         positions = _positions(counts, places, self.seam.layout.token_grid, images_before, token_mask, self.dense)
-        rotation = rotation_tables(*self.rotary(hidden, positions), 1, 0)
+        cos, sin = self.rotary(hidden, positions)
+        rotation = rotation_tables(cos, sin, 1, 0)
         added = self._added(earlier, places, tokens.shape[1])
         for number, (layer, scale) in enumerate(zip(self.layers, self.scales.unbind(), strict=True)):
             hidden, _ = layer(hidden, rotation, visible, Norm(), Norm(scale))
