@@ -37,7 +37,7 @@ from .base import (
     replaced,
 )
 from .factory import recognise_wrapped
-from .phases.groot import Prefill, Step, get_action
+from .phases.groot import Prefill, Step, get_action, parts_of
 from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
@@ -190,10 +190,8 @@ class Groot(Family):
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
-        model = policy._groot_model
-        dense = policy._filter_groot_inputs.args[-1]
-        prefill = Prefill(policy, seam, cameras, steps, dense)
-        return Phases(prefill, Step(model.action_head, steps))
+        parts, dense = parts_of(policy), policy._filter_groot_inputs.args[-1]
+        return Phases(Prefill(parts, seam, cameras, steps, dense), Step(parts.head, steps))
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.model_params_fp32 = False

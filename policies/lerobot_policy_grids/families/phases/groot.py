@@ -7,6 +7,7 @@ The trunk tells tokens apart by their positions and by what they see, and not by
 first and words behind them, whatever the prompt's order, so that nothing has to be put in its place.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,14 @@ class Seen(NamedTuple):
     token_exists: Tensor
     state: Tensor
     embodiment: Tensor
+
+
+class Parts(NamedTuple):
+    """Modules of a policy of which its phases are made: vision tower, trunk and action head."""
+
+    visual: Any
+    text: Any
+    head: Any
 
 
 class Known(NamedTuple):
@@ -199,24 +208,21 @@ class Prefill(nn.Module):
     """Vision tower, sampler, trunk, and what the action transformer makes of both before it sees an action.
 
     Args:
-        policy: LeRobot's.
+        parts: Of the policy.
         seam: Attached to it.
         cameras: Numbers of the cameras.
         steps: Of the denoising.
         dense: Whether visual tokens have their positions among all of them.
 
     Raises:
-        UnavailableError: If LeRobot computes in another precision than the weights', or the head is another.
+        UnavailableError: If an attention does more than N1.7's.
     """
 
-    def __init__(self, policy: Any, seam: Seam, cameras: list[int], steps: int, dense: bool) -> None:
+    def __init__(self, parts: Parts, seam: Seam, cameras: list[int], steps: int, dense: bool) -> None:
         super().__init__()
-        model = policy._groot_model
-        head, core = model.action_head, model.backbone.model.model
-        _require_supported(policy, head)
-        text = core.language_model
+        text, head = parts.text, parts.head
         self.seam, self.cameras, self.reducer, self.dense = seam, cameras, seam.reducer, dense
-        self.tower = _Tower(core.visual, seam.layout.token_grid)
+        self.tower = _Tower(parts.visual, seam.layout.token_grid)
         self.embed_tokens, self.rotary = text.embed_tokens, text.rotary_emb
         sizes = text.config
         self.heads = Heads(sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim)
@@ -310,7 +316,7 @@ class Prefill(nn.Module):
                 for number, reader in enumerate(self.readers)
             ),
             token_mask[:, None, None],
-            head.state_encoder(state.reshape(size, 1, -1), embodiment),
+            head.state_encoder(state.reshape(size, 1, -1).to(self.times.dtype), embodiment),
             (encoder.W1.W[embodiment], encoder.W1.b[embodiment][:, None]),
             (mix[:, :width], self.times @ mix[:, width:] + encoder.W2.b[embodiment][:, None]),
             (encoder.W3.W[embodiment], finish),
@@ -377,17 +383,32 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).detach()
 
 
-def _require_supported(policy: Any, head: Any) -> None:
-    dtype = policy._groot_model.dtype
-    if policy.config.use_bf16 and dtype != torch.bfloat16:
-        raise UnavailableError(
-            f"use_bf16=true computes in bfloat16 with weights in {str(dtype).removeprefix('torch.')}, which the phases "
-            "would not follow; set model_params_fp32=false for weights in bfloat16, or use_bf16=false"
-        )
+def parts_of(policy: Any) -> Parts:
+    """The modules of a policy, in the precision in which LeRobot multiplies their weights.
+
+    Raises:
+        UnavailableError: If its action head is another than N1.7's.
+    """
+    model = policy._groot_model
+    core, head = model.backbone.model.model, model.action_head
     if not head.config.use_alternate_vl_dit:
         raise UnavailableError(
             "use_alternate_vl_dit=false makes another action transformer than N1.7's, without phases"
         )
+    parts = Parts(core.visual, core.language_model, head)
+    if policy.config.use_bf16 and model.dtype != torch.bfloat16:
+        # LeRobot's autocast makes such copies, too, for each chunk anew.
+        return Parts(*map(_in_bfloat16, parts))
+    return parts
+
+
+def _in_bfloat16(module: nn.Module) -> nn.Module:
+    """A copy with weights in bfloat16, made without one in the precision that they have."""
+    weights = {
+        id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+        for weight in module.parameters()
+    }
+    return copy.deepcopy(module, weights)
 
 
 def _times(head: Any, steps: int) -> Tensor:
