@@ -112,10 +112,11 @@ def timed(owner: Any, name: str, now: Callable[[], float], spent: list[float]) -
 def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     """(Object, method, stage) of the stages that can be timed on their own."""
     base = dense_policy(policy)
-    stages = get_family(base.config.type).stages(base)
+    family = get_family(base.config.type)
+    stages, model = family.stages(base), family.model(base)
     runtime = policy.seam.runtime if isinstance(policy, GridsPolicy) else None
     if stages.steps_field is None:
-        backbone = base.model.backbone
+        backbone = model.backbone
         if runtime is None:
             return [(backbone, "forward", "vision")]
         (program,) = runtime.programs.values()
@@ -125,12 +126,14 @@ def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     if runtime is None:
         if stages.decodes:
             return [(encoder, "forward", "vision")]
-        if hasattr(base.model, "denoise_step"):
-            return [(encoder, "forward", "vision"), (base.model, "denoise_step", "steps")]
-        return [(encoder, "forward", "vision"), (base.model.transformer, "forward", "steps")]
+        if hasattr(model, "denoise_step"):
+            return [(encoder, "forward", "vision"), (model, "denoise_step", "steps")]
+        transformer = model.action_head.model if hasattr(model, "action_head") else model.transformer
+        return [(encoder, "forward", "vision"), (transformer, "forward", "steps")]
     (program,) = runtime.programs.values()
     if program is None:
         raise SystemExit(f"the fast path does not act: {runtime.differences}")
+    encoder = getattr(program.phases.prefill, "tower", encoder)
     whole = runtime.name == "compiled" or next(base.parameters()).is_cuda or policy.seam.inside is not None
     return [*([] if whole else [(encoder, "forward", "vision")]), (program, "denoise_step", "steps")]
 
@@ -262,7 +265,7 @@ def print_row(row: Row) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla or act")
+    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot or act")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     more = "also with tokens sampled inside the vision tower, after so many layers"
     parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)

@@ -162,7 +162,7 @@ class GridsPolicy(PreTrainedPolicy):
         asked = runtime, quantise, precision
         before = self.config.runtime, self.config.quantise, self.config.precision
         self.config.set_runtime(*asked)
-        act_eagerly(base, self.seam)
+        act_eagerly(self.family.model(base), self.seam)
         if runtime == "eager":
             return
         fast = FastRuntime(
@@ -285,7 +285,7 @@ class GridsPolicy(PreTrainedPolicy):
         This policy then refuses to act and to be trained.
         """
         base = self.require_attached()
-        act_eagerly(base, self.seam)
+        act_eagerly(self.family.model(base), self.seam)
         self.family.detach(base)
         self._is_attached = False
         return base

@@ -54,13 +54,13 @@ def act_through(
     policy.model.sample_actions = partial(_sample_actions, policy, seam, runtime, steps_field, reduce)
 
 
-def act_eagerly(policy: Any, seam: Seam) -> None:
-    """Undo `act_through`. Harmless when it was not done."""
+def act_eagerly(model: Any, seam: Seam) -> None:
+    """Undo `act_through`, given the module that does the policy's work. Harmless when it was not done."""
     if seam.runtime is not None:
         seam.runtime.forget()
         seam.runtime = None
         for loop in ("sample_actions", "generate_actions", "sample_actions_fast_kv_cache"):
-            vars(policy.model).pop(loop, None)
+            vars(model).pop(loop, None)
 
 
 def _sample_actions(

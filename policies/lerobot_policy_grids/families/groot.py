@@ -7,6 +7,8 @@ Modifications, from outside, of `lerobot/policies/groot`, from LeRobot 0.6.1 on:
   layers (deepstack) are read at the same coordinates.
 The pre-processor stretches images to a square and keeps its middle, as the base checkpoint's files say, and hands over
 patches alone: after it no camera can be missing. It normalises states and actions itself.
+
+A fast runtime acts in two phases, and `GR00TN17.get_action` hands over to them: `phases.groot`.
 """
 
 import json
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
+from ..runtime import FastRuntime, Phases
 from .base import (
     Family,
     Recipe,
@@ -34,14 +37,31 @@ from .base import (
     replaced,
 )
 from .factory import recognise_wrapped
+from .phases.groot import Prefill, Step, get_action, parts_of
 from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
+
+
+class Depths(NamedTuple):
+    """Layers of a checkpoint: of the vision tower, those whose features the trunk gets, too, of the trunk, of the
+    transformer that reads it alone, and of the one that makes actions.
+    """
+
+    vision: int
+    deepstack: tuple[int, ...]
+    trunk: int
+    readers: int
+    transformer: int
+
 
 # Pixels of an image, at least and at most, of the image processor of the one backbone that LeRobot's processor has.
 LEAST_PIXELS, MOST_PIXELS = 2**16, 2**24
 # Of the small instance.
 EMBODIMENT, PATCH, HORIZON, SIZE = "new_embodiment", 16, 8, 4
+SMALL_DEPTHS = Depths(vision=2, deepstack=(0,), trunk=2, readers=1, transformer=3)
+# Of the published checkpoint.
+REAL_DEPTHS = Depths(vision=24, deepstack=(5, 11, 17), trunk=16, readers=4, transformer=32)
 
 
 class Groot(Family):
@@ -51,6 +71,7 @@ class Groot(Family):
     extra = "groot"
     position_ids = "dense"
     counted_on_meta = True
+    exports = False
     spares_cameras = False
     flow_steps = "num_inference_timesteps"
     steps: ClassVar = {
@@ -110,15 +131,15 @@ class Groot(Family):
         refuse_second_attach("_filter_groot_inputs" in vars(policy))
         recognise_wrapped(self.policy_type)
         seam.remember_coordinates()
-        # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
-        policy._filter_groot_inputs = partial(_filter_groot_inputs, policy, seam, False)
+        _attach(policy, seam, dense=False)
         attach_model(policy._groot_model.backbone.model.model)
 
     def keep_positions(self, policy: Any, seam: Seam) -> None:
-        policy._filter_groot_inputs = partial(_filter_groot_inputs, policy, seam, True)
+        _attach(policy, seam, dense=True)
 
     def detach(self, policy: Any) -> None:
         vars(policy).pop("_filter_groot_inputs", None)
+        vars(policy._groot_model).pop("get_action", None)
         detach_model(policy._groot_model.backbone.model.model)
 
     def feature_source(self, policy: Any) -> nn.Module:
@@ -162,6 +183,15 @@ class Groot(Family):
         if next(policy.parameters()).is_meta:
             policy.predict_action_chunk = partial(_without_autocast, policy)
             policy.forward = _no_training_step
+
+    def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
+        # `get_action` asks for it.
+        seam.runtime = runtime
+
+    @torch.no_grad()
+    def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
+        parts, dense = parts_of(policy), policy._filter_groot_inputs.args[-1]
+        return Phases(Prefill(parts, seam, cameras, steps, dense), Step(parts.head, steps))
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.model_params_fp32 = False
@@ -225,6 +255,14 @@ class Groot(Family):
             policy.bfloat16()
         return policy
 
+    def narrow(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
+        fields: dict[str, Any] = {"max_state_dim": 32, "max_action_dim": 32} | options
+        fields |= {"chunk_size": 40, "n_action_steps": 40, "num_inference_timesteps": 4}
+        widths = {name: fields[name] for name in ("max_state_dim", "max_action_dim")}
+        # `small` takes the one that is there.
+        _write_small_checkpoint(folder / "groot", REAL_DEPTHS, action_horizon=40, max_seq_len=64, **widths)
+        return self.small(inputs, outputs, folder, **fields)
+
 
 FAMILIES = (
     Groot(
@@ -285,10 +323,22 @@ def _seen_size(config: Any, height: int, width: int) -> tuple[int, int]:
     return image_size(image.shape)
 
 
+def _attach(policy: Any, seam: Seam, dense: bool) -> None:
+    # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
+    policy._filter_groot_inputs = partial(_filter_groot_inputs, policy, seam, dense)
+    policy._groot_model.get_action = partial(get_action, policy, seam, partial(_reduce, policy, seam, dense, {}))
+
+
 def _filter_groot_inputs(
     policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], *, include_action: bool
 ) -> dict[str, Any]:
-    inputs = type(policy)._filter_groot_inputs(policy, batch, include_action=include_action)
+    inputs: dict[str, Any] = type(policy)._filter_groot_inputs(policy, batch, include_action=include_action)
+    if seam.acts_in_phases and not include_action:
+        return inputs
+    return _reduce(policy, seam, dense, batch, inputs)
+
+
+def _reduce(policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     model = policy._groot_model
     # On the device and in the precision in which LeRobot runs all of it.
     prepared, _ = model.prepare_input(inputs)
@@ -331,42 +381,48 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
     return (error * counts).sum() / counts.sum().clamp_min(1)
 
 
-def _write_small_checkpoint(folder: Path) -> Path:
-    """A small checkpoint as NVIDIA publishes them, with statistics, for images of 256 pixels and 8 x 8 tokens."""
+def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **options: Any) -> Path:
+    """A small checkpoint as NVIDIA publishes them, with statistics, for images of 256 pixels and 8 x 8 tokens.
+
+    Args:
+        folder: Where to; what is there already stays.
+        depths: Its layers.
+        **options: Other fields of its configuration.
+    """
     if folder.exists():
         return folder
     from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
 
     # LeRobot warns of a backbone with another name.
-    backbone = write_small_qwen3(folder.parent / "Qwen" / "Qwen3-VL-small", PATCH)
+    backbone = write_small_qwen3(
+        folder.parent / "Qwen" / "Qwen3-VL-small", PATCH, depths.vision, depths.deepstack, depths.trunk
+    )
     attention = {"positional_embeddings": None, "num_attention_heads": 2, "dropout": 0.0, "final_dropout": True}
+    sizes = {"action_horizon": HORIZON, "max_state_dim": 8, "max_action_dim": 8, "max_seq_len": 16}
     config = GR00TN17Config(
         model_name=str(backbone),
         model_dtype="float32",
         dtype="float32",
         tune_llm=True,
         tune_visual=True,
-        select_layer=2,
+        select_layer=depths.trunk,
         backbone_embedding_dim=32,
         hidden_size=16,
         input_embedding_dim=16,
-        action_horizon=HORIZON,
-        max_state_dim=8,
-        max_action_dim=8,
-        max_seq_len=16,
         max_num_embodiments=1,
         attn_dropout=0.0,
         state_dropout_prob=0.0,
+        **sizes | options,
         # Of words, of its own, of images.
         diffusion_model_cfg=attention
         | {
-            "num_layers": 3,
+            "num_layers": depths.transformer,
             "attention_head_dim": 8,
             "output_dim": 16,
             "norm_type": "ada_norm",
             "interleave_self_attention": True,
         },
-        vl_self_attention_cfg=attention | {"num_layers": 1, "attention_head_dim": 16},
+        vl_self_attention_cfg=attention | {"num_layers": depths.readers, "attention_head_dim": 16},
     )
     model = GR00TN17(config)
     for name, parameter in model.action_head.named_parameters():

@@ -80,9 +80,7 @@ class Placed:
         first = positions[0][self.is_image].view(len(self.keep), -1, cells)[..., 0]
         places = []
         for camera, (coordinates, scale) in enumerate(zip(self.coordinates, scales, strict=True)):
-            size = coordinates.new_tensor([width, height]) * scale
-            place = ((coordinates * size - 0.5) * FRACTIONS).round() / FRACTIONS
-            column, row = torch.minimum(place.clamp(min=0), (size - 1).clamp(min=0)).unbind(-1)
+            row, column = places_among(coordinates, self.token_grid, scale)
             places.append(torch.stack([torch.zeros_like(row), row, column]) + first[:, camera, None])
         images = self.cut(self.is_image).expand(3, -1, -1)
         return self.cut(positions).masked_scatter(images, torch.cat(places, dim=-1))
@@ -146,7 +144,7 @@ def scatter(
     """
     layout, ids, mask = seam.layout, inputs["input_ids"], inputs["attention_mask"]
     cells, cameras, grids = layout.num_dense_tokens, layout.cameras, inputs["image_grid_thw"]
-    _require_grid(layout, core, grids, len(ids))
+    require_grid(layout, core, grids, len(ids))
     images = list(inputs["pixel_values"].unflatten(0, (len(ids), len(cameras), -1)).unbind(1))
     is_image = ids == core.config.image_token_id
     # The instruction is behind the images.
@@ -241,7 +239,18 @@ def image_grid(
     return next(iter(grids.values()))
 
 
-def _require_grid(layout: Any, core: Any, grids: Tensor, samples: int) -> None:
+def require_grid(layout: Any, core: Any, grids: Tensor, samples: int) -> None:
+    """Refuse a prompt whose images have other grids of patches than the policy's configuration says.
+
+    Args:
+        layout: The policy's visual tokens.
+        core: The Qwen-VL without its head.
+        grids: int64 [samples * cameras, 3].
+        samples: Prompts.
+
+    Raises:
+        TokenGridError: If they have.
+    """
     merge = core.config.vision_config.spatial_merge_size
     expected = [1, *(side * merge for side in layout.token_grid)]
     found = [list(grid) for grid in {tuple(grid) for grid in grids.tolist()}]
@@ -250,6 +259,34 @@ def _require_grid(layout: Any, core: Any, grids: Tensor, samples: int) -> None:
             f"{samples} samples of {len(layout.cameras)} cameras have {len(grids)} images with the grids of patches "
             f"{found}, expected {expected}; send images of the size that input_features says"
         )
+
+
+def places_among(coordinates: Tensor, token_grid: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
+    """Rows and columns, float32 [b, k] each, of where tokens were read, as fractions of cells.
+
+    Args:
+        coordinates: float32 [b, k, 2], (x, y) in [0, 1].
+        token_grid: Rows and columns of the image.
+        scale: As many times as many rows and columns are numbered.
+    """
+    height, width = token_grid
+    column, row = (
+        _to_fraction(coordinates[..., axis] * (size * scale)).clamp(0, max(size * scale - 1, 0))
+        for axis, size in enumerate((width, height))
+    )
+    return row, column
+
+
+def read_at(features: Tensor, coordinates: Tensor, token_grid: tuple[int, int]) -> Tensor:
+    """Features [b, H * W, c] where tokens were read, [b, k, c]; coordinates float32 [b, k, 2]."""
+    height, width = token_grid
+    pixels = _to_fraction(torch.stack([coordinates[..., 0] * width, coordinates[..., 1] * height], dim=-1))
+    return bilinear(features.unflatten(1, token_grid), pixels).to(features.dtype)
+
+
+def _to_fraction(edges: Tensor) -> Tensor:
+    """Places counted in cells from the border to places counted from the centre of the first cell, at whole 256ths."""
+    return ((edges - 0.5) * FRACTIONS).round() / FRACTIONS
 
 
 def _by_sample(tokens: list[Tensor]) -> Tensor:
@@ -276,13 +313,9 @@ def _encode(see: Callable[[Tensor, Tensor], Any], seam: Seam, grids: Tensor, ima
 
 def _read(features: Tensor, placed: Placed) -> Tensor:
     """Features [cameras * b, H * W, c] where tokens were read, [b * k, c]."""
-    height, width = placed.token_grid
-    read = []
-    for camera, places in zip(features.chunk(len(placed.coordinates or [])), placed.coordinates or [], strict=True):
-        pixels = places * places.new_tensor([width, height]) - 0.5
-        pixels = (pixels * FRACTIONS).round() / FRACTIONS
-        read.append(bilinear(camera.unflatten(1, placed.token_grid), pixels).to(features.dtype))
-    return _by_sample(read)
+    cameras = features.chunk(len(placed.coordinates or []))
+    pairs = zip(cameras, placed.coordinates or [], strict=True)
+    return _by_sample([read_at(camera, places, placed.token_grid) for camera, places in pairs])
 
 
 def _get_image_features(core: Any, pixel_values: Tensor, image_grid_thw: Any = None, **kwargs: Any) -> Any:

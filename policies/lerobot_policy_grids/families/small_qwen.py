@@ -106,12 +106,17 @@ def _save(
     ).save_pretrained(folder)
 
 
-def write_small_qwen3(folder: Path, patch: int = PATCH) -> Path:
+def write_small_qwen3(
+    folder: Path, patch: int = PATCH, vision_layers: int = 2, deepstack: tuple[int, ...] = (0,), layers: int = 2
+) -> Path:
     """Save a small Qwen3-VL with random weights and its processor, if it is not there yet, and return its folder.
 
     Args:
         folder: Where to; it is created.
         patch: Side of a patch in pixels; images are those of 16 x 16 patches or fewer.
+        vision_layers: Of its vision tower.
+        deepstack: Those whose features the trunk gets, too.
+        layers: Of its trunk.
     """
     if folder.exists():
         return folder
@@ -122,7 +127,7 @@ def write_small_qwen3(folder: Path, patch: int = PATCH) -> Path:
     pixels = {"shortest_edge": 64, "longest_edge": (16 * patch) ** 2}
     _save(folder, Qwen3VLProcessor, Qwen2VLImageProcessorFast, Qwen3VLVideoProcessor, patch, size=pixels)
     vision = {
-        "depth": 2,
+        "depth": vision_layers,
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_heads": 2,
@@ -131,10 +136,10 @@ def write_small_qwen3(folder: Path, patch: int = PATCH) -> Path:
         "temporal_patch_size": 2,
         "out_hidden_size": 32,
         "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
+        "deepstack_visual_indexes": list(deepstack),
     }
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True, "rope_theta": 10000.0}
-    text = _TEXT | {"head_dim": 16, "rope_parameters": rope}
+    text = _TEXT | {"num_hidden_layers": layers, "head_dim": 16, "rope_parameters": rope}
     config = Qwen3VLConfig(**_TOKENS, vision_config=vision, text_config=text)
     model = Qwen3VLForConditionalGeneration(config)
     sharpen(model.model.language_model)

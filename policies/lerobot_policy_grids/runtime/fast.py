@@ -178,7 +178,7 @@ class FastRuntime:
             # Nothing can be learnt from it, and whoever asked refuses it.
             return expected
         difference = compare.share(found, expected)
-        bound = self._bound(noise.device)
+        bound = self._bound(noise.device, [phases.prefill, phases.denoise_step])
         if not difference <= bound:
             apart = f"{difference:.1e} of the range of the {compare.of}"
             self._refuse(key, f"its first action chunk differs by {apart}, more than {bound:.0e}")
@@ -205,8 +205,9 @@ class FastRuntime:
             self._phases[key] = phases
         return self._phases[key]
 
-    def _bound(self, device: torch.device) -> float:
-        dtypes = {weight.dtype for module in self._weights() for weight in module.parameters()}
+    def _bound(self, device: torch.device, phases: Iterable[nn.Module] = ()) -> float:
+        """By the least exact weights of the policy and of these phases, which may have copies."""
+        dtypes = {weight.dtype for module in (*self._weights(), *phases) for weight in module.parameters()}
         bound = max(BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes)
         if self.quantisation != "none":
             bound = max(bound, INT8_BOUND)

@@ -133,14 +133,18 @@ class DecoderLayer(nn.Module):
         return self._project(hidden, rotation, before, self.heads.queries).transpose(1, 2)
 
     def _project(self, hidden: Tensor, rotation: Rotation, before: Norm, first: int) -> Tensor:
-        """Queries, keys and values [b, t, heads, d], from the head with number `first` on."""
+        """Queries, keys and values [b, t, heads, d], rotated, from the head with number `first` on."""
+        heads = self._unrotated(hidden, before, first)
+        rows = slice(first if rotation.cos.shape[2] > 1 else 0, None)
+        return rotate(heads, Rotation(rotation.cos[:, :, rows], rotation.sin[:, :, rows]))
+
+    def _unrotated(self, hidden: Tensor, before: Norm, first: int) -> Tensor:
+        """The same before they are rotated."""
         inner = normalise(hidden, before, self.eps).to(self.weight.dtype)
         start = first * self.heads.width
         bias = self.bias if before.bias is None else before.bias
         bias = None if bias is None else bias[start:]
-        heads = F.linear(inner, self.weight[start:], bias).unflatten(-1, (-1, self.heads.width))
-        rows = slice(first if rotation.cos.shape[2] > 1 else 0, None)
-        return rotate(heads, Rotation(rotation.cos[:, :, rows], rotation.sin[:, :, rows]))
+        return F.linear(inner, self.weight[start:], bias).unflatten(-1, (-1, self.heads.width))
 
 
 def prefix_keys_values(

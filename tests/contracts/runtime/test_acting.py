@@ -7,7 +7,7 @@ import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from driving import act, train_offsets, wrap
-from fast_path import ROUNDING, apart, change_in_place
+from fast_path import ROUNDING, apart, change_in_place, small
 from lerobot_policy_grids.runtime import buckets
 
 
@@ -34,6 +34,24 @@ def test_one_check_for_each_shape(flowing):
     policy.num_tokens = 3
     act(policy, batch)
     assert len(checked) == 4
+    assert all(isinstance(found, float) for found in checked.values())
+
+
+def test_another_prompt_of_a_bucket_costs_groot_nothing(family_row):
+    row = family_row("groot")
+    policy, batch = small(row)
+    prompts = [("push a mug", 1), ("lift a cup", 1), ("lift a large cup", 2), ("open it", 2)]
+    given = [row.changed(policy.base, batch, task=[task] * len(batch["state"])) for task, _ in prompts]
+    expected = [act(policy, prompt) for prompt in given]
+    policy.use_runtime("fast")
+    checked = policy.seam.runtime.differences
+    for (_, count), prompt, chunk in zip(prompts, given, expected, strict=True):
+        assert apart(chunk, act(policy, prompt)) < ROUNDING
+        assert len(checked) == count
+    assert apart(expected[0], expected[1]) > 10 * ROUNDING
+    policy.num_tokens = 3
+    act(policy, given[0])
+    assert len(checked) == 3
     assert all(isinstance(found, float) for found in checked.values())
 
 
@@ -93,6 +111,23 @@ def test_real_time_chunking_guides_the_fast_velocities(flowing):
     assert apart(free, found["fast"]) > 10 * ROUNDING
 
 
+def test_groots_own_real_time_chunking_gets_the_fast_velocities(family_row):
+    policy, batch = small(family_row("groot"))
+    policy.base.config.rtc_config = RTCConfig(enabled=True, execution_horizon=4)
+    left_over = torch.randn(len(batch["state"]), 6, 8)
+    found = {}
+    for runtime in ("eager", "fast"):
+        policy.use_runtime(runtime)
+        for _ in range(2):
+            torch.manual_seed(4)
+            chunk = policy.predict_action_chunk(dict(batch), inference_delay=1, prev_chunk_left_over=left_over)
+            # LeRobot draws no other numbers afterwards.
+            found[runtime] = torch.cat([chunk.flatten(), torch.rand(1)])
+    assert isinstance(next(iter(policy.seam.runtime.differences.values())), float)
+    assert apart(found["eager"], found["fast"]) < ROUNDING
+    assert apart(act(policy, batch).flatten(), found["fast"][:-1]) > 0.1
+
+
 @pytest.mark.parametrize("situation", ["dense position ids", "every token", "detached", "copied"])
 def test_fast_path_in_other_situations(phased, family_row, situation):
     policy, batch = phased
@@ -109,7 +144,7 @@ def test_fast_path_in_other_situations(phased, family_row, situation):
         assert apart(expected, found) > 10 * ROUNDING
     elif situation == "detached":
         base = policy.detach()
-        assert "sample_actions" not in vars(base.model)
+        assert "sample_actions" not in vars(policy.family.model(base))
         act(base, batch)
     elif situation == "copied":
         try:

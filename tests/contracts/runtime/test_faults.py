@@ -9,6 +9,7 @@ from driving import act
 from fast_path import FLOWS, small
 from lerobot_policy_grids.families import acting
 from lerobot_policy_grids.families.phases import act as act_phases
+from lerobot_policy_grids.families.phases import groot as groot_phases
 from lerobot_policy_grids.families.phases import pi_fast
 from lerobot_policy_grids.families.phases import xvla as xvla_phases
 from lerobot_policy_grids.runtime import flow, layers
@@ -38,8 +39,30 @@ WRONG_PI0_FAST = {
     "written tokens": (pi_fast.Step, "forward", lambda self, cache, token, step: cache.extra[-1]),
     "order": (pi_fast, "Rotation", lambda cos, sin: Rotation(cos[:, :1] * 0, sin[:, :1] * 0)),
 }
+_observe_groot = groot_phases._observe
+
+
+def _with_padding_for_words(*given):
+    seen = _observe_groot(*given)
+    return seen._replace(token_exists=torch.ones_like(seen.token_exists))
+
+
+WRONG_GROOT = {
+    "padding": (groot_phases, "_observe", _with_padding_for_words),
+    "positions": (groot_phases, "_positions", lambda counts, *more: torch.zeros(3, 1, sum(counts) + 16)),
+    "what is visible": (
+        groot_phases,
+        "_visible",
+        lambda counts, before, mask: mask.new_ones(len(mask), sum(counts) + 16, sum(counts) + 16),
+    ),
+    "features of earlier layers": (groot_phases.Prefill, "_added", lambda self, *more: ()),
+    "images for words": (groot_phases, "reads_words", lambda transformer, number: number > 0),
+    "times": (groot_phases, "_times", lambda head, steps: torch.zeros(steps, dtype=torch.int64)),
+    "steps": (groot_phases, "_integrate", lambda velocity, noise, numbers: noise + velocity(noise, numbers[:1])),
+}
 FAULTS = [(name, fault) for name in FLOWS for fault in WRONG.items()]
 FAULTS += [("act", fault) for fault in WRONG_ACT.items()]
+FAULTS += [("groot", fault) for fault in WRONG_GROOT.items()]
 FAULTS += [("pi0_fast", fault) for fault in WRONG_PI0_FAST.items()]
 FAULTS += [("xvla", fault) for fault in WRONG_XVLA.items()]
 

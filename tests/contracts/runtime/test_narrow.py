@@ -4,7 +4,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
-from driving import train_offsets, wrap
+from driving import act, train_offsets, wrap
 from fast_path import ROUNDING, apart
 from lerobot_grids.profiling.operations import count_operations
 from lerobot_policy_grids.families import get_family
@@ -65,6 +65,28 @@ def test_fast_path_acts_as_the_slow_one(narrow, k, words, missing, capfd):
     for name in ("observation.images.1", "observation.language.tokens"):
         changed = batch | {name: (batch[name] * 0.5).to(batch[name].dtype)}
         assert apart(expected, narrow.act(changed)) > 10 * ROUNDING, name
+
+
+def test_groot_acts_with_fewer_operations(tmp_path):
+    pytest.importorskip("tree", reason="GR00T needs dm-tree")
+    family = get_family("groot")
+    inputs = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, IMAGE, IMAGE)) for i in range(2)}
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    torch.manual_seed(0)
+    policy = train_offsets(wrap(family.narrow(inputs, outputs, tmp_path).eval(), 4))
+    words = {"observation.language.tokens": torch.full((1, 20), 7)}
+    batch = family.complete(policy.base, {"observation.state": torch.randn(1, 4)} | words)
+    counts, chunks = {}, {}
+    for runtime in ("eager", "fast"):
+        policy.use_runtime(runtime)
+        act(policy, batch)
+        with count_operations() as operations:
+            chunks[runtime] = act(policy, batch)
+        counts[runtime] = operations.total()
+    assert 0 < apart(chunks["eager"], chunks["fast"]) < ROUNDING
+    assert counts["fast"] < 2500
+    assert counts["eager"] > 1.8 * counts["fast"]
 
 
 def test_fast_path_has_a_third_of_the_operations(narrow):

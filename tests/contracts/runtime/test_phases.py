@@ -127,8 +127,10 @@ class Overwriting:
 @pytest.mark.parametrize("guided", [False, True])
 def test_results_that_the_next_call_overwrites_are_used_before(phased, guided, monkeypatch):
     policy, batch = phased
-    other = batch | {"observation.images.1": batch["observation.images.1"] * 0.5}
-    other["observation.state"] = batch["observation.state"] + 0.5
+    # GR00T reads patches and a state of its own.
+    other = {name: batch[name] * 0.5 for name in ("observation.images.1", "pixel_values") if name in batch}
+    other |= {name: batch[name] + 0.5 for name in ("observation.state", "state") if name in batch}
+    other = batch | other
     if guided:
         if policy.family.policy_type not in FLOWS:
             pytest.skip("LeRobot guides no chunks of this policy")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from driving import act, train_offsets, wrap
-from fast_path import ROUNDING, apart
+from fast_path import ROUNDING, apart, small
 from lerobot_policy_grids.runtime import fast
 
 VARIANTS = {
@@ -100,6 +100,33 @@ def test_variants_of_xvla(family_row, variant):
     assert found < bound
     assert apart(expected, act(policy, batch)) < bound
     assert apart(expected, act(policy, other)) > 10 * ROUNDING
+
+
+VARIANTS_OF_GROOT = {
+    "positions of the first tokens": ({}, {"position_ids": "consecutive"}),
+    "a camera with fewer tokens": ({}, {"camera_tokens": {"observation.images.1": 2}}),
+    "prompts of different lengths": ({}, {}),
+    "half precision": ({"model_params_fp32": False}, {}),
+    "half precision under autocast": ({"model_params_fp32": False, "use_bf16": True}, {}),
+    "half precision by autocast alone": ({"use_bf16": True}, {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS_OF_GROOT)
+def test_variants_of_groot(family_row, variant):
+    row, (options, others) = family_row("groot"), VARIANTS_OF_GROOT[variant]
+    policy, batch = small(row, **options)
+    policy = train_offsets(wrap(policy.detach(), 5, **others))
+    if variant == "prompts of different lengths":
+        batch = row.changed(policy.base, batch, task=["push", "lift a large cup", "open it"])
+        assert not batch["attention_mask"].all()
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    (found,) = policy.seam.runtime.differences.values()
+    bound = fast.BOUNDS[torch.bfloat16] / 2 if options else ROUNDING
+    assert found < bound
+    assert apart(expected, act(policy, batch)) < bound
 
 
 @pytest.mark.parametrize("reducer", ["grids", "mean", "uniform", "pool", "tome", "random"])
