@@ -21,10 +21,6 @@ def small(row, **options):
     for name, value in [*policy.named_parameters(), *policy.named_buffers()] * (row.policy_type == "act"):
         if name.endswith(("bias", "running_mean", "running_var")):
             value.data += 0.3 * torch.rand_like(value)
-    # What GR00T sees changes its actions hardly otherwise.
-    for name, value in [*policy.named_parameters()] * (row.policy_type == "groot"):
-        if name.endswith(("to_v.weight", "to_out.0.weight", "deepstack_merger_list.0.linear_fc2.weight")):
-            value.data *= 8
     return train_offsets(wrap(policy, 5)), row.batch(policy)
 
 

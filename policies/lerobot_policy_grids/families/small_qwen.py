@@ -51,9 +51,9 @@ SMALL_QWEN_2_5: dict[str, Any] = {
 def sharpen(model: nn.Module) -> None:
     """Let the attention of a small model with random weights depend on positions, which it hardly does otherwise."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "to_q.weight", "to_k.weight")):
             nn.init.normal_(parameter, std=0.3)
-        elif name.endswith(("v_proj.weight", "o_proj.weight")):
+        elif name.endswith(("v_proj.weight", "o_proj.weight", "to_v.weight", "to_out.0.weight")):
             nn.init.normal_(parameter, std=0.1)
 
 
