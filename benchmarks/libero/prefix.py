@@ -1,7 +1,7 @@
 """What a small policy on a frozen vision tower computes before its action expert, from stored outputs of the tower.
 
 The tower sees every picture once instead of in every step, and PyTorch's own attention replaces LeRobot's, which keeps
-all weights. `tests/lerobot_grids/test_libero_training.py` compares with LeRobot's own prefill.
+all weights. `tests/benchmarks/test_libero_prefix.py` compares with LeRobot's own prefill.
 """
 
 from typing import Any

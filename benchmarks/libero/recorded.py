@@ -42,8 +42,8 @@ class Frames:
     held: Tensor
 
 
-def read(loaded: LoadedPolicy, dataset: str) -> Frames:
-    """Read all frames of a recorded dataset for a small policy."""
+def read(loaded: LoadedPolicy, dataset: str, every: int = 1) -> Frames:
+    """Read the frames of a recorded dataset for a small policy, or only `every` second, third, ... of them."""
     meta, config = load_metadata(dataset), loaded.policy.config
     chunk = {"action": [step / meta.fps for step in range(config.chunk_size)]}
     backend = default_video_backend()
@@ -52,7 +52,7 @@ def read(loaded: LoadedPolicy, dataset: str) -> Frames:
     )
     cameras = list(config.image_features)
     kept = [*cameras, "observation.state", "action", POSITIONS, "episode_index", "task_index"]
-    batch = FrameCache(source, {name: name for name in kept}).__getitems__(list(range(meta.total_frames)))
+    batch = FrameCache(source, {name: name for name in kept}).__getitems__(list(range(0, meta.total_frames, every)))
     seen = see(loaded.policy, torch.stack([batch.pop(name) for name in cameras], 1))
     positions, episodes = batch.pop(POSITIONS), batch.pop("episode_index")
     ready = loaded.preprocessor(batch)

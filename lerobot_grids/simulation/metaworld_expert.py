@@ -10,6 +10,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
 from ..data import POSITIONS
 from .demonstrations import Demonstration, image_feature, vector_feature
+from .disturbance import Disturbance
 from .metaworld import MetaworldEnv, expand_tasks
 
 
@@ -58,15 +59,13 @@ class MetaworldDemonstrator:
 
 def demonstrate(env: MetaworldEnv, seed: int, noise: float) -> list[tuple[np.ndarray, ...]] | None:
     """(image, state, action, positions) of each step of an episode of the expert, or None if it fails."""
-    random = np.random.default_rng(seed)
+    disturb = Disturbance(np.random.default_rng(seed), noise)
     observation, _ = env.reset(seed=seed)
     rows: list[tuple[np.ndarray, ...]] = []
     for _ in range(env._max_episode_steps):
         expert = np.clip(env.expert_policy.get_action(env.raw_observation), -1, 1).astype(np.float32)
         rows.append((observation["pixels"], observation["agent_pos"].astype(np.float32), expert, env.positions))
-        executed = expert.copy()
-        executed[:3] += random.normal(0, noise, 3)
-        observation, _, terminated, truncated, info = env.step(np.clip(executed, -1, 1))
+        observation, _, terminated, truncated, info = env.step(disturb(expert))
         if terminated and info["is_success"]:
             return rows
         if terminated or truncated:

@@ -10,6 +10,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ...data import PLACES, POSITIONS
 from ..demonstrations import Demonstration, image_feature, vector_feature
+from ..disturbance import Disturbance
 from .environment import LiberoConfig, LiberoEnv
 from .expert import Expert
 
@@ -28,12 +29,14 @@ class LiberoDemonstrator:
         layout: "official" or "dealt".
         size: Height and width of the images in pixels.
         noise: Standard deviation of the Gaussian noise on the executed x, y and z.
+        pushes: Share of the steps in which a push begins (`Disturbance`).
     """
 
     names: str
     layout: str = "dealt"
     size: int = 96
     noise: float = 0.15
+    pushes: float = 0.04
     fps: int = 20
     robot_type: str = "panda"
 
@@ -57,11 +60,11 @@ class LiberoDemonstrator:
     def demonstrate(self, task: str, seed: int) -> Demonstration | None:
         """One episode, or None if the expert fails; see `Demonstrator`."""
         env, prepare = _environment(self, task)
-        random = np.random.default_rng(seed)
         # Official states are used in turn.
         env.init_state_id = seed
         observation, _ = env.reset(seed=seed)
         expert = Expert(env.simulation, WAYPOINT_NOISE, seed)
+        disturb = Disturbance(np.random.default_rng(seed), self.noise, self.pushes)
         rows: list[tuple[np.ndarray, ...]] = []
         for _ in range(env._max_episode_steps):
             action = np.clip(expert.act(), -1, 1)
@@ -71,9 +74,7 @@ class LiberoDemonstrator:
             images = [(seen[name][0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for name in CAMERAS]
             state = seen[OBS_STATE][0].numpy()
             rows.append((*images, state, action, np.concatenate(where).astype(np.float32), np.concatenate(places)))
-            executed = action.copy()
-            executed[:3] += random.normal(0, self.noise, 3)
-            observation, _, _, _, info = env.step(np.clip(executed, -1, 1))
+            observation, _, _, _, info = env.step(disturb(action))
             if info["is_success"]:
                 columns = (np.stack(column) for column in zip(*rows, strict=True))
                 return Demonstration(env.task_description, dict(zip(self.features, columns, strict=True)))
