@@ -1,6 +1,6 @@
 """Pictures of dealt LIBERO scenes, with the object of every pixel and all positions, to train a policy's eyes on.
 
-    python benchmarks/libero/scenes.py outputs/libero/scenes.npz --scenes 150    # 150 of each task: about 10 minutes
+    python benchmarks/libero/scenes.py outputs/libero/scenes.npz --scenes 120    # of each task; 3500 in all took 3 minutes on two cores
 
 The arm is in random positions, and nothing moves. Seeds start at 900000, so no scene is one of a recording or an
 evaluation.
