@@ -5,8 +5,10 @@ such option of the supported families as a field of its own; a value that is giv
 """
 
 from dataclasses import MISSING, field, fields
-from functools import cache
-from typing import Any, get_args, get_type_hints
+from functools import cache, reduce
+from operator import or_
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lerobot.configs import PreTrainedConfig
 
@@ -26,7 +28,7 @@ def base_options() -> dict[str, Any]:
         hints = _hints(kind)
         for f in fields(kind):
             if f.init and f.name not in common and _is_simple(hints.get(f.name)):
-                types.setdefault(f.name, set()).add(hints[f.name])
+                types.setdefault(f.name, set()).add(_of_a_value(hints[f.name]))
     return {name: kinds.pop() for name, kinds in sorted(types.items()) if len(kinds) == 1}
 
 
@@ -35,6 +37,13 @@ def _hints(kind: type) -> dict[str, Any]:
         return get_type_hints(kind)
     except NameError:  # a name that is imported for type checkers alone
         return {f.name: f.type for f in fields(kind)}
+
+
+def _of_a_value(kind: Any) -> Any:
+    """A type without None, which says that a policy needs no value and which another policy may not allow."""
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    return reduce(or_, [part for part in get_args(kind) if part is not NoneType])
 
 
 def _is_simple(kind: Any) -> bool:

@@ -12,8 +12,10 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
 from driving import config_of
 from lerobot_policy_grids import GridsConfig, ReducerConfig, TinySmolVLAConfig
+from lerobot_policy_grids.base_options import base_options
 from lerobot_policy_grids.configuration_grids import BasePolicyChoice
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
+from lerobot_policy_grids.families import families, get_family
 from lerobot_policy_grids.reducers import reducer_config
 
 INPUTS = {
@@ -181,6 +183,12 @@ def test_options_of_the_base_are_options_of_the_wrapper(grids_checkpoint, tmp_pa
     assert saved["base"]["n_action_steps"] == 1
     assert "n_action_steps" not in asdict(config)
     assert replace(config, schedule="elastic").n_action_steps == 1
+
+
+@pytest.mark.parametrize("policy_type", families())
+def test_the_number_of_steps_is_an_option_of_the_wrapper(policy_type):
+    """Whatever other families call theirs, and whether it may be None there."""
+    assert get_family(policy_type).flow_steps in {None, *base_options()}
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,13 @@ def test_runtime_is_an_option(family_row, tmp_path):
         policy.use_runtime("quick")
 
 
+@pytest.fixture
+def precision_of_a_new_process():
+    """LeRobot sets another one, and leaves it, when it makes a policy that compiles itself."""
+    with precisely("fp32"):
+        yield
+
+
 def seen_precision(policy, batch):
     """The precisions in which the sampler was called, and what the process has afterwards."""
     seen = []
@@ -55,6 +62,7 @@ def seen_precision(policy, batch):
     ("precision", "inside", "bound"),
     [("own", "highest", 1e-4), ("fp32", "highest", 1e-4), ("tf32", "high", 2e-2), ("bf16", "medium", 5e-2)],
 )
+@pytest.mark.usefixtures("precision_of_a_new_process")
 def test_precision_of_products(pi0, precision, inside, bound):
     policy, batch = pi0
     policy.use_runtime("fast", precision=precision)
