@@ -1,6 +1,6 @@
 """Train the action expert of a small policy on demonstrations, on a trunk that stays as it is.
 
-    python benchmarks/libero/expert.py DATASET outputs/libero/grounded outputs/libero/dense     # 25 minutes, one core
+    python benchmarks/libero/expert.py DATASET outputs/libero/grounded outputs/libero/dense    # 24 minutes, two cores
 
 `lerobot-grids fit` does the same with `train_expert_only=true`. Here the trunk reads every frame once instead of in
 every step, which is about ten times as fast, and the reason why this is not `fit`.

@@ -144,7 +144,8 @@ class Grounding(nn.Module):
 
 def train(grounding: Grounding, scenes: Scenes, frames: Frames, kept: Tensor, steps: int) -> None:
     """Train trunk and read-outs on the scenes `kept` and the frames that are not held out."""
-    come_near, hold = (torch.where(~frames.held & part)[0] for part in (approaches(frames), ~approaches(frames)))
+    near = approaches(frames)
+    come_near, hold = torch.where(~frames.held & near)[0], torch.where(~frames.held & ~near)[0]
     shown = torch.cat([come_near, hold[::HOLDING]])
 
     def compute_loss() -> Tensor:

@@ -31,7 +31,7 @@ def record(
         episodes: Number of successful episodes of each task.
         size: Height and width of the camera images in pixels.
         noise: Standard deviation of the noise on the executed action, so that recoveries are recorded too. Defaults to
-            0.2 in MetaWorld and 0.15 in LIBERO.
+            0.2 in MetaWorld and 0.15 in LIBERO, where the hand is also pushed aside now and then.
         layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
             or dealt anew in each episode.
         seed: First seed. Evaluate with other seeds (eval starts at 100000).

@@ -32,6 +32,7 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from ..runtime import FastRuntime, Phases
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
+from .distances import mean_where
 from .phases.act import Decode, Prefill, Seen, decode_once
 from .position_embeddings import embeddings_of_tokens
 from .seam import Seam
@@ -181,7 +182,7 @@ def chunk_distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]
     error = (student.float() - teacher.float()).abs().mean(-1)
     pad = batch.get("action_is_pad")
     inside = torch.ones_like(error) if pad is None else (~pad).to(error.dtype)
-    return (error * inside).sum() / inside.sum().clamp_min(1)
+    return mean_where(error, inside)
 
 
 # The seam.

@@ -7,6 +7,11 @@ from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK
 from torch import Tensor, nn
 
 
+def mean_where(error: Tensor, counts: Tensor) -> Tensor:
+    """Mean of the entries that count, of which `counts` says 1 or true; 0 where none does."""
+    return (error * counts).sum() / counts.sum().clamp_min(1)
+
+
 def action_distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean squared distance of velocities or actions, over real action dimensions at steps within the episode.
 
@@ -19,7 +24,7 @@ def action_distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor
     error = (student[..., :size].float() - teacher[..., :size].float()).square().mean(-1)
     pad = batch.get("action_is_pad")
     inside = torch.ones_like(error) if pad is None else (~pad).to(error.dtype)
-    return (error * inside).sum() / inside.sum().clamp_min(1)
+    return mean_where(error, inside)
 
 
 def token_divergence(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:

@@ -30,6 +30,7 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
+from .distances import mean_where
 from .factory import recognise_wrapped
 from .positions import cell_numbers
 from .seam import Seam
@@ -287,7 +288,7 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
         counts &= mask.bool()
     if (pad := batch.get("action_is_pad")) is not None:
         counts &= ~pad[..., None]
-    return (error * counts).sum() / counts.sum().clamp_min(1)
+    return mean_where(error, counts)
 
 
 def _collect_image_batches(policy: Any, seam: Seam, batch: dict[str, Any]) -> tuple[list[Tensor], Tensor]:

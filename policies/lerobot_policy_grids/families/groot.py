@@ -36,6 +36,7 @@ from .base import (
     refuse_second_attach,
     replaced,
 )
+from .distances import mean_where
 from .factory import recognise_wrapped
 from .phases.groot import Prefill, Step, get_action, parts_of
 from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatter
@@ -378,7 +379,7 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
     """
     counts = batch["action_mask"]
     error = (student.float() - teacher.float()).square()[:, -counts.shape[1] :]
-    return (error * counts).sum() / counts.sum().clamp_min(1)
+    return mean_where(error, counts)
 
 
 def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **options: Any) -> Path:

@@ -32,6 +32,7 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
+from .distances import mean_where
 from .positions import cell_numbers
 from .qwen import FRACTIONS
 from .seam import Seam, present_cameras
@@ -579,7 +580,7 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
         counts &= ~pad[:, None, None]
     if (pad := batch.get("action_horizon_is_pad")) is not None:
         counts &= ~pad[:, None, :, None]
-    return (error * counts).sum() / counts.sum().clamp_min(1)
+    return mean_where(error, counts)
 
 
 def write_small_checkpoint(folder: Path) -> Path:
