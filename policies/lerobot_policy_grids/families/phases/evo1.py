@@ -135,10 +135,13 @@ class _TowerLayer(nn.Module):
         layer, attention = self.layer, self.layer.attention
         heads = F.linear(layer.layernorm_before(hidden), self.weight, self.bias)
         queries, keys, values = heads.chunk(3, dim=-1)
-        parts = (attention.q_norm(queries), attention.k_norm(keys), values)
-        parts = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(*parts, scale=attention.scale).transpose(1, 2).flatten(2)
-        hidden = torch.addcmul(hidden, attention.projection_layer(attended), layer.lambda_1)
+        queries, keys, values = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (attention.q_norm(queries), attention.k_norm(keys), values)
+        )
+        attended = F.scaled_dot_product_attention(queries, keys, values, scale=attention.scale)
+        projected = attention.projection_layer(attended.transpose(1, 2).flatten(2))
+        hidden = torch.addcmul(hidden, projected, layer.lambda_1)
         return torch.addcmul(hidden, layer.mlp(layer.layernorm_after(hidden)), layer.lambda_2)
 
 
@@ -228,7 +231,8 @@ class Prefill(nn.Module):
         self.scales: Tensor
         self.register_buffer("scales", torch.stack([norm.weight.detach().float() for norm in norms]), persistent=False)
         self.eps = text.norm.variance_epsilon
-        self.head, self.blocks = head, nn.ModuleList([_Block(block) for block in head.transformer_blocks])
+        self.head = head
+        self.blocks: Any = nn.ModuleList([_Block(block) for block in head.transformer_blocks])
         for linear in _linears(head):
             require_plain(linear)
         self.acts: Tensor
