@@ -489,10 +489,10 @@ def _observe(policy: Any, seam: Seam, asked: Asked, cameras: list[int], state: T
         max_length=max(1, embedder.max_text_length - visual),
     )
     ids, mask = words["input_ids"], words["attention_mask"].bool()
-    begun = (ids == embedder.tokenizer.convert_tokens_to_ids(START)).cumsum(1)
-    # The token in front of a view's is there before it; what looks like one behind the last is text.
-    is_start = (begun.diff(dim=1, prepend=torch.zeros_like(begun[:, :1])) > 0) & (begun <= views)
-    images_before = begun.clamp(max=views) - is_start.long()
+    is_start = ids == embedder.tokenizer.convert_tokens_to_ids(START)
+    begun = is_start.cumsum(1)
+    # The token in front of a view's is not behind it. What looks like one later is text.
+    images_before = begun.clamp(max=views) - (is_start & (begun <= views)).long()
     instruction = batch[OBS_LANGUAGE_TOKENS]
     size = bucket(max(ids.shape[1], instruction.shape[1]))
     more, device = (0, size - ids.shape[1]), state.device
