@@ -295,6 +295,7 @@ def _write_small_internvl(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+@written_once
 def _write_narrow_internvl(folder: Path) -> None:
     """The same with all layers of InternVL3-1B."""
     from transformers import AutoConfig, AutoModel
