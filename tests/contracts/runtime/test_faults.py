@@ -85,7 +85,7 @@ def _for_other_actions(self, *given):
 
 WRONG_EVO1 = {
     "padding": (evo1_phases, "_observe", _changed(token_mask=torch.ones_like)),
-    "the state": (evo1_phases, "_observe", _changed(known_state=torch.zeros_like)),
+    "the state": (evo1_phases, "_observe", _changed(known_state=lambda state: state + 10)),
     "positions": (
         evo1_phases,
         "_positions",
