@@ -128,7 +128,11 @@ def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
             return [(encoder, "forward", "vision")]
         if hasattr(model, "denoise_step"):
             return [(encoder, "forward", "vision"), (model, "denoise_step", "steps")]
-        transformer = model.action_head.model if hasattr(model, "action_head") else model.transformer
+        head = getattr(model, "action_head", model)
+        if hasattr(head, "seq_pool_proj"):
+            # EVO1's has all steps in one method.
+            return [(encoder, "forward", "vision"), (head, "get_action", "steps")]
+        transformer = head.model if hasattr(model, "action_head") else head.transformer
         return [(encoder, "forward", "vision"), (transformer, "forward", "steps")]
     (program,) = runtime.programs.values()
     if program is None:
@@ -265,7 +269,7 @@ def print_row(row: Row) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot or act")
+    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot, evo1 or act")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     more = "also with tokens sampled inside the vision tower, after so many layers"
     parser.add_argument("--sample_after_layer", type=int, nargs="+", default=[], help=more)

@@ -200,7 +200,8 @@ def _wrapped(loaded: Any) -> tuple[GridsPolicy, AbstractContextManager[None]]:
     if not policy.family.exports:
         raise UnsupportedPolicyError(
             f"there is nothing to export for a '{policy.base.config.type}' policy: what is exported takes images "
-            "and integrates a flow from noise, and its phases do not; docs/export.md lists what can be exported"
+            "and an instruction and integrates a flow from noise, and its phases do not; docs/export.md lists what can "
+            "be exported"
         )
     try:
         policy.use_runtime("fast")

@@ -124,6 +124,19 @@ def test_the_gradient_reaches_the_reducer_through_a_frozen_model(evo1):
     wrapped.detach()
 
 
+def test_at_all_tokens_evo1_is_the_dense_policy_in_lerobots_own_autocast(evo1, monkeypatch):
+    """On a GPU LeRobot runs the vision tower in it, too."""
+    monkeypatch.setattr(type(evo1), "_maybe_autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    torch.manual_seed(0)
+    batch = {"observation.images.top": torch.rand(2, 3, 64, 64), "observation.state": torch.randn(2, 8)}
+    batch["task"] = ["push", "pull"]
+    expected = act(evo1, batch)
+    wrapped = wrap(evo1, 64)
+    found = act(wrapped, batch)
+    wrapped.detach()
+    assert torch.equal(found, expected)
+
+
 def test_the_steps_of_evo1_can_be_set(evo1):
     """LeRobot reads their number when it builds the policy."""
     calls = []

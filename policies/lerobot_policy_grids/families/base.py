@@ -140,7 +140,8 @@ class Family(ABC):
         reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
             none.
         counted_on_meta: Whether its FLOPs can be counted without values.
-        exports: Whether its phases can be exported, if it has any: those that integrate a flow from noise.
+        exports: Whether its phases can be exported, if it has any: those that take an `Observation` and integrate a
+            flow from noise.
     """
 
     resolution_field: ClassVar[str | None]

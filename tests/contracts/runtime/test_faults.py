@@ -9,8 +9,9 @@ from driving import act
 from fast_path import FLOWS, small
 from lerobot_policy_grids.families import acting
 from lerobot_policy_grids.families.phases import act as act_phases
+from lerobot_policy_grids.families.phases import evo1 as evo1_phases
 from lerobot_policy_grids.families.phases import groot as groot_phases
-from lerobot_policy_grids.families.phases import pi_fast
+from lerobot_policy_grids.families.phases import pi_fast, prompts
 from lerobot_policy_grids.families.phases import xvla as xvla_phases
 from lerobot_policy_grids.runtime import flow, layers
 from lerobot_policy_grids.runtime.phases import Rotation
@@ -42,6 +43,11 @@ WRONG_PI0_FAST = {
 _observe_groot = groot_phases._observe
 
 
+def _all_visible(counts, before, mask):
+    length = sum(counts) + mask.shape[1]
+    return mask.new_ones(len(mask), length, length)
+
+
 def _with_padding_for_words(*given):
     seen = _observe_groot(*given)
     return seen._replace(token_exists=torch.ones_like(seen.token_exists))
@@ -50,18 +56,51 @@ def _with_padding_for_words(*given):
 WRONG_GROOT = {
     "padding": (groot_phases, "_observe", _with_padding_for_words),
     "positions": (groot_phases, "_positions", lambda counts, *more: torch.zeros(3, 1, sum(counts) + 16)),
-    "what is visible": (
-        groot_phases,
-        "_visible",
-        lambda counts, before, mask: mask.new_ones(len(mask), sum(counts) + 16, sum(counts) + 16),
-    ),
+    "what is visible": (prompts, "visibility", _all_visible),
     "features of earlier layers": (groot_phases.Prefill, "_added", lambda self, *more: ()),
     "images for words": (groot_phases, "reads_words", lambda transformer, number: number > 0),
     "times": (groot_phases, "_times", lambda head, steps: torch.zeros(steps, dtype=torch.int64)),
-    "steps": (groot_phases, "_integrate", lambda velocity, noise, numbers: noise + velocity(noise, numbers[:1])),
+    "steps": (flow, "integrate_forwards", lambda velocity, noise, numbers: noise + velocity(noise, numbers[:1])),
+}
+_observe_evo1 = evo1_phases._observe
+
+
+def _changed(**changes):
+    """EVO1's observation with some of it changed."""
+
+    def observe(*given):
+        seen = _observe_evo1(*given)
+        return seen._replace(**{name: change(getattr(seen, name)) for name, change in changes.items()})
+
+    return observe
+
+
+_known, _mlp, _keys_values = evo1_phases.Prefill._known, evo1_phases._mlp, evo1_phases._Block.keys_values
+
+
+def _for_other_actions(self, *given):
+    self.acts = torch.ones_like(self.acts)
+    return _known(self, *given)
+
+
+WRONG_EVO1 = {
+    "padding": (evo1_phases, "_observe", _changed(token_mask=torch.ones_like)),
+    "the state": (evo1_phases, "_observe", _changed(known_state=lambda state: state + 10)),
+    "positions": (
+        evo1_phases,
+        "_positions",
+        lambda counts, cells, virtual, before: torch.zeros(len(before), sum(counts) + before.shape[1]),
+    ),
+    "what is visible": WRONG_GROOT["what is visible"],
+    "values for keys": (evo1_phases._Block, "keys_values", lambda self, tokens: _keys_values(self, tokens).flip(1)),
+    "times": (evo1_phases, "_times", lambda steps: [0] * steps),
+    "steps": WRONG_GROOT["steps"],
+    "hidden layers": (evo1_phases, "_mlp", lambda layers, hidden: _mlp((layers[0], *layers[-1:]), hidden)),
+    "dimensions of the robot": (evo1_phases.Prefill, "_known", _for_other_actions),
 }
 FAULTS = [(name, fault) for name in FLOWS for fault in WRONG.items()]
 FAULTS += [("act", fault) for fault in WRONG_ACT.items()]
+FAULTS += [("evo1", fault) for fault in WRONG_EVO1.items()]
 FAULTS += [("groot", fault) for fault in WRONG_GROOT.items()]
 FAULTS += [("pi0_fast", fault) for fault in WRONG_PI0_FAST.items()]
 FAULTS += [("xvla", fault) for fault in WRONG_XVLA.items()]
