@@ -22,7 +22,6 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from ..runtime import FastRuntime, Phases

@@ -2,12 +2,11 @@
 
 Where the sizes come from:
 - `QWEN_2_5_VL_3B`: config.json of `Qwen/Qwen2.5-VL-3B-Instruct`, from which LeRobot makes an EO1 policy;
-- `QWEN_3_VL_2B`: config.json of `Qwen/Qwen3-VL-2B-Instruct`, from which LeRobot makes a VLA-JEPA policy. LeRobot has the
-  same numbers for GR00T's backbone (`groot_n1_7._cosmos_reason2_qwen3_vl_config`), and a test holds these to them.
-A family on another model has its sizes in its own file.
+- `QWEN_3_VL_2B`: config.json of `Qwen/Qwen3-VL-2B-Instruct`, from which LeRobot makes a VLA-JEPA policy. LeRobot has
+  the same numbers for GR00T's backbone (`groot_n1_7._cosmos_reason2_qwen3_vl_config`), and a test compares them.
+With both, a model has as many parameters as the Hub counts. What a family changes in them is in its own file.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 QWEN_2_5_VL_3B: dict[str, Any] = {
@@ -72,15 +71,18 @@ QWEN_3_VL_2B: dict[str, Any] = {
         },
     },
 }
-# Of the tokenizers of both.
-MARKERS: Mapping[str, int] = {
-    "<|endoftext|>": 151643,
-    "<|im_start|>": 151644,
-    "<|im_end|>": 151645,
-    "<|vision_start|>": 151652,
-    "<|vision_end|>": 151653,
-    "<|image_pad|>": 151655,
-    "<|video_pad|>": 151656,
+# Of the tokenizer of `published_processor`: any word, and what a text is cut at before it is cut into words.
+WORD = "<word>"
+MARKERS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+)
+# What a configuration says of them where prompts come from that tokenizer.
+IDS = {
+    "vision_start_token_id": 1 + MARKERS.index("<|vision_start|>"),
+    "vision_end_token_id": 1 + MARKERS.index("<|vision_end|>"),
+    "image_token_id": 1 + MARKERS.index("<|image_pad|>"),
+    "video_token_id": 1 + MARKERS.index("<|video_pad|>"),
 }
 # As much of the published templates as prompts of images and text have.
 TEMPLATE = (
@@ -104,33 +106,33 @@ class Published:
         return self.make()
 
 
-def published_processor(
-    kind: Any, images: Any, videos: Any, length: int, markers: Mapping[str, int] = MARKERS
-) -> Any:
-    """A processor that writes prompts as long as the published one does, with its ids of markers.
+def published_processor(kind: Any, images: Any, videos: Any, length: int, more: tuple[str, ...] = ()) -> Any:
+    """A processor that writes prompts as long as those of the published one.
 
-    Its tokenizer takes each piece into which Qwen's splits a text for one token, which most English words are, and has
-    no other vocabulary.
+    Its tokenizer takes each piece into which Qwen's splits a text for one token, which most English words are, and
+    knows no other; the ids of markers are `IDS`.
 
     Args:
         kind: Class of the processor.
         images: The image processor.
         videos: The video processor.
         length: Tokens of the published tokenizer.
-        markers: Tokens that a text is cut at first, and their ids.
+        more: Further markers.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    names = {number: f"<{number}>" for number in range(length)} | {number: name for name, number in markers.items()}
-    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in names.items()}, unk_token=names[7]))
+    vocabulary = (WORD, *MARKERS, *more)
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=WORD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
-    fast = PreTrainedTokenizerFast(
+    # LeRobot makes as many embeddings as that.
+    as_long = type("AsLong", (PreTrainedTokenizerFast,), {"__len__": lambda self: length})
+    fast = as_long(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        unk_token=names[7],
-        additional_special_tokens=list(markers),
+        unk_token=WORD,
+        additional_special_tokens=[*MARKERS, *more],
     )
     return kind(image_processor=images, tokenizer=fast, video_processor=videos, chat_template=TEMPLATE)

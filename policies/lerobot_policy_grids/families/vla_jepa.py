@@ -25,7 +25,7 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
 from .distances import action_distance
-from .published_qwen import QWEN_3_VL_2B, Published, published_processor
+from .published_qwen import IDS, QWEN_3_VL_2B, Published, published_processor
 from .qwen import attach_model, detach_model, image_grid, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import write_small_qwen3
@@ -222,7 +222,7 @@ class _ByName:
 def _published_qwen() -> Any:
     from transformers import Qwen3VLConfig
 
-    return Qwen3VLConfig(**QWEN_3_VL_2B)
+    return Qwen3VLConfig(**QWEN_3_VL_2B | IDS)
 
 
 def _published_processor() -> Any:

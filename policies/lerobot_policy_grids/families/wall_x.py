@@ -25,22 +25,20 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
 from .distances import action_distance
-from .published_qwen import MARKERS as QWENS_MARKERS
-from .published_qwen import QWEN_2_5_VL_3B, Published, published_processor
+from .published_qwen import IDS, QWEN_2_5_VL_3B, Published, published_processor
 from .qwen import Names, Placed, image_grid, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import SMALL_QWEN_2_5, sharpen, write_small_processor
 
+MARKERS = ("<|action|>", "<|propri|>")
 # Of the small instance. LeRobot makes images 252 pixels wide, which are 9 x 9 tokens.
-PATCH, WIDTH, MARKERS = 14, 8, ("<|action|>", "<|propri|>")
-
-# Of wall-oss-flow, which is a Qwen2.5-VL-3B with a second, narrower MLP for action tokens in each layer and more tokens.
-# Its own config.json was not at hand. These agree in public copies: `workspace/lerobot_example/qwen25_config_libero.json`
-# of AshlingYan/wall-x, a configuration of that architecture; and notes of gugudeshubao/wall-x on running wall-oss-flow
-# itself (experts of 11008 and 2048, logits of 153715 tokens, a file of about 8 GB, which would be 8.4 here), with its
+PATCH, WIDTH = 14, 8
+# Of wall-oss-flow: a Qwen2.5-VL-3B with more tokens, and in each layer a second, narrower MLP for action tokens. Its
+# config.json was not at hand. Public copies agree: `workspace/lerobot_example/qwen25_config_libero.json` of
+# AshlingYan/wall-x, a configuration of that architecture; and notes of gugudeshubao/wall-x on running wall-oss-flow
+# itself (experts of 11008 and 2048, logits of 153715 tokens, a file of about 8 GB, which is 8.4 here), with its
 # tokenizer_config.json.
 NARROW, TOKENS = 2048, 153715
-PUBLISHED_MARKERS = {**QWENS_MARKERS, "<|propri|>": 151665, "<|action|>": 151666}
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 16384 * 28 * 28}
 
 
@@ -239,7 +237,7 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
 
 def _published_sizes(config: Any) -> Any:
     text = QWEN_2_5_VL_3B["text_config"]
-    sizes = QWEN_2_5_VL_3B | {"text_config": text | {"vocab_size": TOKENS}}
+    sizes = QWEN_2_5_VL_3B | IDS | {"text_config": text | {"vocab_size": TOKENS}}
     return _sizes(sizes, (text["intermediate_size"], NARROW), config.max_action_dim, config.max_state_dim)
 
 
@@ -248,7 +246,7 @@ def _published_processor() -> Any:
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     images, videos = Qwen2VLImageProcessor(size=PIXELS), Qwen2VLVideoProcessor()
-    return published_processor(Qwen2_5_VLProcessor, images, videos, TOKENS, PUBLISHED_MARKERS)
+    return published_processor(Qwen2_5_VLProcessor, images, videos, TOKENS, MARKERS)
 
 
 def _by_eulers_rule(policy: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
