@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from formulas import gemma, linear, siglip
+from formulas import gemma, linear, sampler, siglip
 from lerobot_grids.policies import set_flow_steps
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
 from lerobot_grids.profiling.bench import bench
@@ -15,14 +15,6 @@ from lerobot_grids_cli.main import main
 from lerobot_policy_grids import compress
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.reducers import reducer_config
-
-
-def sampler(images, k, cells=256, width=1152, language=2048, state=32, cameras=2):
-    # The context once for each image, then a query for each token.
-    queries = sum(linear(1, given, 128) for given in (language, state, cameras)) + linear(k, 128, width)
-    # Every token scores all cells, is a weighted mean of them, and gets what the scores weight through a low rank.
-    cells_of_all = 3 * 2 * k * cells * width
-    return images * (queries + cells_of_all + linear(k, width, 128, width) + linear(k, 2, 128, width))
 
 
 def pi0(cameras, k, dense=256, language=48, chunk=50, steps=10):

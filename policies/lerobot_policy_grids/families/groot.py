@@ -22,7 +22,6 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from ..runtime import FastRuntime, Phases
@@ -39,7 +38,7 @@ from .base import (
 from .distances import mean_where
 from .factory import recognise_wrapped
 from .phases.groot import Prefill, Step, get_action, parts_of
-from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatter
+from .qwen import attach_model, detach_model, image_grid, made_up_prompt, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
 from .written_once import written_once
@@ -184,7 +183,7 @@ class Groot(Family):
     def finish(self, policy: Any) -> None:
         if next(policy.parameters()).is_meta:
             policy.predict_action_chunk = partial(_without_autocast, policy)
-            policy.forward = _no_training_step
+            policy.forward = partial(no_training_step, self.policy_type)
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
         # `get_action` asks for it.
@@ -352,12 +351,6 @@ def _reduce(policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], inputs:
         device_type=prepared["input_ids"].device.type, dtype=torch.bfloat16, enabled=policy.config.use_bf16
     ):
         return scatter(seam, backbone.model.model, known, prepared, dense=dense)
-
-
-def _no_training_step(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedPolicyError(
-        "a training step of a 'groot' policy cannot be predicted: the values of its prompt decide which operations run"
-    )
 
 
 def _without_autocast(policy: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
