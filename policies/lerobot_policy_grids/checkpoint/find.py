@@ -39,7 +39,7 @@ def resolve_checkpoint(path: Path) -> Path:
     for folder in (path, path / CHECKPOINT_FOLDER, path / LAST_CHECKPOINT):
         if (folder / CONFIG_FILE).is_file():
             return folder
-    seen, kind = ("is not a folder", CheckpointError) if not path.is_dir() else (f"holds no {CONFIG_FILE}", NoConfigError)
+    seen, kind = (f"holds no {CONFIG_FILE}", NoConfigError) if path.is_dir() else ("is not a folder", CheckpointError)
     raise kind(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
 
 

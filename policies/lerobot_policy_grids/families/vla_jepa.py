@@ -27,7 +27,7 @@ from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refus
 from .distances import action_distance
 from .qwen import attach_model, detach_model, image_grid, scatter
 from .seam import Seam
-from .small_qwen import write_small_qwen3
+from .small_qwen import sharpen, write_small_qwen3
 
 
 class VLAJEPA(Family):
@@ -142,9 +142,15 @@ class VLAJEPA(Family):
             "num_inference_timesteps": 3,
             "repeated_diffusion_steps": 2,
         }
-        return VLAJEPAPolicy(
+        policy = VLAJEPAPolicy(
             VLAJEPAConfig(device="cpu", input_features=inputs, output_features=outputs, **fields | options)
         )
+        sharpen(policy.model.action_model)
+        for name, parameter in policy.model.action_model.named_parameters():
+            if name.endswith(("action_decoder.layer1.weight", "action_decoder.layer2.weight", "proj_out_2.weight")):
+                # LeRobot's own are so small that hardly anything changes an action.
+                nn.init.normal_(parameter, std=0.3)
+        return policy
 
 
 FAMILIES = (

@@ -28,7 +28,7 @@ class ReducerConfig(draccus.ChoiceRegistry):
         summary: Description of the k tokens for a model card: "K visual tokens per camera, <summary>".
         in_trunk: Whether the reducer drops tokens between layers of the trunk instead of before it.
         dense_at_all_tokens: Whether the tokens are the dense ones at K = H * W before training.
-        projected: Whether it reads the map behind the projector, in families that can give it that (`Family.projected`).
+        projected: Whether it reads the map behind the projector, in families that can give that (`Family.projected`).
     """
 
     summary: ClassVar[str] = ""
