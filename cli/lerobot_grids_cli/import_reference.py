@@ -7,6 +7,8 @@ from .parser import run
 def import_reference(checkpoint: str, output: str = "", convention: str | None = None, json: str | None = None) -> None:
     """Make a grids checkpoint of a published GridS checkpoint, such as one of the paper's LeRobot tree.
 
+    Published weights of π0 and π0.5 are openpi's, in JAX: they must be converted to a LeRobot policy first.
+
     Args:
         checkpoint: The published checkpoint: a folder with config.json and model.safetensors, or a Hub id.
         output: The folder to write. Must be given.

@@ -124,6 +124,8 @@ class GridsPolicy(PreTrainedPolicy):
         declare_as(type(self), type(base))
         _take_from_dataset(base_config, **kwargs)
         layout = self.family.layout(base)
+        if config.reducer.projected:
+            layout = self.family.projected(base, layout)
         after = config.reducer.inside
         inside = None if after is None else self.family.tower(base).layout(layout, after)
         self.reducer: Any = config.reducer.build(inside or layout)

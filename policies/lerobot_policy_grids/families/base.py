@@ -183,6 +183,10 @@ class Family(ABC):
             UnsupportedPolicyError: If its images do not give a whole grid of tokens.
         """
 
+    def projected(self, policy: DensePolicy, layout: TokenLayout) -> TokenLayout:
+        """`layout`, for a reducer that reads the map behind the projector; overridden where others read before it."""
+        return layout
+
     @abstractmethod
     def attach(self, policy: DensePolicy, seam: Seam) -> None:
         """From now on the images of `policy` become visual tokens by `seam.tokens`.

@@ -28,7 +28,7 @@ from .distances import action_distance
 from .published_qwen import IDS, QWEN_3_VL_2B, Published, published_processor
 from .qwen import attach_model, detach_model, image_grid, no_training_step, scatter
 from .seam import Seam
-from .small_qwen import write_small_qwen3
+from .small_qwen import sharpen, write_small_qwen3
 
 # Of the published image processor: pixels of an image, at least and at most.
 PIXELS = {"shortest_edge": 2**16, "longest_edge": 2**24}
@@ -174,9 +174,15 @@ class VLAJEPA(Family):
             "num_inference_timesteps": 3,
             "repeated_diffusion_steps": 2,
         }
-        return VLAJEPAPolicy(
+        policy = VLAJEPAPolicy(
             VLAJEPAConfig(device="cpu", input_features=inputs, output_features=outputs, **fields | options)
         )
+        sharpen(policy.model.action_model)
+        for name, parameter in policy.model.action_model.named_parameters():
+            if name.endswith(("action_decoder.layer1.weight", "action_decoder.layer2.weight", "proj_out_2.weight")):
+                # LeRobot's own are so small that hardly anything changes an action.
+                nn.init.normal_(parameter, std=0.3)
+        return policy
 
 
 FAMILIES = (

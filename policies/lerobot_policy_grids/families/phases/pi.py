@@ -116,7 +116,10 @@ class Prefill(nn.Module):
         if last is not None:
             tokens = torch.cat([tokens, last], dim=1)
             token_mask = torch.cat([token_mask, torch.ones_like(last, dtype=torch.bool)], dim=1)
-        hidden = torch.cat([self.projector(torch.cat(visual, dim=1)), self.embed_tokens(tokens)], dim=1)
+        images = torch.cat(visual, dim=1)
+        if not self.seam.layout.projected:
+            images = self.projector(images)
+        hidden = torch.cat([images, self.embed_tokens(tokens)], dim=1)
         hidden = hidden.to(self.dtype)
         real = [mask.expand(-1, camera.shape[1]) for mask, camera in zip(image_mask.split(1, 1), visual, strict=True)]
         seen = torch.cat([*real, token_mask], dim=1)
@@ -137,7 +140,7 @@ class Prefill(nn.Module):
         else:
             states = run_between(self.encoder, self.seam.after, sample, states)
         normed: Tensor = self.tower_norm(states)
-        return normed
+        return self.projector(normed) if self.seam.layout.projected else normed
 
     @property
     def _following(self) -> int:
