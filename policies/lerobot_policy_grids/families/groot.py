@@ -419,11 +419,11 @@ def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **optio
         vl_self_attention_cfg=attention | {"num_layers": depths.readers, "attention_head_dim": 16},
     )
     model = GR00TN17(config)
+    sharpen(model.action_head)
     for name, parameter in model.action_head.named_parameters():
-        if name.endswith(".W"):
+        if name.endswith((".W", "to_v.weight", "to_out.0.weight")):
             # LeRobot's own are so small that hardly anything changes an action.
             nn.init.normal_(parameter, std=0.3)
-    sharpen(model.action_head)
     model.save_pretrained(folder)
     arm = {"mean": [0.0] * SIZE, "std": [1.0] * SIZE, "min": [-1.0] * SIZE, "max": [1.0] * SIZE}
     arm |= {"q01": arm["min"], "q99": arm["max"]}
