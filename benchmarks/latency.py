@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from lerobot_grids.profiling.bench import device_name
 from lerobot_grids.profiling.measure import peak_memory_mib
 from lerobot_grids.profiling.operations import count_operations
 from lerobot_grids.profiling.roofline import Card, Work, find_card
-from lerobot_grids.profiling.stopwatch import CLOCKS, Timed, repeat, within
+from lerobot_grids.profiling.stopwatch import CLOCKS, Timed, repeat, replaced, within
 from lerobot_grids.profiling.work import WorkCounter
 from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError, first_line
@@ -180,11 +181,8 @@ def compiled_by_lerobot(policy: Any) -> Iterator[None]:
     loop = next((name for name in loops if hasattr(model, name)), None)
     if loop is None or not hasattr(policy.config, "compile_mode"):
         raise GridsError(f"LeRobot has no compile_model for a '{policy.config.type}' policy")
-    setattr(model, loop, torch.compile(getattr(model, loop), mode=policy.config.compile_mode))
-    try:
+    with replaced(model, loop, partial(torch.compile, mode=policy.config.compile_mode)):
         yield
-    finally:
-        delattr(model, loop)
 
 
 def time_chunks(row: Row, policy: Any, act: Callable[[], torch.Tensor], options: argparse.Namespace) -> torch.Tensor:

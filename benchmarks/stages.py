@@ -6,7 +6,6 @@ from statistics import median
 from typing import Any
 
 import results as kept
-
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
