@@ -1,11 +1,11 @@
 """Draw where the time of an action chunk goes, by latency.py's results: python benchmarks/stages.py docs/stages.png"""
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import results as kept
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -26,6 +26,15 @@ def seconds(row: dict[str, Any]) -> dict[str, float]:
     """Stage -> median seconds, in the order in which they run."""
     vision, prefill, steps = (median(row["seconds"][stage]) for stage in ("vision", "prefill", "steps"))
     return dict(zip(COLOURS, (vision, prefill - vision, steps), strict=True))
+
+
+def together(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each measurement with all of its rows, which are written one by one; without refused ones."""
+    found: dict[Any, dict[str, Any]] = {}
+    for line in lines:
+        own = found.setdefault(kept.key(line | {"name": None}), line | {"rows": []})
+        own["rows"] += [row for row in line["rows"] if row.get("refused") is None]
+    return list(found.values())
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
@@ -54,8 +63,8 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("picture", type=Path, help="PNG file to write")
-    read = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    draw([line for line in read if line["family"] in FAMILIES and not line["narrow"]], parser.parse_args().picture)
+    lines = together(kept.read(RESULTS))
+    draw([line for line in lines if line["family"] in FAMILIES and not line["narrow"]], parser.parse_args().picture)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from lerobot_grids.policies import set_flow_steps
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
 from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
+from lerobot_grids.profiling.roofline import Card
+from lerobot_grids.profiling.stopwatch import Timed, within
+from lerobot_grids.profiling.work import WorkCounter
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids import compress
 from lerobot_policy_grids.errors import GridsError
@@ -238,3 +242,28 @@ def test_bench_refuses(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+STAGES = ("vision", "prefill", "steps")
+
+
+@pytest.mark.parametrize(("k", "milliseconds"), [(None, (1.11, 2.87, 1.52)), (16, (1.11, 0.92, 1.46))])
+def test_the_bound_of_pi0_is_that_of_an_independent_roofline(k, milliseconds):
+    """Vision, prefill and ten steps with two cameras, in ms; that roofline's steps also read keys and values."""
+    dense = instantiate(make_config("pi0", 2), "meta")
+    # One is enough: all are the same.
+    dense.config.num_inference_steps = 1
+    tower = dense.model.paligemma_with_expert.paligemma.model.vision_tower
+    stages = [Timed(tower, "forward", "vision"), Timed(dense.model, "denoise_step", "steps")]
+    policy = dense if k is None else compress(dense, k)
+    counter = WorkCounter([*policy.parameters(), *policy.buffers()])
+    with ExitStack() as stack:
+        for timed in stages:
+            stack.enter_context(within(timed, counter.within))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(counter)
+        policy.predict_action_chunk(dict(make_batch(dense, 48, "meta")))
+    # What was assumed of the card.
+    card = Card("H200", {"float32": 60, "tf32": 395, "bfloat16": 790}, 4300, "assumed")
+    vision, prefill, step = (1000 * card.seconds(counter.stages[name], tf32=True) for name in STAGES)
+    assert (vision, prefill, 10 * step) == pytest.approx(milliseconds, rel=0.03)
