@@ -133,7 +133,8 @@ def stages_of(policy: Any) -> list[tuple[Any, str, str]]:
     (program,) = runtime.programs.values()
     if program is None:
         raise SystemExit(f"the fast path does not act: {runtime.differences}")
-    encoder = getattr(program.phases.prefill, "tower", encoder)
+    prefill = program.phases.prefill
+    encoder = getattr(prefill, "tower", getattr(prefill, "encoder", encoder))
     whole = runtime.name == "compiled" or next(base.parameters()).is_cuda or policy.seam.inside is not None
     return [*([] if whole else [(encoder, "forward", "vision")]), (program, "denoise_step", "steps")]
 

@@ -7,7 +7,6 @@ The trunk tells tokens apart by their positions and by what they see, and not by
 first and words behind them, whatever the prompt's order, so that nothing has to be put in its place.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from ...runtime import UnavailableError
 from ...runtime.buckets import bucket
 from ...runtime.layers import DecoderLayer, Heads, Norm, require_plain, rotate, rotation_tables
 from ...runtime.phases import Rotation
+from ...runtime.precision import in_bfloat16
 from ..acting import Draws
 from ..qwen import Placed, places_among, read_at, require_grid
 from ..seam import Seam
@@ -110,7 +110,8 @@ class _Tower(nn.Module):
         """Patches [m, p, d] to tokens [m, H * W, c], and features of earlier layers of the same shape."""
         visual, count = self.visual, len(patches)
         embed = visual.patch_embed.proj
-        hidden = F.linear(patches.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias) + self.positions
+        hidden = F.linear(patches.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias)
+        hidden = hidden + self.positions.to(hidden.dtype)
         earlier = []
         for number, block in enumerate(visual.blocks):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden))
@@ -204,6 +205,10 @@ class _Block(nn.Module):
         return whole
 
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("tower",)
+
+
 class Prefill(nn.Module):
     """Vision tower, sampler, trunk, and what the action transformer makes of both before it sees an action.
 
@@ -223,6 +228,7 @@ class Prefill(nn.Module):
         text, head = parts.text, parts.head
         self.seam, self.cameras, self.reducer, self.dense = seam, cameras, seam.reducer, dense
         self.tower = _Tower(parts.visual, seam.layout.token_grid)
+        self.token_dtype = self.tower.positions.dtype
         self.embed_tokens, self.rotary = text.embed_tokens, text.rotary_emb
         sizes = text.config
         self.heads = Heads(sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim)
@@ -276,8 +282,8 @@ class Prefill(nn.Module):
 
     def _encode(self, earlier: list[Tensor], patches: Tensor) -> Tensor:
         tokens, features = self.tower(patches)
-        earlier += features
-        return tokens
+        earlier += [feature.to(self.token_dtype) for feature in features]
+        return tokens.to(self.token_dtype)
 
     def _added(self, earlier: list[Tensor], places: list[Tensor], words: int) -> tuple[Tensor, ...]:
         """What the first layers of the trunk get from the tower's, [b, p, c] each, zero at the words.
@@ -398,17 +404,8 @@ def parts_of(policy: Any) -> Parts:
     parts = Parts(core.visual, core.language_model, head)
     if policy.config.use_bf16 and model.dtype != torch.bfloat16:
         # LeRobot's autocast makes such copies, too, for each chunk anew.
-        return Parts(*map(_in_bfloat16, parts))
+        return Parts(*map(in_bfloat16, parts))
     return parts
-
-
-def _in_bfloat16(module: nn.Module) -> nn.Module:
-    """A copy with weights in bfloat16, made without one in the precision that they have."""
-    weights = {
-        id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
-        for weight in module.parameters()
-    }
-    return copy.deepcopy(module, weights)
 
 
 def _times(head: Any, steps: int) -> Tensor:
