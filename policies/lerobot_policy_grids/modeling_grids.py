@@ -153,8 +153,8 @@ class GridsPolicy(PreTrainedPolicy):
             quantise: Weights of trunk and action expert: "none" as they are, "int8" with 8 bits, "int8_dynamic" with
                 8 bits and what they are multiplied with, too. Needs torchao, and a runtime that is not "eager".
             precision: "own" computes products of float32 as the process does, "fp32" as float32, "tf32" with inputs of
-                10 bits on a GPU that can. "bf16" is "tf32" with a copy of the vision tower in bfloat16, which takes half
-                of the memory that the tower has in float32. Needs a runtime that is not "eager".
+                10 bits on a GPU that can. "bf16" is "tf32" with a copy of the vision tower in bfloat16, which takes 2
+                bytes of memory for each of its weights. Needs a runtime that is not "eager".
 
         Raises:
             UnsupportedPolicyError: If the base policy, or the reducer, cannot act in that way.
