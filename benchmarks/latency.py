@@ -157,7 +157,8 @@ def stages_of(policy: Any, program: Any, is_whole: bool) -> list[Timed]:
         encoder = next((module for name, module in named if name.endswith("encoder")), stages.vision)
     if program is not None:
         prefill = program.phases.prefill
-        encoder = getattr(prefill, "tower", getattr(prefill, "backbone", encoder))
+        parts = (getattr(prefill, name, None) for name in ("tower", "encoder", "backbone"))
+        encoder = next((part for part in parts if part is not None), encoder)
         inside = policy.seam.inside is not None
         vision = [] if is_whole or inside else [Timed(encoder, "forward", "vision")]
         return [*vision, Timed(program, "denoise_step", "steps")]
@@ -445,11 +446,7 @@ def about(header: dict[str, Any], card: Card | None) -> str:
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-<<<<<<< HEAD
-    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot, evo1 or act")
-=======
-    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot, act or tiny")
->>>>>>> latency-fix
+    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot, evo1, act or tiny")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     everything = "--compiled, --quantise int8, and a third of the tower's layers for --sample_after_layer"
     parser.add_argument("--all", action="store_true", help=everything)

@@ -37,7 +37,7 @@ from .base import (
 )
 from .distances import mean_where
 from .factory import recognise_wrapped
-from .phases.groot import Prefill, Step, get_action, parts_of
+from .phases.groot import VISION, Prefill, Step, get_action, parts_of
 from .qwen import attach_model, detach_model, image_grid, made_up_prompt, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
@@ -192,7 +192,7 @@ class Groot(Family):
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         parts, dense = parts_of(policy), policy._filter_groot_inputs.args[-1]
-        return Phases(Prefill(parts, seam, cameras, steps, dense), Step(parts.head, steps))
+        return Phases(Prefill(parts, seam, cameras, steps, dense), Step(parts.head, steps), vision=VISION)
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.model_params_fp32 = False

@@ -39,7 +39,7 @@ from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, r
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
 from .phases import pi_fast
-from .phases.pi import Prefill, StepTimedByInput, StepTimedByNorms
+from .phases.pi import VISION, Prefill, StepTimedByInput, StepTimedByNorms
 from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
 from .seam import Sampling, Seam
@@ -124,9 +124,8 @@ class Pi(Family):
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         model = policy.model.paligemma_with_expert
         step = StepTimedByNorms if hasattr(policy.model, "time_mlp_in") else StepTimedByInput
-        return Phases(
-            Prefill(policy, seam, cameras), step(policy, steps), (model.paligemma.lm_head, model.gemma_expert.lm_head)
-        )
+        unused = (model.paligemma.lm_head, model.gemma_expert.lm_head)
+        return Phases(Prefill(policy, seam, cameras), step(policy, steps), unused, vision=VISION)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         model = policy.model.paligemma_with_expert
@@ -252,7 +251,7 @@ class PiFast(Pi):
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         prefill, step = pi_fast.Prefill(policy, seam, cameras, steps), pi_fast.Step(policy, steps)
-        return Phases(prefill, step, start=pi_fast.first_scores)
+        return Phases(prefill, step, start=pi_fast.first_scores, vision=VISION)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         # Decoding runs the layers of the prefix again for each token.

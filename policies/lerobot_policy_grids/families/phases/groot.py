@@ -112,7 +112,8 @@ class _Tower(nn.Module):
         """Patches [m, p, d] to tokens [m, H * W, c], and features of earlier layers of the same shape."""
         visual, count = self.visual, len(patches)
         embed = visual.patch_embed.proj
-        hidden = F.linear(patches.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias) + self.positions
+        hidden = F.linear(patches.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias)
+        hidden = hidden + self.positions.to(hidden.dtype)
         earlier = []
         for number, block in enumerate(visual.blocks):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden))
@@ -206,6 +207,10 @@ class _Block(nn.Module):
         return whole
 
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("tower",)
+
+
 class Prefill(nn.Module):
     """Vision tower, sampler, trunk, and what the action transformer makes of both before it sees an action.
 
@@ -225,6 +230,7 @@ class Prefill(nn.Module):
         text, head = parts.text, parts.head
         self.seam, self.cameras, self.reducer, self.dense = seam, cameras, seam.reducer, dense
         self.tower = _Tower(parts.visual, seam.layout.token_grid)
+        self.token_dtype = self.tower.positions.dtype
         self.embed_tokens, self.rotary = text.embed_tokens, text.rotary_emb
         sizes = text.config
         self.heads = Heads(sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim)
@@ -278,8 +284,8 @@ class Prefill(nn.Module):
 
     def _encode(self, earlier: list[Tensor], patches: Tensor) -> Tensor:
         tokens, features = self.tower(patches)
-        earlier += features
-        return tokens
+        earlier += [feature.to(self.token_dtype) for feature in features]
+        return tokens.to(self.token_dtype)
 
     def _added(self, earlier: list[Tensor], places: list[Tensor], words: int) -> tuple[Tensor, ...]:
         """What the first layers of the trunk get from the tower's, [b, p, c] each, zero at the words.
