@@ -2,7 +2,7 @@
 
 Those of the paper's LeRobot tree have it as `model.token_sampler.scout_mlp.*` and `.coord_encoder.*`, two options in
 config.json that LeRobot does not know, and the statistics of normalisation among the weights, where LeRobot before 0.4
-had them. openpi's own checkpoints are JAX's; they must be converted to a LeRobot policy first, under any prefix.
+had them. Those of openpi are refused: they are JAX's, and their sampler has the width of the trunk.
 """
 
 import json
@@ -35,7 +35,7 @@ from lerobot_policy_grids.checkpoint.files import (
     read_json,
 )
 from lerobot_policy_grids.checkpoint.weights import load_weights
-from lerobot_policy_grids.errors import CheckpointError
+from lerobot_policy_grids.errors import CheckpointError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.reducers.reference import CONVENTIONS, ReferenceConfig
@@ -83,7 +83,7 @@ def import_reference(source: str, output: Path, convention: str | None = None) -
 
     Raises:
         CheckpointError: If the file has no sampler, its keys or shapes do not fit, or statistics are missing.
-        UnsupportedPolicyError: If the policy's type is not supported.
+        UnsupportedPolicyError: If the policy's type is not supported, or published weights of it cannot be imported.
         OutputExistsError: If `output` exists.
     """
     # Checked below, without the options that LeRobot does not know.
@@ -91,6 +91,11 @@ def import_reference(source: str, output: Path, convention: str | None = None) -
     path = folder / WEIGHTS_FILE
     config, count = _read_config(folder)
     family = get_family(config.type)
+    if family.reference_refused:
+        raise UnsupportedPolicyError(
+            f"{folder} has policy type '{config.type}', whose published GridS weights {family.reference_refused}: they "
+            "cannot be imported yet; train reducer grids or mean"
+        )
     convention = convention or family.reference
     if convention is None:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from torch.nn import functional
 from driving import act
 from lerobot_grids.policies import load
 from lerobot_grids_cli.main import main
+from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.tiny import VLM_FOLDER, TinySmolVLAConfig
 
 K, HIDDEN, GEOMETRY = 5, 24, 8
@@ -41,7 +42,10 @@ def dense():
 @pytest.fixture(scope="module")
 def sampler(dense):
     """Weights by their published names and shapes, far from where training starts."""
-    width = dense.model.vlm_with_expert.config.text_config.hidden_size
+    return weights_of(dense.model.vlm_with_expert.config.text_config.hidden_size)
+
+
+def weights_of(width):
     shapes = {"scout_mlp.0": (HIDDEN, width), "scout_mlp.2": (2 * K, HIDDEN)}
     shapes |= {"coord_encoder.0": (GEOMETRY, 2), "coord_encoder.2": (width, GEOMETRY)}
     torch.manual_seed(1)
@@ -127,6 +131,23 @@ def test_the_imported_policy_acts_as_the_published_one(dense, sampler, published
     torch.testing.assert_close(moved, chunk * torch.tensor(ACTION["std"]) + torch.tensor(ACTION["mean"]))
 
 
+def test_pi_weights_are_refused(tmp_path, capsys):
+    """openpi's sampler has the trunk's channels, here 32, and the map that a reducer gets the tower's, here 24."""
+    inputs = {"observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 32, 32))}
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
+    dense = get_family("pi0").small(inputs, {"action": PolicyFeature(FeatureType.ACTION, (4,))}, tmp_path)
+    paligemma = dense.model.paligemma_with_expert.paligemma.config
+    assert get_family("pi0").layout(dense).width == paligemma.vision_config.hidden_size
+    assert paligemma.vision_config.hidden_size != paligemma.text_config.hidden_size
+    folder = tmp_path / "published"
+    dense.config.save_pretrained(folder)
+    write(folder, tensors_of(dense, weights_of(paligemma.text_config.hidden_size)))
+    for options in ((), ("--convention", "openpi")):
+        require_refusal(
+            folder, tmp_path, "'pi0', whose published GridS weights .* behind the projector", capsys, options
+        )
+
+
 def broken(name, tensors):
     """Changes of the weights, each with a pattern of the line that refuses them."""
     head, last = f"{PREFIX}scout_mlp.0.weight", f"{PREFIX}scout_mlp.2.weight"
@@ -184,8 +205,8 @@ def test_a_configuration_that_does_not_fit_is_one_line(published, tmp_path, chan
     require_refusal(published, tmp_path, line, capsys)
 
 
-def require_refusal(folder, tmp_path, line, capsys):
-    assert imports(folder, tmp_path / "imported") == 1
+def require_refusal(folder, tmp_path, line, capsys, options=()):
+    assert imports(folder, tmp_path / "imported", *options) == 1
     (said,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("lerobot-grids: error: ")]
     assert re.search(line, said), said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published"]

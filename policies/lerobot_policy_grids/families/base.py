@@ -141,6 +141,7 @@ class Family(ABC):
         position_ids: How its trunk numbers visual tokens unless told otherwise.
         reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
             none.
+        reference_refused: Why those that are published cannot be imported, as the end of a sentence about them.
         counted_on_meta: Whether its FLOPs can be counted without values.
         exports: Whether its phases can be exported, if it has any: those that integrate a flow from noise.
     """
@@ -157,6 +158,7 @@ class Family(ABC):
     camera_prefix: ClassVar[str] = ""
     position_ids: ClassVar[str] = "consecutive"
     reference: ClassVar[str | None] = None
+    reference_refused: ClassVar[str] = ""
     counted_on_meta: ClassVar[bool] = False
     exports: ClassVar[bool] = True
 

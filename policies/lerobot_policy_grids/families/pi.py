@@ -56,7 +56,9 @@ class Pi(Family):
     extra = "pi"
     packages = ("transformers",)
     flow_steps: ClassVar[str | None] = "num_inference_steps"
-    reference = "openpi"
+    reference_refused = (
+        "read the map behind the projector, at the trunk's width, where a reducer gets it before the projector"
+    )
     counted_on_meta = True
     steps: ClassVar = {
         "pi0_new_line_processor": frozenset(),
