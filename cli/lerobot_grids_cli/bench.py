@@ -19,6 +19,9 @@ def bench(
     resolution: str | None = None,
     device: str | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    runtime: Literal["eager", "fast", "compiled"] = "eager",
+    quantise: Literal["none", "int8", "int8_dynamic"] = "none",
+    precision: Literal["own", "fp32", "tf32", "bf16"] = "own",
     warmup: int = 2,
     repeats: int = 5,
     threads: int | None = None,
@@ -48,6 +51,10 @@ def bench(
         resolution: Sides in pixels of smaller images for the dense policy, to compare with, such as 112,56.
         device: Device on which to measure time, such as cpu or cuda. Without it only FLOPs are counted.
         dtype: Precision, for families that support both; LeRobot keeps their vision tower in float32.
+        runtime: With --device: fast or compiled measures each budget on the fast path, too, and prints how far its
+            action chunk is from the eager one.
+        quantise: Weights of the fast path's trunk and action expert with 8 bits; needs torchao.
+        precision: Precision of the fast path's products, as --policy.precision.
         warmup: Number of runs before timing starts.
         repeats: Number of timed runs.
         threads: Number of CPU threads. Defaults to torch's choice.
@@ -60,6 +67,7 @@ def bench(
     Examples:
         lerobot-grids bench --policy lerobot/pi0_base --tokens 4,16,64
         lerobot-grids bench --policy tiny --tokens 4,16 --device cpu
+        lerobot-grids bench --policy tiny --tokens 4,16 --device cpu --runtime fast
         lerobot-grids bench --train --policy lerobot/pi0_base --tokens 16 --batch_size 8
     """
     require_at_least(1, cameras=cameras, repeats=repeats, language_tokens=language_tokens, batch_size=batch_size)
@@ -83,6 +91,11 @@ def bench(
     for name, given in (("batch_size", batch_size is not None), ("distill", distill)):
         if given:
             raise OptionError(f"--{name} without --train: one action chunk has batch 1 and no teacher; add --train")
+    acting = (runtime, quantise, precision)
+    if runtime == "eager" and (quantise, precision) != ("none", "own"):
+        raise OptionError(f"--quantise {quantise} --precision {precision} are of the fast path; add --runtime fast")
+    if runtime != "eager" and device is None:
+        raise OptionError(f"--runtime {runtime} changes times and no FLOPs; add --device, such as cpu or cuda")
     from pathlib import Path
 
     import torch
@@ -106,6 +119,7 @@ def bench(
             steps=steps,
             resolutions=resolutions,
             device=device,
+            runtime=None if runtime == "eager" else acting,
             warmup=warmup,
             repeats=repeats,
             on_progress=lambda name: status.update(f"measuring {name}"),

@@ -3,13 +3,14 @@
 import platform
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lerobot_policy_grids import GridsPolicy, compress
+from lerobot_policy_grids.errors import UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
 from lerobot_policy_grids.reducers import reducer_config
@@ -62,6 +63,7 @@ def bench(
     resolutions: list[int] | None = None,
     dtype: str = "bfloat16",
     device: str | None = None,
+    runtime: tuple[str, str, str] | None = None,
     warmup: int = 2,
     repeats: int = 5,
     on_progress: Callable[[str], None] | None = None,
@@ -79,13 +81,16 @@ def bench(
         resolutions: Sides in pixels of smaller images for the dense policy.
         dtype: Precision, for families that support both.
         device: Device on which to measure time and memory; None only counts FLOPs.
+        runtime: With a device, (runtime, quantisation, precision) of `GridsPolicy.use_runtime`, in which each budget is
+            measured, too.
         warmup: Number of runs before timing.
         repeats: Number of timed runs.
         on_progress: Called with the name of what is being measured.
 
     Raises:
         BudgetError: If a budget exceeds the dense tokens.
-        UnsupportedPolicyError: If the policy is unknown, or an image size does not give a whole token grid.
+        UnsupportedPolicyError: If the policy is unknown, an image size does not give a whole token grid, or the policy
+            cannot act in that runtime.
     """
     architecture = architectures().get(policy)
     length = language_tokens or (48 if architecture is None else architecture.language_tokens)
@@ -132,14 +137,25 @@ def bench(
         used = counted.num_tokens if isinstance(counted, GridsPolicy) else dense_tokens
         with KnownValues() if on_meta else nullcontext():
             cost = Cost(name, used, prefix_length(counted, batch), count_flops(counted, batch), flow_steps(counted))
-        if timed is not None:
-            place = next(timed.parameters()).device
-            if place.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            batch = make_batch(dense_policy(timed), length, str(place))
-            cost.latency_ms, cost.latency_p95_ms = measure_latency(timed, batch, warmup, repeats)
-            cost.peak_memory_mib = peak_memory_mib(timed)
         result.costs.append(cost)
+        if timed is None:
+            return
+        batch = make_batch(dense_policy(timed), length, str(next(timed.parameters()).device))
+        time(cost, timed, batch)
+        if runtime is not None and isinstance(timed, GridsPolicy):
+            # It computes the same FLOPs, and twice for the first observation of each shape.
+            words = [word for word in runtime if word not in ("none", "own")]
+            result.costs.append(replace(cost, name=" ".join([name, *words])))
+            timed.use_runtime(*runtime)
+            time(result.costs[-1], timed, batch)
+            result.costs[-1].apart = _apart(timed)
+            timed.use_runtime("eager")
+
+    def time(cost: Cost, timed: Any, batch: dict[str, Any]) -> None:
+        if next(timed.parameters()).is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        cost.latency_ms, cost.latency_p95_ms = measure_latency(timed, batch, warmup, repeats)
+        cost.peak_memory_mib = peak_memory_mib(timed)
 
     ways = {
         _label(name, budget, layer): reducer_config(
@@ -165,6 +181,21 @@ def bench(
     for size in resolutions or []:
         add(f"dense at {size} px", *make_pair(size))
     return result
+
+
+def _apart(policy: GridsPolicy) -> float:
+    """How far the first action chunks of the fast path were from the eager ones.
+
+    Raises:
+        UnsupportedPolicyError: If the fast path does not act.
+    """
+    runtime = policy.seam.runtime
+    shares: list[float] = []
+    for found in () if runtime is None else runtime.differences.values():
+        if isinstance(found, str):
+            raise UnsupportedPolicyError(f"runtime={policy.config.runtime} does not act with this policy: {found}")
+        shares.append(found)
+    return max(shares)
 
 
 def _label(reducer: str, tokens: int, layer: int | None) -> str:

@@ -8,7 +8,7 @@ runs with one step and with more: each step adds the same FLOPs and time.
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -34,9 +34,12 @@ class Cost:
         prefix_length: Number of tokens in the prefix: visual, language, and in some families the state.
         flops: FLOPs per stage; a multiply-add counts as 2.
         num_steps: Integration steps of the flow; None for a policy without one.
-        latency_ms: Median milliseconds per stage and in "total"; empty if not measured.
+        latency_ms: Median milliseconds per stage and in "total"; empty if not measured. The fast path has no stages but
+            "prefill", which is all before the steps, and "steps".
         latency_p95_ms: 95th percentile of the total milliseconds.
         peak_memory_mib: Peak memory of the GPU; on a CPU, peak memory of the whole process so far.
+        apart: Of the fast path: the largest difference of its first action chunk from the eager one, as a share of the
+            range of the actions.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Cost:
     latency_ms: dict[str, float] = field(default_factory=dict)
     latency_p95_ms: float | None = None
     peak_memory_mib: float | None = None
+    apart: float | None = None
 
     @property
     def total_flops(self) -> int:
@@ -192,11 +196,15 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
 def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats: int) -> tuple[dict[str, float], float]:
     """Wall-clock time of one action chunk by stage, with all its steps; GPUs are synchronised.
 
+    Stages before the prefill are timed only where the policy acts eagerly: the fast path may be one graph.
+
     Returns:
         ({stage: median milliseconds, "total": ...}, 95th percentile of the total in milliseconds).
     """
     steps = _number_of_steps(policy)
     cuda = next(policy.parameters()).is_cuda
+    fast = isinstance(policy, GridsPolicy) and policy.config.runtime != "eager"
+    before = () if fast else STAGES[:3]
 
     def now() -> float:
         if cuda:
@@ -204,26 +212,32 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
         return 1000 * time.perf_counter()
 
     def run(count: int) -> dict[str, float]:
-        with _steps(policy, count), _meter(policy, now) as parts, torch.inference_mode():
+        with ExitStack() as stack:
+            stack.enter_context(_steps(policy, count))
+            parts = {} if fast else stack.enter_context(_meter(policy, now))
+            stack.enter_context(torch.inference_mode())
             start = now()
             policy.predict_action_chunk(dict(batch))
             return parts | {"total": now() - start}
 
+    # Another number of steps tells what a step takes.
+    other = 1 if steps > 1 else 2
+    for count in (steps, other) if fast else ():
+        # The first chunk of each is computed both ways.
+        run(count)
     for _ in range(warmup):
         run(steps)
     if steps == 0:
         runs = [run(0) for _ in range(repeats)]
-        full = {name: _quantile([ours[name] for ours in runs], 0.5) for name in (*STAGES[:3], "total")}
-        full |= {"steps": 0.0, "prefill": full["total"] - sum(full[name] for name in STAGES[:3])}
+        full = {name: _quantile([ours[name] for ours in runs], 0.5) for name in (*before, "total")}
+        full |= {"steps": 0.0, "prefill": full["total"] - sum(full[name] for name in before)}
         return full, _quantile([ours["total"] for ours in runs], 0.95)
-    # Another number of steps tells what a step takes. Alternate, so that a slower phase of the machine affects both in
-    # the same way.
-    other = 1 if steps > 1 else 2
+    # Alternate, so that a slower phase of the machine affects both in the same way.
     rounds = [(run(steps), run(other)) for _ in range(repeats)]
-    full = {name: _quantile([ours[name] for ours, _ in rounds], 0.5) for name in (*STAGES[:3], "total")}
+    full = {name: _quantile([ours[name] for ours, _ in rounds], 0.5) for name in (*before, "total")}
     per_step = _quantile([(ours["total"] - theirs["total"]) / (steps - other) for ours, theirs in rounds], 0.5)
     full["steps"] = per_step * steps
-    full["prefill"] = full["total"] - sum(full[name] for name in (*STAGES[:3], "steps"))
+    full["prefill"] = full["total"] - sum(full[name] for name in (*before, "steps"))
     return full, _quantile([ours["total"] for ours, _ in rounds], 0.95)
 
 

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ..console import wide_console
 from .bench import BenchResult
-from .measure import STAGES
+from .measure import STAGES, Cost
 
 COLOURS = {"vision": "#4477aa", "projector": "#66ccee", "sampler": "#ee6677", "prefill": "#228833", "steps": "#ccbb44"}
 
@@ -35,21 +35,30 @@ def print_bench(result: BenchResult) -> None:
     console.print(flops)
     if not dense.latency_ms:
         return
-    place = f"{result.device}, {result.threads} threads, {result.dtype}, torch {result.torch}, eager"
+    place = f"{result.device}, {result.threads} threads, {result.dtype}, torch {result.torch}"
     times = Table(title=f"milliseconds per stage on {place}\nmedian; p95 of the total")
-    for name in ("", *STAGES, "total", "p95", "speed-up", "peak MiB"):
+    compared = any(cost.apart is not None for cost in result.costs)
+    for name in ("", *STAGES, "total", "p95", "speed-up", "peak MiB", *(["apart"] if compared else [])):
         times.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for cost in result.costs:
         total = cost.latency_ms["total"]
         times.add_row(
             cost.name,
-            *(f"{cost.latency_ms[stage]:.1f}" if cost.flops[stage] else "-" for stage in STAGES),
+            *(f"{cost.latency_ms[stage]:.1f}" if _timed(cost, stage) else "-" for stage in STAGES),
             f"{total:.1f}",
             f"{cost.latency_p95_ms:.1f}",
             f"{dense.latency_ms['total'] / total:.2f}x" if cost is not dense else "",
             f"{cost.peak_memory_mib:.0f}",
+            *([] if cost.apart is None else [f"{cost.apart:.1e}"]),
         )
     console.print(times)
+    if compared:
+        console.print("apart: the first action chunk from the eager one, as a share of the range of the actions")
+
+
+def _timed(cost: Cost, stage: str) -> bool:
+    """Whether a stage has a time: it computes something, and is none that the fast path does not divide."""
+    return bool(cost.flops[stage]) and stage in cost.latency_ms
 
 
 def draw_bench(result: BenchResult, path: Path) -> None:
@@ -68,7 +77,7 @@ def draw_bench(result: BenchResult, path: Path) -> None:
     for axis, (unit, values) in zip(axes[0], panels, strict=True):
         left = [0.0] * len(names)
         for stage in STAGES:
-            widths = [max(0.0, value[stage]) for value in values]
+            widths = [max(0.0, value.get(stage, 0.0)) for value in values]
             axis.barh(names, widths, left=left, color=COLOURS[stage], label=stage)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for row, total in enumerate(left):

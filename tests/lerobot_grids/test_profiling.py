@@ -203,14 +203,22 @@ def test_measuring_leaves_the_policy_as_it_was(grids_checkpoint):
 
 def test_the_command_prints_saves_and_draws(tmp_path, capsys):
     arguments = ["--policy=tiny", "--tokens=16,4", "--cameras=1", "--device=cpu", "--repeats=1", "--warmup=0"]
+    arguments += ["--runtime=fast", "--precision=fp32"]
     outputs = [f"--json={tmp_path}/bench.json", f"--picture={tmp_path}/bench.png"]
     assert main(["bench", *arguments, *outputs]) == 0
     printed = capsys.readouterr().out
     assert "GFLOPs per stage" in printed
     assert "milliseconds per stage on" in printed
     saved = json.loads((tmp_path / "bench.json").read_text())
-    assert [cost["name"] for cost in saved["costs"]] == ["dense", "K=16", "K=4"]
-    assert saved["costs"][0]["total_flops"] > saved["costs"][1]["total_flops"] > saved["costs"][2]["total_flops"]
+    dense, *reduced = saved["costs"]
+    assert [cost["name"] for cost in reduced] == ["K=16", "K=16 fast fp32", "K=4", "K=4 fast fp32"]
+    assert dense["total_flops"] > reduced[0]["total_flops"] > reduced[2]["total_flops"]
+    for eager, fast in (reduced[:2], reduced[2:]):
+        assert fast["flops"] == eager["flops"]
+        assert set(fast["latency_ms"]) == {"prefill", "steps", "total"}
+        assert eager["apart"] is None
+        # 0.0 would be the eager path itself.
+        assert 0 < fast["apart"] < 1e-5
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -233,6 +241,8 @@ def test_a_checkpoint_is_measured_with_its_own_cameras(grids_checkpoint, tmp_pat
         (["--policy=tiny", "--resolution=100"], "set resize_imgs_with_padding to multiples of 8"),
         (["--policy=tiny", "--cameras=0"], "--cameras 0"),
         (["--policy=tiny", "--device=foo"], "device 'foo' is not available"),
+        (["--policy=tiny", "--runtime=fast"], "changes times and no FLOPs; add --device"),
+        (["--policy=tiny", "--device=cpu", "--precision=bf16"], "of the fast path; add --runtime fast"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -35,6 +35,7 @@ from .factory import recognise_wrapped
 from .positions import cell_numbers
 from .seam import Seam
 from .small_qwen import sharpen
+from .written_once import written_once
 
 # Sizes of InternVL3-1B.
 INTERNVL3_1B: dict[str, Any] = {
@@ -209,12 +210,9 @@ class Evo1(Family):
         from lerobot.policies.evo1.configuration_evo1 import Evo1Config
         from lerobot.policies.evo1.modeling_evo1 import Evo1Policy
 
-        place = folder / "internvl"
-        if not place.exists():
-            _write_small_internvl(place)
         cameras = sum(name.startswith("observation.image") for name in inputs)
         fields: dict[str, Any] = {
-            "vlm_model_name": str(place),
+            "vlm_model_name": str(_write_small_internvl(folder / "internvl")),
             "vlm_num_layers": 2,
             "vlm_dtype": "float32",
             "use_flash_attn": False,
@@ -254,6 +252,7 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(write_character_tokenizer(folder, VOCABULARY, (IMAGE, START, END)))
 
 
+@written_once
 def _write_small_internvl(folder: Path) -> None:
     """An InternVL of 16 x 16 patches, which become 8 x 8 tokens, with its tokenizer."""
     from transformers import AutoModel, InternVLConfig

@@ -41,6 +41,7 @@ from .phases.groot import Prefill, Step, get_action, parts_of
 from .qwen import attach_model, detach_model, image_grid, made_up_prompt, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
+from .written_once import written_once
 
 
 class Depths(NamedTuple):
@@ -376,16 +377,15 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
     return mean_where(error, counts)
 
 
-def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **options: Any) -> Path:
+@written_once
+def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **options: Any) -> None:
     """A small checkpoint as NVIDIA publishes them, with statistics, for images of 256 pixels and 8 x 8 tokens.
 
     Args:
-        folder: Where to; what is there already stays.
+        folder: Where to.
         depths: Its layers.
         **options: Other fields of its configuration.
     """
-    if folder.exists():
-        return folder
     from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
 
     # LeRobot warns of a backbone with another name.
@@ -441,4 +441,3 @@ def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **optio
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder

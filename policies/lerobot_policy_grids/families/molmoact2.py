@@ -36,6 +36,7 @@ from .distances import mean_where
 from .positions import cell_numbers
 from .qwen import FRACTIONS
 from .seam import Seam, present_cameras
+from .written_once import written_once
 
 # Patches along each side that become one token. No field of the model's configuration has it.
 POOLED = 2
@@ -584,10 +585,9 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
     return mean_where(error, counts)
 
 
-def write_small_checkpoint(folder: Path) -> Path:
+@written_once
+def write_small_checkpoint(folder: Path) -> None:
     """A small checkpoint as Ai2 publishes them, for 15 x 15 patches, which become 8 x 8 tokens."""
-    if folder.exists():
-        return folder
     from lerobot.policies.molmoact2 import processor_molmoact2 as texts
     from lerobot.policies.molmoact2.molmoact2_hf_model import processing_molmoact2 as images
     from lerobot.policies.molmoact2.molmoact2_hf_model.configuration_molmoact2 import MolmoAct2Config
@@ -666,4 +666,3 @@ def write_small_checkpoint(folder: Path) -> Path:
             # LeRobot's own are so small that hardly anything changes an action; some are zero.
             nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
-    return folder

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .characters import CHARACTERS, ROLES, write_character_tokenizer
+from .written_once import written_once
 
 MARKERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = ("<pad>", "</s>", "<s>", "<unk>", *MARKERS, *CHARACTERS)
@@ -57,21 +58,19 @@ def sharpen(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.1)
 
 
-def write_small_processor(folder: Path, patch: int = PATCH, more: tuple[str, ...] = ()) -> Path:
-    """Save a Qwen2.5-VL processor with a tokenizer of characters, if it is not there yet, and return its folder.
+@written_once
+def write_small_processor(folder: Path, patch: int = PATCH, more: tuple[str, ...] = ()) -> None:
+    """Save a Qwen2.5-VL processor with a tokenizer of characters.
 
     Args:
         folder: Where to; it is created.
         patch: Side of a patch in pixels.
         more: Further markers of a family.
     """
-    if folder.exists():
-        return folder
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     _save(folder, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, patch, more)
-    return folder
 
 
 def _save(
@@ -106,10 +105,11 @@ def _save(
     ).save_pretrained(folder)
 
 
+@written_once
 def write_small_qwen3(
     folder: Path, patch: int = PATCH, vision_layers: int = 2, deepstack: tuple[int, ...] = (0,), layers: int = 2
-) -> Path:
-    """Save a small Qwen3-VL with random weights and its processor, if it is not there yet, and return its folder.
+) -> None:
+    """Save a small Qwen3-VL with random weights and its processor.
 
     Args:
         folder: Where to; it is created.
@@ -118,8 +118,6 @@ def write_small_qwen3(
         deepstack: Those whose features the trunk gets, too.
         layers: Of its trunk.
     """
-    if folder.exists():
-        return folder
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLImageProcessorFast
     from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
@@ -144,4 +142,3 @@ def write_small_qwen3(
     model = Qwen3VLForConditionalGeneration(config)
     sharpen(model.model.language_model)
     model.save_pretrained(folder)
-    return folder
