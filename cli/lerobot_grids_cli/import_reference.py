@@ -32,8 +32,8 @@ def import_reference(checkpoint: str, output: str = "", convention: str | None =
         require_writable(Path(json))
     imported = reference.import_reference(checkpoint, Path(output), convention)
     print(
-        f"imported a '{imported.policy_type}' policy with {imported.num_tokens} visual tokens per camera, coordinates "
-        f"as in {imported.convention}, into {output}\nnext: lerobot-grids eval --policy {output}"
+        f"imported the '{imported.policy_type}' policy with {imported.num_tokens} visual tokens per camera, "
+        f"coordinates as in {imported.convention}, into {output}\nnext: lerobot-grids eval --policy {output}"
     )
     write_json(json, asdict(imported))
 

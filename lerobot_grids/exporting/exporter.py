@@ -199,7 +199,7 @@ def _wrapped(loaded: Any) -> tuple[GridsPolicy, AbstractContextManager[None]]:
         looking = policy.looking_everywhere()
     if not policy.family.exports:
         raise UnsupportedPolicyError(
-            f"there is nothing to export for a '{policy.base.config.type}' policy: what is exported takes images "
+            f"there is nothing to export for the '{policy.base.config.type}' policy: what is exported takes images "
             "and an instruction and integrates a flow from noise, and its phases do not; docs/export.md lists what can "
             "be exported"
         )

@@ -102,8 +102,8 @@ def import_reference(source: str, output: Path, convention: str | None = None) -
     convention = convention or family.reference
     if convention is None:
         raise CheckpointError(
-            f"{folder} is a '{config.type}' policy, of which no GridS weights are published here; give --convention "
-            f"{' or '.join(CONVENTIONS)}"
+            f"{folder} has policy type '{config.type}', of which no GridS weights are published here; give "
+            f"--convention {' or '.join(CONVENTIONS)}"
         )
     with open_tensors(path, ADVICE) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)

@@ -413,7 +413,7 @@ class GridsPolicy(PreTrainedPolicy):
         folder = find_checkpoint(str(pretrained_name_or_path), **options)
         kind = policy_type(folder)
         if kind != cls.name:
-            raise CheckpointError(f"{folder} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
+            raise CheckpointError(f"{folder} has policy type '{kind}', not '{cls.name}'; load it with its own class")
         if (config := kwargs.get("config")) is not None:
             # The checkpoint holds every weight, or names its base.
             config.require_base().pretrained_path = None

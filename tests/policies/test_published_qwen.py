@@ -59,7 +59,7 @@ def test_flops_are_counted_without_values(family, tmp_path, monkeypatch):
             measured = policy if tokens is None else compress(policy, tokens)
             with sdpa_kernel(SDPBackend.MATH), KnownValues() if place == "meta" else nullcontext():
                 counted.append((prefix_length(measured, batch), count_flops(measured, batch)))
-    with pytest.raises(UnsupportedPolicyError, match=f"a training step of a '{family}' policy cannot be predicted"):
+    with pytest.raises(UnsupportedPolicyError, match=f"a training step of the '{family}' policy cannot be predicted"):
         policy.forward({})
     dense, few, *without_values = counted
     assert without_values == [dense, few]

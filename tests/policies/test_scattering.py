@@ -100,17 +100,6 @@ def test_another_policys_processors_are_left_alone(evo1):
     assert not isinstance(ACTConfig(device="cpu"), factory.Evo1Config)
 
 
-def test_a_missing_package_is_named_with_its_extra(evo1, monkeypatch):
-    from lerobot.policies.evo1 import internvl3_embedder
-
-    def missing(name, extra):
-        raise ImportError(f"'{name}' is required but not installed")
-
-    monkeypatch.setattr(internvl3_embedder, "require_package", missing)
-    with pytest.raises(UnsupportedPolicyError, match=r"not installed\); pip install 'lerobot_policy_grids\[evo1\]'$"):
-        build(evo1.config)
-
-
 def test_the_gradient_reaches_the_reducer_through_a_frozen_model(evo1):
     """LeRobot cuts what its frozen vision-language model gives from the graph."""
     assert not evo1._tracks_vlm_gradients

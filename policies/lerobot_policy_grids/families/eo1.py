@@ -34,6 +34,7 @@ class EO1(Family):
 
     resolution_field = None
     extra = "eo1"
+    packages = ("transformers",)
     flow_steps = "num_denoise_steps"
     position_ids = "dense"
     counted_on_meta = True

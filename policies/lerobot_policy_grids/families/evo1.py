@@ -72,6 +72,7 @@ class Evo1(Family):
 
     resolution_field = "image_resolution"
     extra = "evo1"
+    packages = ("transformers",)
     flow_steps = "num_inference_timesteps"
     counted_on_meta = True
     # Its prefill takes the words of a prompt, and what is in front of each.
@@ -185,7 +186,7 @@ class Evo1(Family):
 
         if size != self.image_size:
             raise UnsupportedPolicyError(
-                f"InternVL3-1B sees images of {self.image_size} pixels, not {size}; drop --resolutions"
+                f"InternVL3-1B sees images of {self.image_size} pixels, not {size}; drop --resolution"
             )
         return Evo1Config(
             device="cpu",

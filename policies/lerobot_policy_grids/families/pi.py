@@ -56,6 +56,7 @@ class Pi(Family):
 
     resolution_field = "image_resolution"
     extra = "pi"
+    packages: ClassVar[tuple[str, ...]] = ("transformers",)
     flow_steps: ClassVar[str | None] = "num_inference_steps"
     reference = "openpi"
     counted_on_meta = True
@@ -141,7 +142,7 @@ class Pi(Family):
 
     def require_trunk_training(self) -> None:
         raise UnsupportedPolicyError(
-            f"tokens can be dropped inside the trunk of a '{self.policy_type}' policy only when it acts: LeRobot "
+            f"tokens can be dropped inside the trunk of the '{self.policy_type}' policy only when it acts: LeRobot "
             "trains its layers in a function that cannot be reached; apply the reducer without training, eval "
             "--reducer fastv, or train another"
         )
@@ -229,6 +230,7 @@ class PiFast(Pi):
             }
         ),
     }
+    packages = ("transformers", "scipy")
     repositories: ClassVar = {
         "tokenizer_name": PALIGEMMA,
         "text_tokenizer_name": PALIGEMMA,
@@ -240,7 +242,7 @@ class PiFast(Pi):
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
         if not policy.config.use_kv_cache:
             raise UnsupportedPolicyError(
-                f"runtime={runtime.name} is not available for a '{self.policy_type}' policy with use_kv_cache=false, "
+                f"runtime={runtime.name} is not available for the '{self.policy_type}' policy with use_kv_cache=false, "
                 "which runs the whole prefix for each token; set use_kv_cache=true, or use runtime=eager"
             )
         seam.runtime = runtime

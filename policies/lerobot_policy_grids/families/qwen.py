@@ -216,7 +216,7 @@ def no_training_step(policy_type: str, *args: Any, **kwargs: Any) -> Any:
         UnsupportedPolicyError: Always.
     """
     raise UnsupportedPolicyError(
-        f"a training step of a '{policy_type}' policy cannot be predicted: the values of its prompt decide which "
+        f"a training step of the '{policy_type}' policy cannot be predicted: the values of its prompt decide which "
         "operations run"
     )
 

@@ -68,6 +68,7 @@ class SmolVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "smolvla"
+    packages = ("transformers",)
     flow_steps = "num_steps"
     reference = "lerobot"
     steps: ClassVar = {"smolvla_new_line_processor": frozenset()}

@@ -41,6 +41,7 @@ class VLAJEPA(Family):
 
     resolution_field = None
     extra = "vla_jepa"
+    packages = ("transformers", "diffusers")
     flow_steps = "num_inference_timesteps"
     position_ids = "dense"
     counted_on_meta = True

@@ -47,6 +47,7 @@ class WallX(Family):
 
     resolution_field = None
     extra = "wallx"
+    packages = ("transformers", "peft", "torchdiffeq", "qwen_vl_utils")
     position_ids = "dense"
     counted_on_meta = True
     spares_cameras = False

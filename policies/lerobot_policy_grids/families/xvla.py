@@ -95,6 +95,7 @@ class XVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "xvla"
+    packages = ("transformers",)
     flow_steps = "num_denoising_steps"
     position_ids = "dense"
     # Without a state LeRobot gives it zeros.

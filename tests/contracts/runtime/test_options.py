@@ -17,7 +17,7 @@ from lerobot_policy_grids.runtime.precision import precisely
 @pytest.mark.parametrize("name", ["eo1", "vla_jepa"])
 def test_families_without_phases_say_so(family_row, name):
     policy = wrap(family_row(name).policy(), 4)
-    with pytest.raises(UnsupportedPolicyError, match=f"not available for a '{name}' policy.*use runtime=eager"):
+    with pytest.raises(UnsupportedPolicyError, match=f"not available for the '{name}' policy.*use runtime=eager"):
         policy.use_runtime("fast")
     assert policy.config.runtime == "eager"
 
