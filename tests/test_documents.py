@@ -71,7 +71,7 @@ ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 SIGNATURES = ("training_cost", "adapter_size")
 # Scripts whose options alone are checked.
 WITH_OPTIONS = {
-    *("latency", "export_size", "stages", "soak", "libero_expert"),
+    *("latency", "export_size", "stages", "soak", "libero_expert", "reference"),
     *("scenes", "sheet", "tower", "grounding", "expert"),
 }
 # Options of other programs that documents name in passing.

@@ -60,7 +60,8 @@ class Depths(NamedTuple):
 LEAST_PIXELS, MOST_PIXELS = 2**16, 2**24
 # Of the small instance.
 EMBODIMENT, PATCH, HORIZON, SIZE = "new_embodiment", 16, 8, 4
-SMALL_DEPTHS = Depths(vision=2, deepstack=(0, 1), trunk=2, readers=1, transformer=3)
+# The state of the last layer is read without what would be added behind it.
+SMALL_DEPTHS = Depths(vision=2, deepstack=(0, 1), trunk=3, readers=1, transformer=3)
 # Of the published checkpoint.
 REAL_DEPTHS = Depths(vision=24, deepstack=(5, 11, 17), trunk=16, readers=4, transformer=32)
 

@@ -107,7 +107,7 @@ def _save(
 
 @written_once
 def write_small_qwen3(
-    folder: Path, patch: int = PATCH, vision_layers: int = 2, deepstack: tuple[int, ...] = (0, 1), layers: int = 2
+    folder: Path, patch: int = PATCH, vision_layers: int = 2, deepstack: tuple[int, ...] = (0, 1), layers: int = 3
 ) -> None:
     """Save a small Qwen3-VL with random weights and its processor.
 
