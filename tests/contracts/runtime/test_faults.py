@@ -136,7 +136,7 @@ def _changed(**changes):
     return observe
 
 
-_known, _mlp, _keys_values = evo1_phases.Prefill._known, evo1_phases._mlp, evo1_phases._Block.keys_values
+_known, _mlp, _of_context = evo1_phases.Prefill._known, evo1_phases._mlp, evo1_phases._Block.keys_values
 
 
 def _for_other_actions(self, *given):
@@ -153,7 +153,7 @@ WRONG_EVO1 = {
         lambda counts, cells, virtual, before: torch.zeros(len(before), sum(counts) + before.shape[1]),
     ),
     "what is visible": WRONG_GROOT["what is visible"],
-    "values for keys": (evo1_phases._Block, "keys_values", lambda self, tokens: _keys_values(self, tokens).flip(1)),
+    "values for keys": (evo1_phases._Block, "keys_values", lambda self, tokens: _of_context(self, tokens).flip(1)),
     "times": (evo1_phases, "_times", lambda steps: [0] * steps),
     "steps": WRONG_GROOT["steps"],
     "hidden layers": (evo1_phases, "_mlp", lambda layers, hidden: _mlp((layers[0], *layers[-1:]), hidden)),
