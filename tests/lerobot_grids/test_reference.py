@@ -185,6 +185,9 @@ def test_a_converted_openpi_policy_acts_as_the_published_one(kind, small_pi, tmp
     assert (chunk - act(dense, batch)).abs().max() > 1e-3
     loaded.policy.use_runtime("fast")
     torch.testing.assert_close(act(loaded.policy, batch), chunk, atol=ROUNDING, rtol=0)
+    # Otherwise it acted eagerly.
+    (difference,) = loaded.policy.seam.runtime.differences.values()
+    assert isinstance(difference, float)
 
 
 def test_a_checkpoint_of_jax_is_refused_with_the_reason(tmp_path, capsys):
