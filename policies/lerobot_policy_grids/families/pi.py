@@ -54,7 +54,7 @@ class Pi(Family):
 
     resolution_field = "image_resolution"
     extra = "pi"
-    packages = ("transformers",)
+    packages: ClassVar[tuple[str, ...]] = ("transformers",)
     flow_steps: ClassVar[str | None] = "num_inference_steps"
     reference_refused = (
         "read the map behind the projector, at the trunk's width, where a reducer gets it before the projector"
