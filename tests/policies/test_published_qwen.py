@@ -47,6 +47,8 @@ def test_flops_are_counted_without_values(family, tmp_path, monkeypatch):
     inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
     small = get_family(family).small(inputs, outputs, tmp_path).eval()
+    again = architectures.instantiate(copy.deepcopy(small.config), "meta")
+    assert get_family(family).layout(again) == get_family(family).layout(small)
     counted = []
     for place in ("cpu", "meta"):
         policy = copy.deepcopy(small).to(place)

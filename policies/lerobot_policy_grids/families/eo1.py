@@ -116,10 +116,11 @@ class EO1(Family):
 
     def complete(self, policy: DensePolicy, batch: dict[str, Any]) -> dict[str, Any]:
         vlm, tokens = policy.model.vlm_backbone.config, batch[OBS_LANGUAGE_TOKENS]
+        count, words = tokens.shape
         # The last of the vocabulary, which are no words.
         state, action = (vlm.text_config.vocab_size - place for place in (2, 1))
         behind = (state, *[action] * policy.config.chunk_size)
-        prompt = made_up_prompt(self.layout(policy), vlm, *tokens.shape, tokens.device, behind)
+        prompt = made_up_prompt(self.layout(policy), vlm, count, words, tokens.device, behind)
         return batch | prompt | {"state_token_id": state, "action_token_id": action}
 
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:

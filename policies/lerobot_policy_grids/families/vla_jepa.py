@@ -139,15 +139,16 @@ class VLAJEPA(Family):
         import transformers
         from lerobot.policies.vla_jepa import modeling_vla_jepa, qwen_interface
 
-        # The defaults of V-JEPA 2 are the sizes of LeRobot's encoder.
-        kinds = {config.qwen_model_name: _published_qwen, config.jepa_encoder_name: transformers.VJEPA2Config}
-        with (
+        with ExitStack() as stack:
             # A distribution that is made on the meta device has no values to check.
-            replaced(Distribution, _validate_args=False),
-            replaced(transformers, AutoConfig=_ByName(kinds)),
-            replaced(qwen_interface, AutoProcessor=Published(_published_processor)),
-            replaced(modeling_vla_jepa, AutoVideoProcessor=Published(transformers.VJEPA2VideoProcessor)),
-        ):
+            stack.enter_context(replaced(Distribution, _validate_args=False))
+            if not Path(config.qwen_model_name).is_dir():
+                # The defaults of V-JEPA 2 are the sizes of LeRobot's encoder.
+                kinds = {config.qwen_model_name: _published_qwen, config.jepa_encoder_name: transformers.VJEPA2Config}
+                videos = Published(transformers.VJEPA2VideoProcessor)
+                stack.enter_context(replaced(transformers, AutoConfig=_ByName(kinds)))
+                stack.enter_context(replaced(qwen_interface, AutoProcessor=Published(_published_processor)))
+                stack.enter_context(replaced(modeling_vla_jepa, AutoVideoProcessor=videos))
             yield
 
     def finish(self, policy: Any) -> None:

@@ -131,6 +131,9 @@ class WallX(Family):
     def offline(self, config: Any) -> Iterator[None]:
         from lerobot.policies.wall_x import modeling_wall_x
 
+        if Path(config.pretrained_name_or_path).is_dir():
+            yield
+            return
         with (
             replaced(modeling_wall_x.Qwen2_5_VLMoEForAction, config_class=Published(partial(_published_sizes, config))),
             replaced(modeling_wall_x, AutoProcessor=Published(_published_processor)),
