@@ -1,6 +1,6 @@
-"""Train every family on every dataset that the tests make, and check what the policy got and what was saved.
+"""Train six families on every dataset that the tests make, and check what the policy got and what was saved.
 
-    python benchmarks/dataset_matrix.py                                   # all families, all datasets, both commands
+    python benchmarks/dataset_matrix.py                                   # all six, all datasets, both commands
     python benchmarks/dataset_matrix.py --only "two cameras" --families pi05 --commands fit
     python benchmarks/dataset_matrix.py --table benchmarks/results/dataset-matrix.jsonl
 

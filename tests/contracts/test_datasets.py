@@ -1,6 +1,6 @@
 """Every kind of dataset trains and saves what its files say, or is refused in one line with nothing written.
 
-benchmarks/dataset_matrix.py does this with every family and with lerobot-train, too.
+benchmarks/dataset_matrix.py does this with the families of `trials` and with lerobot-train, too.
 """
 
 import pytest

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from driving import act, loss_of, run, wrap
@@ -51,6 +52,22 @@ def prompts(policy, *tasks, images=None):
 @pytest.fixture(scope="module")
 def batch(groot):
     return prompts(groot, "push", "lift a cup")[0]
+
+
+def test_chunks_in_real_time_are_the_dense_ones(groot, batch):
+    """LeRobot's real-time chunking begins with what is left of the last chunk."""
+    policy = copy.deepcopy(groot)
+    policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=6)
+    options = {"inference_delay": 2, "prev_chunk_left_over": torch.randn(2, 6, 4)}
+    chunks = []
+    for each in (policy, wrap(policy, 64)):
+        torch.manual_seed(4)
+        assert each.supports_rtc()
+        # LeRobot calls it where it is there.
+        assert not hasattr(each, "init_rtc_processor")
+        chunks.append(each.predict_action_chunk(dict(batch), **options))
+    torch.testing.assert_close(*chunks, atol=1e-5, rtol=0)
+    assert (chunks[0] - act(groot, batch)).abs().max() > 1e-2
 
 
 def test_at_all_tokens_it_is_the_dense_policy_in_its_own_precision(groot, batch):

@@ -71,7 +71,7 @@ def test_lax_loading_is_refused(grids_checkpoint):
 
 
 def test_a_dense_checkpoint_is_no_grids_checkpoint(dense_checkpoint):
-    with pytest.raises(CheckpointError, match="'tiny_smolvla' policy, not 'grids'"):
+    with pytest.raises(CheckpointError, match="has policy type 'tiny_smolvla', not 'grids'"):
         GridsPolicy.from_pretrained(dense_checkpoint)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -431,8 +431,9 @@ class Family(ABC):
             config: Its configuration, or the class of it.
             fresh: Whether no checkpoint has the options of the policy.
         """
-        options = {name: str(value) for name in self.repositories if _is_place(value := getattr(config, name, None))}
-        others = sorted(str(place) for places in self.repositories.values() for place in places if _is_place(place))
+        values = {name: getattr(config, name, None) for name in self.repositories}
+        options = {name: value for name, value in values.items() if _is_place(value)}
+        others = sorted(place for places in self.repositories.values() for place in places if _is_place(place))
         return needing_files(self.policy_type, options, [] if options else others, fresh=fresh)
 
     def without_download(self, config: Any) -> None:
@@ -508,7 +509,7 @@ def image_size(shape: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _is_place(value: Any) -> bool:
+def _is_place(value: Any) -> TypeGuard[str]:
     """Whether the value of an option is a repository or a folder, and not a word that it may hold."""
     return isinstance(value, str) and "/" in value
 

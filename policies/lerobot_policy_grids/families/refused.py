@@ -17,12 +17,16 @@ class Refusal:
 
 
 _KEYPOINTS = (
-    "a spatial softmax makes keypoints of its feature map at once, and no layer behind it gets a grid of visual tokens"
+    "a spatial softmax makes keypoints of its feature map at once, and no layer behind it gets a grid of visual "
+    "tokens; the paper's tree trains a new layer on K tokens in its place, which no dense policy has"
 )
 REFUSED: dict[str, Refusal] = {
     "diffusion": Refusal(_KEYPOINTS),
     "vqbet": Refusal(_KEYPOINTS),
-    "tdmpc": Refusal("its convolutions end in one vector per image, and no layer gets a grid of visual tokens"),
+    "tdmpc": Refusal(
+        "its convolutions end in one vector per image, by a layer as wide as the whole map; the paper's tree trains "
+        "another for K tokens in its place, which no dense policy has"
+    ),
     "gaussian_actor": Refusal("it pools each image into one vector, and no layer gets a grid of visual tokens"),
     "multi_task_dit": Refusal("its transformer gets one token per camera, the class token of CLIP"),
     "fastwam": Refusal("its visual tokens are a video that it is trained to predict, and it needs each of them"),
