@@ -185,7 +185,7 @@ def test_what_inductor_makes_of_a_step_acts_as_it_does(family_row, built, tmp_pa
         step = torch.compile(phases.denoise_step, fullgraph=True, dynamic=False)
         found = step(cache, noise, torch.tensor([1]))
     assert 0 < apart(velocity, found) < ROUNDING
-    assert apart(velocity, step(cache, noise, torch.tensor([2]))) > 10 * ROUNDING
+    assert apart(velocity, step(cache, noise, torch.tensor([0]))) > 10 * ROUNDING
     # Beside products and attention, which are no kernels of its own; 27 with 2 layers.
     assert 0 < metrics.generated_kernel_count <= 30
 
