@@ -143,10 +143,10 @@ def run_on_a_gpu_that_is_not_there(phases, observation, noise):
         return phases.denoise_step(phases.prefill(*observation), noise, number)
 
 
-@pytest.mark.parametrize("precision", ["own", "bf16"])
-def test_phases_copy_nothing_to_a_gpu(phased, built, precision):
+def test_phases_copy_nothing_to_a_gpu(phased, built):
     policy, batch = phased
-    policy.use_runtime("fast", precision=precision)
+    # The one with the most in it: a tower of another precision than what is around it.
+    policy.use_runtime("fast", precision="bf16")
     act(policy, batch)
     assert run_on_a_gpu_that_is_not_there(*built[0]).is_cuda
 
