@@ -11,6 +11,8 @@ from lerobot_policy_grids.families import get_family
 
 # Operations of one action chunk with 2 cameras and 10 steps, at most. LeRobot's own loop has 10 453 to 11 717.
 OPERATIONS = {"pi0": 3400, "pi05": 3950, "smolvla": 2900}
+# Of a trunk and an action expert in bfloat16, with K = 16; a vision tower in float32.
+OPERATIONS_BF16 = 3850
 IMAGE, LONGEST = 112, 200
 
 
@@ -65,6 +67,39 @@ def test_fast_path_acts_as_the_slow_one(narrow, k, words, missing, capfd):
     for name in ("observation.images.1", "observation.language.tokens"):
         changed = batch | {name: (batch[name] * 0.5).to(batch[name].dtype)}
         assert apart(expected, narrow.act(changed)) > 10 * ROUNDING, name
+
+
+def test_pi0_fast_gives_the_same_scores_at_full_depth(tmp_path):
+    narrow = Narrow("pi0_fast", tmp_path, max_decoding_steps=6, max_action_tokens=8)
+    head, counts, scores = narrow.dense.model.paligemma_with_expert.paligemma.lm_head, {}, {}
+    batch, found = narrow.batch(20), []
+    head.register_forward_hook(lambda module, inputs, output: found.append(output[:, -1]))
+    for runtime in ("eager", "fast"):
+        narrow.policy.use_runtime(runtime)
+        act(narrow.policy, batch)
+        found.clear()
+        with count_operations() as operations:
+            act(narrow.policy, batch)
+        counts[runtime], scores[runtime] = operations.total(), torch.stack(found)
+    assert scores["eager"].shape == (6, 2, scores["fast"].shape[-1])
+    assert 0 < apart(scores["eager"], scores["fast"]) < ROUNDING
+    # Other scores would show that each token has its own.
+    assert apart(scores["eager"][0], scores["eager"][1]) > 10 * ROUNDING
+    assert counts["eager"] > 2 * counts["fast"]
+
+
+def test_bfloat16_has_few_more_operations(tmp_path):
+    narrow = Narrow("pi0", tmp_path)
+    get_family("pi0").to_bfloat16(narrow.dense)
+    narrow.policy.num_tokens = 16
+    batch = {name: value[:1] for name, value in narrow.batch(16).items()}
+    narrow.noise = narrow.noise[:1]
+    narrow.both(batch)
+    with count_operations() as operations:
+        narrow.act(batch)
+    (found,) = narrow.policy.seam.runtime.differences.values()
+    assert ROUNDING < found < 5e-2
+    assert OPERATIONS["pi0"] < operations.total() < OPERATIONS_BF16
 
 
 # Operations of one action chunk of the fast path, at most, and what LeRobot's own loop has, at least.

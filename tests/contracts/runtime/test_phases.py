@@ -1,13 +1,19 @@
 """Phases read nothing back, are whole graphs, and may be recorded."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from torch._inductor import config as inductor
+from torch._inductor import metrics
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from driving import act, train_offsets, wrap
-from fast_path import FLOWS, ROUNDING, apart
+from fast_path import FLOWS, ROUNDING, apart, small
 from lerobot_policy_grids.errors import UnsupportedPolicyError
 from lerobot_policy_grids.families import seam as seams
 from lerobot_policy_grids.runtime import graphs, program
@@ -106,6 +112,82 @@ def test_fast_path_samples_inside_the_tower_too(tower_family, built):
         torch.compiler.reset()
         other = wrapped(phases.prefill, *observation)(*observation)
         assert all(map(torch.equal, tree_leaves(other), tree_leaves(cache)))
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Fails where a tensor is on the CPU: it would be copied to the GPU at each call, or could not be recorded."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        assert all(value.device.type == "cuda" for value in tensors), func
+        return result
+
+
+def run_on_a_gpu_that_is_not_there(phases, observation, noise):
+    mode = FakeTensorMode()
+
+    def fake(value):
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    for module in {*phases.prefill.modules(), *phases.denoise_step.modules()}:
+        for name, weight in module._parameters.items():
+            if weight is not None and not weight.is_cuda:
+                module._parameters[name] = torch.nn.Parameter(fake(weight), requires_grad=False)
+        for name, value in module._buffers.items():
+            module._buffers[name] = None if value is None else fake(value)
+    # A module that both phases have is done once.
+    observation, noise, number = (tree_map(fake, value) for value in (observation, noise, torch.tensor([1])))
+    with torch.no_grad(), mode, OnTheDevice():
+        return phases.denoise_step(phases.prefill(*observation), noise, number)
+
+
+def test_phases_copy_nothing_to_a_gpu(phased, built):
+    policy, batch = phased
+    # The one with the most in it: a tower of another precision than what is around it.
+    policy.use_runtime("fast", precision="bf16")
+    act(policy, batch)
+    assert run_on_a_gpu_that_is_not_there(*built[0]).is_cuda
+
+
+def test_a_phase_that_copies_to_a_gpu_is_found(pi0, built, monkeypatch):
+    policy, batch = pi0
+    policy.use_runtime("fast")
+    act(policy, batch)
+    gather = seams.gather_context
+
+    def copying(condition_on, batch, **options):
+        state = batch["observation.state"]
+        return gather(condition_on, batch | {"observation.state": state + torch.tensor([1.0]).to(state)}, **options)
+
+    monkeypatch.setattr(seams, "gather_context", copying)
+    with pytest.raises(AssertionError, match=r"aten\."):
+        run_on_a_gpu_that_is_not_there(*built[0])
+
+
+# Each of its kernels is compiled by g++ on its own, which takes a minute of CPU time or more.
+INDUCTOR = os.environ.get("GRIDS_TEST_INDUCTOR") == "1" and shutil.which(os.environ.get("CXX", "g++"))
+
+
+@pytest.mark.skipif(not INDUCTOR, reason="takes a minute, and a C++ compiler; GRIDS_TEST_INDUCTOR=1 runs it")
+@torch.no_grad()
+def test_what_inductor_makes_of_a_step_acts_as_it_does(family_row, built, tmp_path, monkeypatch):
+    policy, batch = small(family_row("tiny_smolvla"))
+    policy.use_runtime("fast")
+    act(policy, batch)
+    ((phases, observation, noise),) = built
+    cache, velocity = run_phases(phases, observation, noise)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    metrics.reset()
+    with inductor.patch(compile_threads=1):
+        step = torch.compile(phases.denoise_step, fullgraph=True, dynamic=False)
+        found = step(cache, noise, torch.tensor([1]))
+    assert 0 < apart(velocity, found) < ROUNDING
+    assert apart(velocity, step(cache, noise, torch.tensor([0]))) > 10 * ROUNDING
+    # Beside products and attention, which are no kernels of its own; 27 with 2 layers.
+    assert 0 < metrics.generated_kernel_count <= 30
 
 
 class Overwriting:
