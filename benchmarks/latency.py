@@ -39,7 +39,6 @@ from torch._dynamo.utils import counters
 
 from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
 from lerobot_grids.profiling.bench import device_name
-from lerobot_grids.profiling.measure import peak_memory_mib
 from lerobot_grids.profiling.operations import count_operations
 from lerobot_grids.profiling.roofline import Card, Work, find_card
 from lerobot_grids.profiling.stopwatch import CLOCKS, Timed, repeat, replaced, within
@@ -75,6 +74,7 @@ class Row:
         operations: That are no views; None of compiled code.
         work: Stage -> FLOPs by dtype, and bytes of weights.
         bound_seconds: Stage -> the least time on this card, if its peaks are known.
+        uncounted: Why the last three are missing although times were read.
     """
 
     tokens: int | None = None
@@ -91,6 +91,7 @@ class Row:
     operations: int | None = None
     work: dict[str, Work] = field(default_factory=dict)
     bound_seconds: dict[str, float] = field(default_factory=dict)
+    uncounted: str | None = None
 
     def __post_init__(self) -> None:
         parts = ["LeRobot dense" if self.tokens is None else f"K={self.tokens}"]
@@ -216,7 +217,7 @@ def time_chunks(row: Row, policy: Any, act: Callable[[], torch.Tensor], options:
     stages = [] if compiled_whole else stages_of(policy, program, is_cuda or row.is_compiled)
     row.seconds, chunk = repeat(act, stages, options.device, options.clock, options.repeats)
     if is_cuda:
-        row.peak_memory_mib = peak_memory_mib(policy)
+        row.peak_memory_mib = torch.cuda.max_memory_allocated(options.device) / 2**20
     return chunk
 
 
@@ -306,19 +307,21 @@ class Rows:
                 chunk = time_chunks(row, policy, act, self.options)
             if expected is not None:
                 row.difference = float((chunk - expected).abs().max() / (expected.max() - expected.min()))
-            count(row, policy, act, self.card)
         except Exception as error:  # whatever it is, other rows can be measured
             self.refuse(row, error)
             return None
+        try:
+            count(row, policy, act, self.card)
+        except Exception as error:  # its times are good
+            row.uncounted = reason_of(error)
         self._write(row)
         return chunk
 
     def refuse(self, row: Row, error: Exception) -> None:
         """Write that a row cannot be measured."""
-        kind = "" if isinstance(error, GridsError) else f"{type(error).__name__}: "
         # Without what was measured of it before.
         row = Row(row.tokens, row.layer, row.runtime, row.quantise, row.precision)
-        row.refused = f"{kind}{first_line(error)}"
+        row.refused = reason_of(error)
         self._write(row)
 
     def _write(self, row: Row) -> None:
@@ -336,6 +339,11 @@ HEADER = (
 )
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line, and its type where it is none of ours."""
+    return first_line(error) if isinstance(error, GridsError) else f"{type(error).__name__}: {first_line(error)}"
+
+
 def described(row: Row) -> str:
     """One line: medians of the stages, quantiles of the total, the bound, the GPU's memory, operations, difference."""
     if row.refused is not None:
@@ -346,6 +354,7 @@ def described(row: Row) -> str:
     cells += ["-" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}"]
     cells += ["-" if row.operations is None else str(row.operations)]
     apart = "" if row.difference is None else f"  {row.difference:.1e}"
+    apart += "" if row.uncounted is None else f"  not counted: {row.uncounted}"
     return f"{row.name:24}" + "".join(f"{cell:>11}" for cell in cells) + apart
 
 

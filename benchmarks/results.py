@@ -24,6 +24,7 @@ KEYED = {
     "trial": ("kind", "family", "dataset", "command"),
     "fuzz": ("kind", "seed", "number"),
     "latency": ("kind", "family", "narrow", "dtype", "cameras", "tokens", "num_steps", "device", "threads", "clock"),
+    "training-step": ("kind", "family", "tokens", "train", "batch_size", "gradient_checkpointing", "dtype", "device"),
     "soak": ("kind", "policy", "runtime", "minutes", "rate", "threads", "clock"),
     "libero-expert": ("kind", "suite", "task", "layout", "expert"),
 }

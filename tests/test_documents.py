@@ -71,7 +71,7 @@ ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 SIGNATURES = ("training_cost", "adapter_size")
 # Scripts whose options alone are checked.
 WITH_OPTIONS = {
-    *("latency", "export_size", "stages", "soak", "libero_expert", "reference"),
+    *("latency", "export_size", "stages", "soak", "libero_expert", "reference", "training_step"),
     *("scenes", "sheet", "tower", "grounding", "expert"),
 }
 # Options of other programs that documents name in passing.
@@ -485,7 +485,7 @@ def known_options():
     options |= set(fit_parser()._option_string_actions)
     for kind in ReducerConfig.get_known_choices().values():
         options |= {f"--reducer.{field.name}" for field in fields(kind)}
-    for script in ("latency", "libero_expert", "soak", "where/__main__"):
+    for script in ("latency", "libero_expert", "soak", "training_step", "where/__main__"):
         options |= arguments_of(ROOT / "benchmarks" / f"{script}.py")
     options |= {f"--{name}" for name in client_options()}
     return options | {"--reducer.type", "--dry-run"} | FOREIGN
@@ -494,12 +494,13 @@ def known_options():
 def test_options_in_prose_exist():
     from lerobot.policies.act.configuration_act import ACTConfig
     from lerobot.policies.groot.configuration_groot import GrootConfig
+    from lerobot.policies.pi0.configuration_pi0 import PI0Config
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
     from lerobot_policy_grids import GridsConfig
 
     known = known_options() | {f"--base.{field.name}" for kind in (ACTConfig, GrootConfig) for field in fields(kind)}
-    ours = {field.name for kind in (GridsConfig, SmolVLAConfig) for field in fields(kind)} | {"path"}
+    ours = {field.name for kind in (GridsConfig, PI0Config, SmolVLAConfig) for field in fields(kind)} | {"path"}
     checked = 0
     for path, span in SPANS:
         for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", span):
@@ -513,11 +514,9 @@ def test_options_in_prose_exist():
 
 
 def test_python_lines_in_prose_point_to_programs():
-    spans = [
-        (path, span)
-        for path, span in SPANS
-        if span.startswith(("python benchmarks/", "study.py ", "adapter_size.py ", "latency.py ", "libero_expert.py "))
-    ]
+    scripts = ("study", "adapter_size", "latency", "libero_expert", "training_step")
+    starts = ("python benchmarks/", *(f"{name}.py " for name in scripts))
+    spans = [(path, span) for path, span in SPANS if span.startswith(starts)]
     assert len(spans) > 20
     for _, span in spans:
         words = shlex.split(span.replace("FILE.", "main."))

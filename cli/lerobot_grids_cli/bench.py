@@ -66,7 +66,6 @@ def bench(
 
     Examples:
         lerobot-grids bench --policy lerobot/pi0_base --tokens 4,16,64
-        lerobot-grids bench --policy tiny --tokens 4,16 --device cpu
         lerobot-grids bench --policy tiny --tokens 4,16 --device cpu --runtime fast
         lerobot-grids bench --train --policy lerobot/pi0_base --tokens 16 --batch_size 8
     """

@@ -106,6 +106,34 @@ def test_the_loop_that_lerobot_compiles_runs_in_each_repetition(backend):
     assert model.sample_actions is own
 
 
+def test_on_a_gpu_each_repetition_is_two_runs_after_three(backend, monkeypatch):
+    """And its memory is that of this row alone."""
+    said = []
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: said.append((name, device)) or 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: said.append("empty_cache"))
+    row, x, double = latency.Row(runtime="compiled"), torch.ones(3), torch.compile(lambda x: x + x)
+    options = argparse.Namespace(**OPTIONS | {"device": "cuda:1", "warmup": None, "repeats": 2})
+    latency.time_chunks(row, None, lambda: double(x), options)
+    assert backend.runs == [3 + 2 * 2]
+    waits = 2 * 2 * 2 * [("synchronize", "cuda:1")]
+    peak = [("max_memory_allocated", "cuda:1")]
+    assert said == ["empty_cache", ("reset_peak_memory_stats", "cuda:1"), *waits, *peak]
+    assert row.peak_memory_mib == 3
+
+
+def test_what_cannot_be_counted_keeps_its_times(dense, monkeypatch, capsys):
+    def fail(*args):
+        raise ValueError("no rule")
+
+    monkeypatch.setattr(latency, "count", fail)
+    rows = rows_of(dense)
+    assert rows.add(latency.Row(), dense) is not None
+    (row,) = rows.rows
+    assert (len(row.seconds["total"]), row.refused, row.operations) == (OPTIONS["repeats"], None, None)
+    assert "not counted: ValueError: no rule" in capsys.readouterr().out
+
+
 def test_eager_code_is_not_called_compiled(dense, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     rows = rows_of(dense)

@@ -31,7 +31,7 @@ def test_fewer_tokens_need_less_and_what_is_predicted(measured, capsys):
     assert status == 0
     for row in (dense, few):
         assert len(row["seconds"]) == 2
-        assert row["peak_gib"] == pytest.approx(row["predicted_gib"], rel=0.01)
+        assert row["peak_gib"] == pytest.approx(row["predicted_gib"], rel=0.03)
     assert few["peak_gib"] < dense["peak_gib"]
     assert (dense["tokens"], few["tokens"], few["batch_size"], few["train"]) == (None, 16, 4, "reducer+lora")
     assert refused["refused"].startswith("500 tokens per camera requested")
