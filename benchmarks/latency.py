@@ -158,7 +158,8 @@ def stages_of(policy: Any, program: Any, is_whole: bool) -> list[Timed]:
         encoder = next((module for name, module in named if name.endswith("encoder")), stages.vision)
     if program is not None:
         prefill = program.phases.prefill
-        encoder = getattr(prefill, "tower", getattr(prefill, "backbone", encoder))
+        parts = (getattr(prefill, name, None) for name in ("tower", "encoder", "backbone"))
+        encoder = next((part for part in parts if part is not None), encoder)
         inside = policy.seam.inside is not None
         vision = [] if is_whole or inside else [Timed(encoder, "forward", "vision")]
         return [*vision, Timed(program, "denoise_step", "steps")]
@@ -167,7 +168,11 @@ def stages_of(policy: Any, program: Any, is_whole: bool) -> list[Timed]:
         return vision
     if hasattr(model, "denoise_step"):
         return [*vision, Timed(model, "denoise_step", "steps")]
-    transformer = model.action_head.model if hasattr(model, "action_head") else model.transformer
+    head = getattr(model, "action_head", model)
+    if hasattr(head, "seq_pool_proj"):
+        # EVO1's has all steps in one method.
+        return [*vision, Timed(head, "get_action", "steps")]
+    transformer = head.model if hasattr(model, "action_head") else head.transformer
     return [*vision, Timed(transformer, "forward", "steps")]
 
 
@@ -450,7 +455,7 @@ def about(header: dict[str, Any], card: Card | None) -> str:
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot, act or tiny")
+    parser.add_argument("--family", required=True, help="pi0, pi05, pi0_fast, smolvla, xvla, groot, evo1, act or tiny")
     parser.add_argument("--tokens", type=int, default=16, help="K, visual tokens per camera")
     everything = "--compiled, --quantise int8, and a third of the tower's layers for --sample_after_layer"
     parser.add_argument("--all", action="store_true", help=everything)

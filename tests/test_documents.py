@@ -71,7 +71,7 @@ ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 SIGNATURES = ("training_cost", "adapter_size")
 # Scripts whose options alone are checked.
 WITH_OPTIONS = {
-    *("latency", "export_size", "stages", "soak", "libero_expert", "training_step"),
+    *("latency", "export_size", "stages", "soak", "libero_expert", "training_step", "reference"),
     *("scenes", "sheet", "tower", "grounding", "expert"),
 }
 # Options of other programs that documents name in passing.
@@ -663,6 +663,30 @@ def test_policies_has_a_row_for_every_policy_of_lerobot():
     ((_, rows),) = [table for table in tables if table[0][0] == "policy type"]
     refused = {name: why for names, why in rows for name in re.findall(r"`(\w+)`", names)}
     assert refused == {name: refusal.reason for name, refusal in REFUSED.items()}
+
+
+def test_flops_are_the_kept_ones():
+    """Each row of docs/flops.md, whose policies are called as in docs/policies.md."""
+    ((_, rows),) = [t for t in tables_of(ROOT / "docs" / "policies.md") if t[0][:2] == ["policy", "`--policy`"]]
+    names = {row[0]: re.findall(r"`(\w+)`", row[1])[0] for row in rows}
+    ((header, rows),) = [t for t in tables_of(ROOT / "docs" / "flops.md") if t[0][:2] == ["policy", "cameras"]]
+    assert header[2:6] == ["language tokens", "dense", "K = 16", "cut"]
+    kept, shown = kept_results.lines("bench"), set()
+    for policy, cameras, words, *cells in rows:
+        key = (names[policy.split(",")[0]], int(cameras), None)
+        costs = {x["name"]: x for x in kept if (x["policy"], x["cameras"], x.get("device")) == key}
+        full, few = (sum(costs[name]["flops"].values()) for name in ("dense", "K=16"))
+        sampler = costs["K=16"]["flops"]["sampler"]
+        cut = f"−{100 * (1 - few / full):.1f} %"  # noqa: RUF001
+        assert [words, *cells] == [
+            str(costs["dense"]["language_tokens"]),
+            f"{full / 1e9:.0f}",
+            f"{few / 1e9:.0f}",
+            cut,
+            f"{sampler / 1e9:.2f}",
+        ]
+        shown.add(key[0])
+    assert shown == set(names.values()) - {"tiny"}
 
 
 def test_the_batches_that_fit_are_the_kept_ones():

@@ -7,6 +7,8 @@ from .parser import run
 def import_reference(checkpoint: str, output: str = "", convention: str | None = None, json: str | None = None) -> None:
     """Make a grids checkpoint of a published GridS checkpoint, such as one of the paper's LeRobot tree.
 
+    Published weights of π0 and π0.5 are openpi's, in JAX: they must be converted to a LeRobot policy first.
+
     Args:
         checkpoint: The published checkpoint: a folder with config.json and model.safetensors, or a Hub id.
         output: The folder to write. Must be given.
@@ -30,8 +32,8 @@ def import_reference(checkpoint: str, output: str = "", convention: str | None =
         require_writable(Path(json))
     imported = reference.import_reference(checkpoint, Path(output), convention)
     print(
-        f"imported a '{imported.policy_type}' policy with {imported.num_tokens} visual tokens per camera, coordinates "
-        f"as in {imported.convention}, into {output}\nnext: lerobot-grids eval --policy {output}"
+        f"imported the '{imported.policy_type}' policy with {imported.num_tokens} visual tokens per camera, "
+        f"coordinates as in {imported.convention}, into {output}\nnext: lerobot-grids eval --policy {output}"
     )
     write_json(json, asdict(imported))
 

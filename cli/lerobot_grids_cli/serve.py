@@ -15,6 +15,8 @@ def serve(
     tokens: int | None = None,
     num_steps: int | None = None,
     runtime: Literal["eager", "fast", "compiled"] | None = None,
+    quantise: Literal["none", "int8", "int8_dynamic"] | None = None,
+    precision: Literal["own", "fp32", "tf32", "bf16"] | None = None,
     device: str | None = None,
     task: str = "",
     fps: int = 30,
@@ -36,6 +38,9 @@ def serve(
         tokens: Visual tokens per camera of a grids checkpoint, up to the largest that it was trained for.
         num_steps: Integration steps of the flow for one action chunk. Defaults to the checkpoint's.
         runtime: How a grids policy acts: eager, fast or compiled. Defaults to the checkpoint's.
+        quantise: Weights of trunk and action expert, with fast or compiled. Defaults to the checkpoint's.
+        precision: Of products of float32, and with bf16 of the vision tower, with fast or compiled. Defaults to the
+            checkpoint's.
         device: Device, such as cpu or cuda. Defaults to the checkpoint's, or to one that this machine has.
         task: Instruction to warm up with; the robot sends its own. Give the same where instructions are not padded.
         fps: Actions per second of the robot.
@@ -59,16 +64,12 @@ def serve(
     from lerobot_grids.console import require_writable, write_json
     from lerobot_grids.policies import flow_steps, load, token_counts
     from lerobot_grids.serving import GridsPolicyServer, is_loopback, start_server
-    from lerobot_policy_grids.errors import GridsError
 
     if json is not None:
         require_writable(Path(json))
     with Console(stderr=True).status("loading"):
         loaded = load(policy, device=device, num_tokens=tokens, num_steps=num_steps, rename_map=rename_map)
-        if runtime is not None:
-            if not hasattr(loaded.policy, "use_runtime"):
-                raise GridsError(f"{policy} is a dense policy, which only acts eagerly; drop --runtime")
-            loaded.policy.use_runtime(runtime)
+        _use_runtime(loaded.policy, policy, {"runtime": runtime, "quantise": quantise, "precision": precision})
         servicer = GridsPolicyServer(loaded, policy, fps=fps)
         seconds = servicer.warm_up(task)
     used, dense = token_counts(loaded.policy)
@@ -99,6 +100,20 @@ def serve(
     finally:
         endpoint.stop()
         _report(servicer, policy, json, write_json)
+
+
+def _use_runtime(policy: Any, name: str, options: dict[str, str | None]) -> None:
+    """Act as these options say, and where they are None as the checkpoint says."""
+    given = {option: value for option, value in options.items() if value is not None}
+    if not given:
+        return
+    if not hasattr(policy, "use_runtime"):
+        from lerobot_policy_grids.errors import GridsError
+
+        raise GridsError(f"{name} is a dense policy, which only acts eagerly; drop --{next(iter(given))}")
+    # What a checkpoint says of a fast runtime says nothing of the eager one.
+    kept = {} if given.get("runtime") == "eager" else {option: getattr(policy.config, option) for option in options}
+    policy.use_runtime(**(kept | given))
 
 
 def _report(servicer: Any, policy: str, json: str | None, write_json: Any) -> None:

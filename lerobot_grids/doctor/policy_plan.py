@@ -212,6 +212,7 @@ class PolicyPlan:
             seen = f"all weights with gradients and Adam need {needed / GIB:.1f} GiB, without a batch"
             if needed > USABLE_SHARE * memory:
                 yield Check("warn", "Training", f"{seen}; {device} has {memory / GIB:.1f}")
+        predicted = False
         for train, checkpointing in ways:
             try:
                 cost = predict_step(
@@ -225,6 +226,7 @@ class PolicyPlan:
             except (GridsError, NotImplementedError) as error:
                 yield Check("warn", "Training", f"{train} cannot be predicted ({error})")
                 continue
+            predicted = True
             flags = f"--model.train {train}" if tokens is not None else "--tokens dense"
             flags += " --model.gradient_checkpointing true" if checkpointing else ""
             largest = cost.largest_batch(memory)
@@ -235,6 +237,9 @@ class PolicyPlan:
                 return
             advice = f"{largest} frames fit: --batch_size {largest}" if largest else "not even one frame fits"
             yield Check("warn", "Training", seen, advice)
+        if not predicted:
+            yield Check("warn", "Training", "no way could be predicted; whether it fits shows when fit runs")
+            return
         advice = "choose a smaller policy or a larger GPU (--gpu_memory GIB plans for one)"
         yield Check("fail", "Training", f"no way to train it with {batch} frames fits {device}", advice)
 

@@ -199,8 +199,9 @@ def _wrapped(loaded: Any) -> tuple[GridsPolicy, AbstractContextManager[None]]:
         looking = policy.looking_everywhere()
     if not policy.family.exports:
         raise UnsupportedPolicyError(
-            f"there is nothing to export for a '{policy.base.config.type}' policy: what is exported takes images "
-            "and integrates a flow from noise, and its phases do not; docs/export.md lists what can be exported"
+            f"there is nothing to export for the '{policy.base.config.type}' policy: what is exported takes images "
+            "and an instruction and integrates a flow from noise, and its phases do not; docs/export.md lists what can "
+            "be exported"
         )
     try:
         policy.use_runtime("fast")

@@ -204,7 +204,7 @@ def _measurements(source: Path, facts: PolicyFacts, description: Description) ->
         raise GridsError(str(error)) from error
     for costs in found.costs:
         if costs.policy != facts.family:
-            raise GridsError(f"--results has costs of '{costs.policy}', but {source} is a '{facts.family}' policy")
+            raise GridsError(f"--results has costs of '{costs.policy}', but {source} has type '{facts.family}'")
     rows: list[SuccessRow | DistanceRow] = [*found.successes, *found.distances]
     if rows and not any(row.own for row in rows):
         seen = ", ".join(sorted({row.policy for row in rows}))

@@ -83,7 +83,7 @@ def set_flow_steps(policy: Any, steps: int) -> None:
         raise GridsError(f"--num_steps {steps}; give at least 1")
     base = dense_policy(policy)
     if flow_steps(policy) is None:
-        raise GridsError(f"a '{base.config.type}' policy integrates no flow; drop --num_steps")
+        raise GridsError(f"the '{base.config.type}' policy integrates no flow; drop --num_steps")
     get_family(base.config.type).set_steps(base, steps)
 
 

@@ -125,7 +125,7 @@ def _set_action_steps(policy: Any, steps: int) -> None:
     config = base_config(policy.config)
     longest = getattr(config, "chunk_size", None)
     if longest is None or not hasattr(config, "n_action_steps"):
-        raise GridsError(f"a '{config.type}' policy does not act in chunks; drop --n_action_steps")
+        raise GridsError(f"the '{config.type}' policy does not act in chunks; drop --n_action_steps")
     if not 1 <= steps <= longest:
         raise GridsError(f"--n_action_steps {steps}; the policy's chunks have {longest} steps, so give 1 .. {longest}")
     config.n_action_steps = steps

@@ -2,7 +2,8 @@
 
 Those of the paper's LeRobot tree have it as `model.token_sampler.scout_mlp.*` and `.coord_encoder.*`, two options in
 config.json that LeRobot does not know, and the statistics of normalisation among the weights, where LeRobot before 0.4
-had them. openpi's own checkpoints are JAX's; they must be converted to a LeRobot policy first, under any prefix.
+had them. What is published of π0 and π0.5 are openpi's own checkpoints. They are JAX's, and all of their weights were
+trained, so the whole policy must become a LeRobot policy first; its sampler may then have any prefix.
 """
 
 import json
@@ -35,7 +36,7 @@ from lerobot_policy_grids.checkpoint.files import (
     read_json,
 )
 from lerobot_policy_grids.checkpoint.weights import load_weights
-from lerobot_policy_grids.errors import CheckpointError
+from lerobot_policy_grids.errors import CheckpointError, NoConfigError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.reducers.reference import CONVENTIONS, ReferenceConfig
@@ -51,7 +52,11 @@ HEAD = tuple(f"scout_mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weigh
 GEOMETRY = tuple(f"coord_encoder.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))
 # Statistics among the weights; some have the name of a robot in theirs.
 STATISTICS = re.compile(r"(?:un)?normalize_(?:inputs|targets|outputs)\.(?:\w[\w-]*_)?buffer_(\w+)\.(\w+)")
-ADVICE = "give a published GridS checkpoint as it is on the Hub"
+ADVICE = "give a published GridS checkpoint of LeRobot as it is on the Hub"
+OPENPI = (
+    "published GridS weights of π0 and π0.5 are checkpoints of openpi in JAX, which cannot be imported before they are "
+    "converted to a LeRobot policy with all their weights, and no converter is included"
+)
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,19 @@ def import_reference(source: str, output: Path, convention: str | None = None) -
         UnsupportedPolicyError: If the policy's type is not supported.
         OutputExistsError: If `output` exists.
     """
-    # Checked below, without the options that LeRobot does not know.
-    folder = find_checkpoint(source, check=False)
+    try:
+        # Checked below, without the options that LeRobot does not know.
+        folder = find_checkpoint(source, check=False)
+    except NoConfigError as error:
+        raise CheckpointError(f"{source} holds no {CONFIG_FILE} of a LeRobot policy; {OPENPI}") from error
     path = folder / WEIGHTS_FILE
     config, count = _read_config(folder)
     family = get_family(config.type)
     convention = convention or family.reference
     if convention is None:
         raise CheckpointError(
-            f"{folder} is a '{config.type}' policy, of which no GridS weights are published here; give --convention "
-            f"{' or '.join(CONVENTIONS)}"
+            f"{folder} has policy type '{config.type}', of which no GridS weights are published here; give "
+            f"--convention {' or '.join(CONVENTIONS)}"
         )
     with open_tensors(path, ADVICE) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
@@ -136,6 +144,8 @@ def _read_config(folder: Path) -> tuple[Any, int | None]:
     path = folder / CONFIG_FILE
     content = read_json(path)
     kind = content.get("type")
+    if kind is None:
+        raise CheckpointError(f"{path} names no type of policy, as LeRobot's does; {OPENPI}")
     get_family(str(kind))
     switch, count = content.pop(SWITCH, True), content.pop(COUNT, None)
     if switch is not True:

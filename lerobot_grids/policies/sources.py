@@ -1,5 +1,6 @@
 """What a command line calls a policy, a budget or a device."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +49,12 @@ def find_source(source: str, *, weights: bool = True) -> Path | None:
     if source in REFUSED and not Path(source).exists():
         get_family(source)
     if source not in known and not Path(source).exists() and "/" not in source:
+        near = get_close_matches(source.lower(), [*known, *REFUSED], 1)
+        if near and near[0] in REFUSED:
+            get_family(near[0])
+        meant = f"did you mean {near[0]}? Otherwise give" if near else "give"
         raise UnsupportedPolicyError(
-            f"policy '{source}' is unknown; give a family ({', '.join(known)}), a checkpoint folder, "
+            f"policy '{source}' is unknown; {meant} a family ({', '.join(known)}), a checkpoint folder, "
             "or a Hub id like user/name or user/name@revision"
         )
     place = known.get(source, source)

@@ -1,6 +1,7 @@
 """Build the policy that is to be trained."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from lerobot.processor import RenameObservationsProcessorStep, rename_stats
 from lerobot.utils.constants import ACTION, IMAGENET_STATS
 
 from lerobot_policy_grids import GridsConfig, GridsPolicy
-from lerobot_policy_grids.base_options import hand_to_base
+from lerobot_policy_grids.base_options import new_base
 from lerobot_policy_grids.checkpoint import load_checkpoint, provenance, read_config
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import BudgetError, GridsError
@@ -130,8 +131,7 @@ def configure(
             "from a family that has no checkpoint"
         )
     if folder is None:
-        config: Any = PreTrainedConfig.get_choice_class(named_type(source))(input_features=data.inputs, device="cpu")
-        hand_to_base(config, base or {})
+        config: Any = _new_config(named_type(source), data, base or {})
     else:
         config = read_config(folder)
         get_family(base_config(config).type)
@@ -146,6 +146,14 @@ def configure(
         config.share_with_base()
     _describe_robot(base_config(config), data)
     return config, findings
+
+
+def _new_config(policy_type: str, data: DatasetFeatures, options: dict[str, Any]) -> Any:
+    """The default configuration of a family with these options. EO1's reads files of the model that it begins with."""
+    family, kind = get_family(policy_type), PreTrainedConfig.get_choice_class(policy_type)
+    asked = SimpleNamespace(**{name: options.get(name, getattr(kind, name, None)) for name in family.repositories})
+    with family.needing_its_extra(), family.needing_its_files(asked, fresh=True):
+        return new_base(policy_type, options, input_features=data.inputs, device="cpu")
 
 
 def _refuse_useless(reducer: Any, schedule: str, position_ids: str | None) -> None:

@@ -94,7 +94,7 @@ def _fixed_width_faults(source: str, base: Any, widths: dict[str, int]) -> list[
     return [
         Finding(
             f"the dataset's {kind} has {widths[name]} dimensions, and {source} was trained with "
-            f"{trained[name].shape[0]}, which stay with a '{base.type}' policy; start a new one"
+            f"{trained[name].shape[0]}, which stay with the '{base.type}' policy; start a new one"
         )
         for name, kind, fields in LIMITS
         if not any(hasattr(base, field) for field in fields)

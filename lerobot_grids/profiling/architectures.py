@@ -3,6 +3,7 @@
 On the "meta" device they need no memory and compute no values, which is enough to count FLOPs.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -48,7 +49,7 @@ def make_config(name: str, cameras: int, size: int | None = None, dtype: str = "
         dtype: "bfloat16" or "float32", for families that support both.
 
     Raises:
-        UnsupportedPolicyError: If the name is unknown.
+        UnsupportedPolicyError: If the name is unknown, or packages that it needs are not installed.
     """
     known = architectures()
     if name not in known:
@@ -57,24 +58,42 @@ def make_config(name: str, cameras: int, size: int | None = None, dtype: str = "
     inputs = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, size, size)) for i in range(cameras)}
     inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (STATE_SIZE,))
     outputs = {ACTION: PolicyFeature(FeatureType.ACTION, (ACTION_SIZE,))}
-    return known[name].config(inputs, outputs, size, dtype)
+    with known[name].needing_its_extra():
+        return known[name].config(inputs, outputs, size, dtype)
 
 
 def instantiate(config: PreTrainedConfig, device: str) -> Any:
     """Build the policy with random weights in evaluation mode, on a device or on "meta".
 
     Weights are created in the policy's own precision, because in float32 a large model would need twice the memory.
+
+    Raises:
+        UnsupportedPolicyError: If packages that it needs are not installed.
     """
     config.device = device
     family = get_family(config.type)
     # Some of LeRobot's policies print while they are constructed.
-    with family.offline(config), torch.device(device), cheap_construction(config), redirect_stdout(StringIO()):
+    with (
+        family.needing_its_extra(),
+        family.offline(config),
+        torch.device(device),
+        cheap_construction(config),
+        redirect_stdout(StringIO()),
+    ):
         policy = build(config).eval()
     family.finish(policy)
     if device != "meta":
         _fill(policy)
     # Constants that a policy makes by numpy, such as ACT's positions, are on the CPU.
     return policy.to(device)
+
+
+def precision(policy: nn.Module) -> str:
+    """Precision of most of a policy's weights, such as "bfloat16"; options of families have many names for it."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in policy.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def make_batch(policy: Any, language_tokens: int, device: str) -> dict[str, Tensor]:
@@ -121,7 +140,10 @@ class _NoRandomFill(TorchDispatchMode):
 
 @contextmanager
 def cheap_construction(config: Any) -> Iterator[None]:
-    """In this block a policy is made in the precision that it has, and its weights keep undefined values."""
+    """In this block a policy is made in the precision that it has, and its weights keep undefined values.
+
+    Where the option has another name than `dtype`, LeRobot's class makes its weights in that precision itself.
+    """
     saved = torch.get_default_dtype()
     if getattr(config, "dtype", "float32") == "bfloat16":
         torch.set_default_dtype(torch.bfloat16)

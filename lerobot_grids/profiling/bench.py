@@ -16,7 +16,7 @@ from lerobot_policy_grids.modeling_grids import dense_policy
 from lerobot_policy_grids.reducers import reducer_config
 
 from ..policies import flow_steps, load, set_flow_steps
-from .architectures import architectures, instantiate, make_batch, make_config
+from .architectures import architectures, instantiate, make_batch, make_config, precision
 from .known_values import KnownValues
 from .measure import Cost, count_flops, measure_latency, peak_memory_mib, prefix_length
 
@@ -114,7 +114,7 @@ def bench(
         cameras=len(counted.config.image_features),
         language_tokens=length,
         parameters=sum(parameter.numel() for parameter in counted.parameters()),
-        dtype=getattr(counted.config, "dtype", "float32"),
+        dtype=precision(counted),
         device=None if device is None else device_name(device),
         threads=torch.get_num_threads(),
     )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -13,6 +14,15 @@ CREATED = frozenset({"arange", "full", "ones", "zeros", "empty", "scalar_tensor"
 
 class KnownValues(TorchDispatchMode):
     """In this mode integers and bools that would go to the meta device stay on the CPU, and may meet meta tensors."""
+
+    def __enter__(self) -> Any:
+        self._of_lists = _OfLists()
+        self._of_lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._of_lists.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
@@ -26,6 +36,17 @@ class KnownValues(TorchDispatchMode):
         stays = name in INDEXED and isinstance(args[0], torch.Tensor) and args[0].is_meta
         if "meta" in devices and len(devices) > 1 and not stays:
             args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _OfLists(TorchFunctionMode):
+    """Tensors that are made of a list, whose way to the meta device no dispatch mode sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+            made = func(*args, **kwargs | {"device": "cpu"})
+            return made.to("meta") if made.is_floating_point() else made
         return func(*args, **kwargs)
 
 

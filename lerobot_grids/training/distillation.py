@@ -201,8 +201,8 @@ class Distillation:
         self.source = policy.family.feature_source(policy.base)
         if temperature is not None and self.target.softened is None:
             raise GridsError(
-                f"distill_temperature={temperature}: a '{policy.base.config.type}' policy predicts actions, which have "
-                "no temperature; drop it"
+                f"distill_temperature={temperature}: the '{policy.base.config.type}' policy predicts actions, which "
+                "have no temperature; drop it"
             )
 
         if map_weight > 0:
@@ -344,7 +344,7 @@ def _check_fit(name: str, teacher: Any, student: Any) -> None:
     if isinstance(teacher, GridsConfig):
         raise GridsError(f"{name} is a grids policy, but a teacher sees every token; give --teacher its dense policy")
     if teacher.type != student.type:
-        raise GridsError(f"teacher {name} is a '{teacher.type}', the student a '{student.type}'; they must be equal")
+        raise GridsError(f"teacher {name} has type '{teacher.type}', the student '{student.type}'; they must be equal")
     for option in SAME:
         theirs, ours = getattr(teacher, option, None), getattr(student, option, None)
         if theirs != ours:

@@ -20,6 +20,7 @@ from .trainable import Trained
 
 # Memory of common GPUs, in GiB.
 GPU_SIZES = (8, 12, 16, 24, 80)
+NO_REDUCER = "the dense policy has no reducer to train"
 
 
 @dataclass
@@ -96,6 +97,7 @@ def bench_steps(
     Raises:
         BudgetError: If a budget exceeds the dense tokens.
         UnsupportedPolicyError: If the policy is unknown.
+        GridsError: If no step of it can be predicted.
     """
     config = make_config(policy, cameras, None, dtype) if policy in architectures() else dense_config(policy)
     family = get_family(config.type)
@@ -125,6 +127,8 @@ def bench_steps(
                 options |= {"gradient_checkpointing": checkpointing, "batch_size": result.batch_size}
                 _fill(row, config, options)
                 result.rows.append(row)
+    if all(row.cost is None for row in result.rows):
+        raise GridsError("; ".join(dict.fromkeys(row.reason or "" for row in result.rows if row.reason != NO_REDUCER)))
     return result
 
 
@@ -138,7 +142,7 @@ def dense_config(policy: str) -> Any:
 
 def _fill(row: StepRow, config: Any, options: dict[str, Any]) -> None:
     if row.train == "reducer" and options["tokens"] is None:
-        row.reason = "the dense policy has no reducer to train"
+        row.reason = NO_REDUCER
         return
     try:
         row.cost = predict_step(config, row.train, **options)

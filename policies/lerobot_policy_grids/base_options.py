@@ -4,10 +4,12 @@ LeRobot's commands take `--policy.n_action_steps=1` and the like for every polic
 such option of the supported families as a field of its own; a value that is given goes to the base policy.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from functools import cache, reduce
 from operator import or_
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lerobot.configs import PreTrainedConfig
@@ -91,15 +93,40 @@ def hand_to_base(base: Any, given: dict[str, Any]) -> None:
     Raises:
         GridsError: If it has no such option, or refuses the value.
     """
-    unknown = [name for name in given if not hasattr(base, name)]
-    if unknown:
-        raise GridsError(f"a '{base.type}' policy has no option {', '.join(unknown)}; drop it")
+    _refuse_unknown(base.type, base, given)
     if given:
         vars(base).update(given)
-        try:
+        with _checking(base.type, given):
             base.__post_init__()
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise GridsError(f"a '{base.type}' policy cannot have {given}: {error}") from error
+
+
+def new_base(policy_type: str, given: dict[str, Any], **others: Any) -> Any:
+    """A base policy's configuration that has these options from the start, and `others`, which are not the user's.
+
+    Raises:
+        GridsError: If it has no such option, or refuses the value.
+    """
+    kind = PreTrainedConfig.get_choice_class(policy_type)
+    _refuse_unknown(policy_type, SimpleNamespace(**{f.name: None for f in fields(kind) if f.init}), given)
+    with _checking(policy_type, given):
+        return kind(**others, **given)
+
+
+def _refuse_unknown(policy_type: str, base: Any, given: dict[str, Any]) -> None:
+    unknown = [name for name in given if not hasattr(base, name)]
+    if unknown:
+        raise GridsError(f"the '{policy_type}' policy has no option {', '.join(unknown)}; drop it")
+
+
+@contextmanager
+def _checking(policy_type: str, given: dict[str, Any]) -> Iterator[None]:
+    """Around what lets a configuration check its options."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if not given:
+            raise
+        raise GridsError(f"the '{policy_type}' policy cannot have {given}: {error}") from error
 
 
 def take_defaults_from(base: Any, trained: Any) -> None:
@@ -113,7 +140,9 @@ def take_defaults_from(base: Any, trained: Any) -> None:
         GridsError: If the weights are another policy's.
     """
     if trained.type != base.type:
-        raise GridsError(f"base.pretrained_path holds a '{trained.type}' policy, expected '{base.type}'; give its type")
+        raise GridsError(
+            f"base.pretrained_path has policy type '{trained.type}', expected '{base.type}'; give its type"
+        )
     common = {f.name for f in fields(PreTrainedConfig)}
     taken = {}
     for f in fields(base):

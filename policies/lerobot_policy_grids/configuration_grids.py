@@ -115,7 +115,7 @@ class GridsConfig(PreTrainedConfig):
         default="own",
         metadata={
             "help": f"How exactly a fast or compiled runtime computes products of float32: one of {PRECISIONS}, own as "
-            "the process does. Checked against fp32 first."
+            "the process does; bf16 is tf32 with a vision tower in bfloat16. Checked against fp32 first."
         },
     )
     base_repo_id: str | None = field(default=None, metadata={"help": "Hub id the dense base came from, if any."})

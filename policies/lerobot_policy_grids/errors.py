@@ -23,6 +23,10 @@ class CheckpointError(GridsError):
     """A checkpoint is missing, incomplete, damaged or does not fit its configuration."""
 
 
+class NoConfigError(CheckpointError):
+    """A folder is there, perhaps fetched from the Hub, and holds no config.json."""
+
+
 class DatasetError(GridsError):
     """A dataset is missing, unreadable or does not fit the policy."""
 

@@ -124,6 +124,8 @@ class GridsPolicy(PreTrainedPolicy):
         declare_as(type(self), type(base))
         _take_from_dataset(base_config, **kwargs)
         layout = self.family.layout(base)
+        if config.reducer.projected:
+            layout = self.family.projected(base, layout)
         after = config.reducer.inside
         inside = None if after is None else self.family.tower(base).layout(layout, after)
         self.reducer: Any = config.reducer.build(inside or layout)
@@ -152,8 +154,9 @@ class GridsPolicy(PreTrainedPolicy):
                 against the eager way at the first observation, and say how far they are apart.
             quantise: Weights of trunk and action expert: "none" as they are, "int8" with 8 bits, "int8_dynamic" with
                 8 bits and what they are multiplied with, too. Needs torchao, and a runtime that is not "eager".
-            precision: Of products of float32: "own" as the process computes them, "fp32", "tf32", "bf16". The last two
-                round inputs to 10 and 7 bits, on a GPU that can. Needs a runtime that is not "eager".
+            precision: "own" computes products of float32 as the process does, "fp32" as float32, "tf32" with inputs of
+                10 bits on a GPU that can. "bf16" is "tf32" with a copy of the vision tower in bfloat16, which takes 2
+                bytes of memory for each of its weights. Needs a runtime that is not "eager".
 
         Raises:
             UnsupportedPolicyError: If the base policy, or the reducer, cannot act in that way.
@@ -187,11 +190,13 @@ class GridsPolicy(PreTrainedPolicy):
         """Prepare for observations like this one, outside the control loop: compile, record, compare with eager.
 
         What differs from the first observation in its cameras, shapes or length of the instruction is prepared for when
-        it first comes.
+        it first comes. A shape for which the policy acts eagerly, because the fast path failed, is tried again.
 
         Args:
             batch: A pre-processed batch.
         """
+        if self.seam.runtime is not None:
+            self.seam.runtime.try_again()
         device = next(self.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.predict_action_chunk(dict(batch))
@@ -408,7 +413,7 @@ class GridsPolicy(PreTrainedPolicy):
         folder = find_checkpoint(str(pretrained_name_or_path), **options)
         kind = policy_type(folder)
         if kind != cls.name:
-            raise CheckpointError(f"{folder} is a '{kind}' policy, not '{cls.name}'; load it with its own class")
+            raise CheckpointError(f"{folder} has policy type '{kind}', not '{cls.name}'; load it with its own class")
         if (config := kwargs.get("config")) is not None:
             # The checkpoint holds every weight, or names its base.
             config.require_base().pretrained_path = None
@@ -507,6 +512,8 @@ def _not_acting(policy: GridsPolicy) -> str | None:
     """Why the policy must not act through its fast runtime at the moment."""
     if policy.training:
         return "it is being trained, and its weights change; call eval()"
+    if policy.family.feature_source(policy.base)._forward_hooks:
+        return "something watches the visual tokens with a hook, which the fast path may not call"
     fixed = policy.config.runtime == "compiled" or next(policy.parameters()).is_cuda
     if fixed and any(module._forward_hooks for module in policy.reducer.modules()):
         return "something watches the sampler with a hook, which neither a compiled nor a recorded path calls"

@@ -81,6 +81,7 @@ def make_processors(
     if dataset_stats is not None:
         dataset_stats = settle_constants(dataset_stats)
     extra = {"dataset_meta": dataset_meta} if "dataset_meta" in signature(make).parameters else {}
-    with get_family(base.type).needing_its_extra():
+    family = get_family(base.type)
+    with family.needing_its_extra(), family.needing_its_files(base, fresh=False):
         preprocessor, postprocessor = make(base, dataset_stats=dataset_stats, **extra)
     return preprocessor, postprocessor

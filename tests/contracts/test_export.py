@@ -239,7 +239,7 @@ def test_an_instruction_that_is_written_otherwise_is_refused(family_row, tmp_pat
 @pytest.mark.parametrize("name", ["pi0_fast", "act", "xvla", "evo1", "groot"])
 def test_families_without_phases_say_so(name, family_row, tmp_path):
     loaded = LoadedPolicy(family_row(name).policy(), None, None)
-    with pytest.raises(UnsupportedPolicyError, match=f"nothing to export for a '{name}' policy.*docs/export.md"):
+    with pytest.raises(UnsupportedPolicyError, match=f"nothing to export for the '{name}' policy.*docs/export.md"):
         export(loaded, tmp_path / "graphs", "torch", task=TASK)
 
 

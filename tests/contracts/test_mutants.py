@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mutants
+from lerobot_policy_grids.families import qwen
 
 
 def _load(name):
@@ -33,7 +34,7 @@ def test_suite_fails_without_masks_with_a_dropped_camera(family, monkeypatch):
         test(family=family, **parameters)
 
 
-@pytest.mark.parametrize("concatenating_family", ["tiny_smolvla", "pi0"], indirect=True)
+@pytest.mark.parametrize("concatenating_family", ["tiny_smolvla", "pi0", "pi05", "pi0_fast"], indirect=True)
 @pytest.mark.parametrize("mutant", MUST_FAIL)
 def test_suite_fails_with(mutant, concatenating_family, monkeypatch):
     mutants.install(mutant, monkeypatch)
@@ -61,3 +62,10 @@ def test_suite_fails_where_tokens_are_scattered_with(mutant, scattering_family, 
     for test, parameters in MUST_FAIL_ANYWHERE[mutant]:
         with pytest.raises(AssertionError):
             test(scattering_family, **parameters)
+
+
+@pytest.mark.parametrize("scattering_family", ["vla_jepa"], indirect=True)
+def test_suite_fails_where_the_trunk_adds_the_first_rows(scattering_family, monkeypatch):
+    monkeypatch.setattr(qwen, "_read", mutants.first_rows)
+    with pytest.raises(AssertionError):
+        positions.test_what_the_trunk_adds_later_is_read_where_the_tokens_are(scattering_family)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from driving import ROUNDING, act, loss_of, run, train_offsets, wrap
+from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.positions import dense_positions
 
 
@@ -26,6 +27,36 @@ def test_at_all_tokens_they_are_the_dense_ones(family):
     loss_k, chunk_k, _ = run(wrapped, batch)
     torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
     torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("scattering_family", ["vla_jepa", "groot"], indirect=True)
+def test_what_the_trunk_adds_later_is_read_where_the_tokens_are(scattering_family):
+    """The features of two layers of the tower (deepstack), sampled by torch at the tokens' coordinates."""
+    policy = scattering_family.policy(cameras=2)
+    batch = scattering_family.batch(policy)
+    wrapped = train_offsets(wrap(policy, 4))
+    trunk, inside = scattering_family.sequence[0], get_family(scattering_family.policy_type).model(policy)
+    core, dense, added = inside.get_submodule(trunk.rpartition(".")[0]), [], []
+    core.visual.register_forward_hook(lambda module, args, output: dense.append(output.deepstack_features))
+    core.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: added.append(kwargs["deepstack_visual_embeds"]), with_kwargs=True
+    )
+    act(wrapped, batch)
+    assert len(dense) == len(added) == 1
+    assert len(dense[0]) == len(added[0]) == 2
+    grid = wrapped.reducer.token_grid
+    for features, given in zip(dense[0], added[0], strict=True):
+        # Sample by sample, camera by camera.
+        maps = features.float().unflatten(0, (-1, 2, *grid)).permute(1, 0, 4, 2, 3)
+        read = [
+            torch.nn.functional.grid_sample(
+                camera, 2 * coordinates[:, None] - 1, align_corners=False, padding_mode="border"
+            )
+            for camera, coordinates in zip(maps, wrapped.seam.coordinates, strict=True)
+        ]
+        expected = torch.cat(read, dim=-1)[:, :, 0].transpose(1, 2).flatten(0, 1)
+        # LeRobot runs one of the towers in bfloat16, and places are rounded to 256ths of a cell.
+        torch.testing.assert_close(given.float(), expected, atol=0.03 * float(expected.std()), rtol=0)
 
 
 @pytest.mark.parametrize("cameras", [1, 2])

@@ -45,7 +45,7 @@ def test_a_trunk_that_cannot_be_trained_so_has_no_loss(acting_family, reducer):
 @pytest.mark.parametrize("reducer", IN_TRUNK)
 def test_a_trunk_that_cannot_be_reached_is_refused(family, reducer):
     if not family.pruned:
-        with pytest.raises(UnsupportedPolicyError, match=f"inside the trunk of a '{family.policy_type}'"):
+        with pytest.raises(UnsupportedPolicyError, match=f"inside the trunk of the '{family.policy_type}'"):
             wrap(family.policy(), 4, reducer=reducer)
     else:
         assert wrap(family.policy(), 4, reducer=reducer).num_tokens == 4

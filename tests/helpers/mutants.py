@@ -52,6 +52,13 @@ def wrong_positions(tokens, seam):
     return tokens
 
 
+def first_rows(features, placed):
+    """What the trunk adds in a later layer is of the first rows of every map, wherever the tokens were read."""
+    maps = features.chunk(len(placed.coordinates))
+    pairs = zip(maps, placed.coordinates, strict=True)
+    return torch.cat([camera[:, : points.shape[1]] for camera, points in pairs], dim=1).flatten(0, 1)
+
+
 AT_SEAM = (swapped_cameras, shifted_tokens, blank_camera, wrong_positions)
 
 

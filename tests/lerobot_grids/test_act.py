@@ -128,9 +128,9 @@ def test_what_cannot_be_downloaded_is_one_line(dataset, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"base": {"chunk_sise": 8}}, "a 'act' policy has no option chunk_sise; drop it"),
-        ({"base": {"chunk_size": 8}}, "a 'act' policy cannot have .*upper bound"),
-        ({"resolution": 64}, "--resolution 64: the size of the images of a 'act' policy is that"),
+        ({"base": {"chunk_sise": 8}}, "the 'act' policy has no option chunk_sise; drop it"),
+        ({"base": {"chunk_size": 8}}, "the 'act' policy cannot have .*upper bound"),
+        ({"resolution": 64}, "--resolution 64: the size of the images of the 'act' policy is that"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(dataset, options, line):

@@ -339,6 +339,16 @@ def test_a_gpu_that_is_too_small_and_one_that_is_not():
     assert "a GPU of 1 GiB" in ok.seen
 
 
+def test_a_step_that_cannot_be_predicted_is_not_said_to_fit_nowhere(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("the step depends on a value")
+
+    monkeypatch.setattr("lerobot_grids.training.step_cost.predict_step", refuse)
+    seen = [check for check in plan("tiny", tokens=16) if check.name == "Training"]
+    assert {check.status for check in seen} == {"warn"}
+    assert "no way could be predicted" in seen[-1].seen
+
+
 def test_the_command(tmp_path, capsys, monkeypatch, dataset):
     from lerobot_grids import doctor
 

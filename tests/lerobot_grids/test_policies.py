@@ -11,7 +11,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file, save_file
 
 from lerobot_grids.data import load_metadata
-from lerobot_grids.policies import flow_steps, load, parse_tokens, start
+from lerobot_grids.policies import find_source, flow_steps, load, parse_tokens, start
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, DatasetError, GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.pi import small_sizes
@@ -112,6 +112,13 @@ def test_unknown_policies(dataset, tmp_path):
     meta = load_metadata(str(dataset))
     with pytest.raises(UnsupportedPolicyError, match="'pi9' is unknown"):
         start("pi9", 16, meta)
+    for written, line in (
+        ("Pi0", r"'Pi0' is unknown; did you mean pi0\? Otherwise give a family \(act"),
+        ("Diffusion", "'diffusion' is not supported: a spatial softmax"),
+        ("nothing", r"'nothing' is unknown; give a family \(act"),
+    ):
+        with pytest.raises(UnsupportedPolicyError, match=line):
+            find_source(written)
     (tmp_path / "config.json").write_text('{"type": "tdmpc"}')
     with pytest.raises(UnsupportedPolicyError, match="'tdmpc' is not supported: its convolutions"):
         start(str(tmp_path), 16, meta)

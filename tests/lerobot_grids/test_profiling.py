@@ -7,9 +7,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from formulas import gemma, linear, siglip
+from formulas import gemma, linear, sampler, siglip
 from lerobot_grids.policies import set_flow_steps
-from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config
+from lerobot_grids.profiling.architectures import instantiate, make_batch, make_config, precision
 from lerobot_grids.profiling.bench import bench
 from lerobot_grids.profiling.measure import count_flops, measure_latency, prefix_length
 from lerobot_grids.profiling.roofline import Card
@@ -17,16 +17,8 @@ from lerobot_grids.profiling.stopwatch import Timed, within
 from lerobot_grids.profiling.work import WorkCounter
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids import compress
-from lerobot_policy_grids.errors import GridsError
+from lerobot_policy_grids.errors import GridsError, UnsupportedPolicyError
 from lerobot_policy_grids.reducers import reducer_config
-
-
-def sampler(images, k, cells=256, width=1152, language=2048, state=32, cameras=2):
-    # The context once for each image, then a query for each token.
-    queries = sum(linear(1, given, 128) for given in (language, state, cameras)) + linear(k, 128, width)
-    # Every token scores all cells, is a weighted mean of them, and gets what the scores weight through a low rank.
-    cells_of_all = 3 * 2 * k * cells * width
-    return images * (queries + cells_of_all + linear(k, width, 128, width) + linear(k, 2, 128, width))
 
 
 def pi0(cameras, k, dense=256, language=48, chunk=50, steps=10):
@@ -122,8 +114,21 @@ def test_decoding_steps_grow_with_what_they_attend_to():
     later = sum(gemma(1, prefix + t, 2048, 16384) for t in range(1, 9))
     assert predicted == pytest.approx(later + 9 * logits, rel=0.15)
     # Its steps are those of no flow.
-    with pytest.raises(GridsError, match="a 'pi0_fast' policy integrates no flow; drop --num_steps"):
+    with pytest.raises(GridsError, match="the 'pi0_fast' policy integrates no flow; drop --num_steps"):
         set_flow_steps(policy, 1)
+
+
+@pytest.mark.parametrize("name", ["evo1", "molmoact2", "pi0"])
+def test_precision_is_that_of_most_weights(name):
+    """Whatever a family's option for it is called."""
+    for dtype in ("bfloat16", "float32"):
+        assert precision(instantiate(make_config(name, 1, dtype=dtype), "meta")) == dtype
+
+
+@pytest.mark.parametrize(("name", "size"), [("evo1", 448), ("molmoact2", 378)])
+def test_some_see_images_of_one_size(name, size):
+    with pytest.raises(UnsupportedPolicyError, match=f"sees images of {size} pixels, not 224; drop --resolution$"):
+        make_config(name, 1, 224)
 
 
 @pytest.mark.parametrize("k", [None, 16])
@@ -167,7 +172,7 @@ def test_flow_steps_cost_alike_and_nothing_else():
     for one, four in itertools.batched(result.costs, 2):
         assert (one.num_steps, four.num_steps) == (1, 4)
         assert four.flops == one.flops | {"steps": 4 * one.flops["steps"]}
-    with pytest.raises(GridsError, match="a 'act' policy integrates no flow; drop --num_steps"):
+    with pytest.raises(GridsError, match="the 'act' policy integrates no flow; drop --num_steps"):
         bench("act", [16], cameras=1, steps=[1])
 
 

@@ -9,10 +9,15 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAConfig, SmolVLAPolicy
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from transformers import AutoTokenizer
 
-from driving import act
+from driving import ROUNDING, act
 from lerobot_grids.policies import load
 from lerobot_grids_cli.main import main
+from lerobot_policy_grids.families import get_family
+from lerobot_policy_grids.families.characters import write_character_tokenizer
+from lerobot_policy_grids.families.pi import VOCABULARY, small_sizes
+from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.tiny import VLM_FOLDER, TinySmolVLAConfig
 
 K, HIDDEN, GEOMETRY = 5, 24, 8
@@ -40,8 +45,11 @@ def dense():
 
 @pytest.fixture(scope="module")
 def sampler(dense):
+    return sampler_for(dense.model.vlm_with_expert.config.text_config.hidden_size)
+
+
+def sampler_for(width):
     """Weights by their published names and shapes, far from where training starts."""
-    width = dense.model.vlm_with_expert.config.text_config.hidden_size
     shapes = {"scout_mlp.0": (HIDDEN, width), "scout_mlp.2": (2 * K, HIDDEN)}
     shapes |= {"coord_encoder.0": (GEOMETRY, 2), "coord_encoder.2": (width, GEOMETRY)}
     torch.manual_seed(1)
@@ -125,6 +133,67 @@ def test_the_imported_policy_acts_as_the_published_one(dense, sampler, published
     assert (chunk - act(dense, batch)).abs().max() > 1e-3
     moved = loaded.postprocessor(chunk)
     torch.testing.assert_close(moved, chunk * torch.tensor(ACTION["std"]) + torch.tensor(ACTION["mean"]))
+
+
+@pytest.fixture
+def small_pi(tmp_path, monkeypatch):
+    """In this test π0 and π0.5 are constructed small, and PaliGemma's tokenizer is one of characters."""
+    text, real = write_character_tokenizer(tmp_path / "text", VOCABULARY), AutoTokenizer.from_pretrained
+
+    def local(name, *args, **kwargs):
+        return real(text if str(name).startswith("google/paligemma") else name, *args, **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", local)
+    with small_sizes("pi0"), small_sizes("pi05"):
+        yield
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_a_converted_openpi_policy_acts_as_the_published_one(kind, small_pi, tmp_path):
+    """openpi samples what its trunk gets, which is wider than what the vision tower gives."""
+    inputs = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, 112, 112)) for i in range(2)}
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (4,))
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    torch.manual_seed(0)
+    dense = get_family(kind).small(inputs, outputs, tmp_path, num_inference_steps=2).eval()
+    trunk = dense.model.paligemma_with_expert
+    assert trunk.paligemma.config.vision_config.hidden_size < trunk.paligemma.config.text_config.hidden_size
+    sampler = sampler_for(trunk.paligemma.config.text_config.hidden_size)
+    folder, output = tmp_path / "converted", tmp_path / "imported"
+    statistics = {"mean": [0.5] * 4, "std": [2.0] * 4, "q01": [-1.0] * 4, "q99": [2.0] * 4}
+    statistics = {name: {k: torch.tensor(v) for k, v in statistics.items()} for name in ("observation.state", "action")}
+    for part in (dense, *make_processors(dense.config, statistics)):
+        part.save_pretrained(folder)
+    # The names that openpi has in PyTorch.
+    tensors = {n.removeprefix("model."): v for n, v in load_file(folder / "model.safetensors").items()}
+    write(folder, tensors | {f"active_token_sampler.{name}": value for name, value in sampler.items()})
+    assert imports(folder, output, "--json", str(tmp_path / "said.json")) == 0
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert said == {"policy_type": kind, "num_tokens": K, "convention": "openpi"}
+    loaded = load(output, device="cpu")
+    torch.manual_seed(2)
+    raw = {name: torch.rand(2, 3, 112, 112) for name in dense.config.image_features}
+    batch = loaded.preprocessor(raw | {"observation.state": torch.randn(2, 4), "task": ["push", "pick up the mug"]})
+    reading = {"align_corners": True, "padding_mode": "border"}
+    trunk.embed_image = lambda image: formula(sampler, type(trunk).embed_image(trunk, image), **reading)
+    try:
+        published_chunk = act(dense, batch)
+    finally:
+        del trunk.embed_image
+    chunk = act(loaded.policy, batch)
+    torch.testing.assert_close(chunk, published_chunk, atol=ROUNDING, rtol=0)
+    assert (chunk - act(dense, batch)).abs().max() > 1e-3
+    loaded.policy.use_runtime("fast")
+    torch.testing.assert_close(act(loaded.policy, batch), chunk, atol=ROUNDING, rtol=0)
+
+
+def test_a_checkpoint_of_jax_is_refused_with_the_reason(tmp_path, capsys):
+    """As openpi saves it: `params` in orbax's format. What its converter writes has no LeRobot configuration."""
+    (tmp_path / "published/params").mkdir(parents=True)
+    (tmp_path / "published/params/manifest.ocdbt").write_bytes(b"")
+    require_refusal(tmp_path / "published", tmp_path, "holds no config.json .* openpi in JAX, which cannot", capsys)
+    (tmp_path / "published/config.json").write_text(json.dumps({"action_horizon": 10, "grid": True}))
+    require_refusal(tmp_path / "published", tmp_path, "names no type of policy.* no converter is included", capsys)
 
 
 def broken(name, tensors):

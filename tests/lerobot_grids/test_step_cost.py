@@ -290,13 +290,28 @@ def test_a_row_says_why_it_has_no_costs(monkeypatch):
     def predict(config, train, **options):
         if train == "all":
             raise NotImplementedError("the step depends on a value of type bool")
+        if train == "reducer":
+            return StepCost(*[1] * 11)
         raise GridsError("LeRobot names no LoRA targets")
 
     monkeypatch.setattr(step_bench, "predict_step", predict)
     result = bench_steps("tiny", [16], cameras=1)
     assert [(row.name, row.train) for row in result.rows[:2]] == [("dense", "reducer"), ("K=16", "reducer")]
-    assert all(row.cost is None and row.reason for row in result.rows)
-    assert all(row["cost"] is None and row["reason"] and row["fits"] == {} for row in result.to_dict()["rows"])
+    (_, few, *others), saved = result.rows, result.to_dict()["rows"]
+    assert few.cost is not None
+    assert all(row.cost is None and row.reason for row in others)
+    assert all(row["cost"] is None and row["reason"] and row["fits"] == {} for row in saved[2:])
+
+
+def test_where_nothing_can_be_predicted_the_reasons_are_the_answer(monkeypatch, capsys):
+    def predict(config, train, **options):
+        raise GridsError(f"no {'low-rank matrices' if train == 'reducer+lora' else 'training step'}")
+
+    monkeypatch.setattr(step_bench, "predict_step", predict)
+    assert main(["bench", "--train", "--policy=tiny", "--tokens=16", "--cameras=1"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1] == "lerobot-grids: error: no training step; no low-rank matrices"
 
 
 def test_checkpointing_rows_where_lerobot_has_it(monkeypatch):

@@ -194,7 +194,7 @@ def test_the_number_of_steps_is_an_option_of_the_wrapper(policy_type):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--num_inference_steps=3", "a 'tiny_smolvla' policy has no option num_inference_steps"),
+        ("--num_inference_steps=3", "the 'tiny_smolvla' policy has no option num_inference_steps"),
         ("--n_action_steps=99", "cannot have .*'n_action_steps': 99"),
     ],
 )

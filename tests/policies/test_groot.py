@@ -18,7 +18,7 @@ from lerobot_grids.profiling.measure import count_flops, prefix_length
 from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
-from lerobot_policy_grids.errors import TokenGridError, UnsupportedPolicyError
+from lerobot_policy_grids.errors import TokenGridError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.groot import _encoding
 from lerobot_policy_grids.processor_grids import make_processors
@@ -171,14 +171,3 @@ def test_flops_are_counted_without_values(groot, monkeypatch):
     assert counted[0] == counted[1]
     assert counted[0][0] == 2 * (16 + 2) + 12
     assert all(count > 0 for count in counted[0][1].values())
-
-
-def test_a_missing_package_is_named_with_its_extra(groot, monkeypatch):
-    from lerobot.policies.groot import modeling_groot
-
-    def missing(name, extra):
-        raise ImportError(f"'{name}' is required but not installed")
-
-    monkeypatch.setattr(modeling_groot, "require_package", missing)
-    with pytest.raises(UnsupportedPolicyError, match=r"not installed\); pip install 'lerobot_policy_grids\[groot\]'$"):
-        build(groot.config)

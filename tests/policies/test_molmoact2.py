@@ -292,15 +292,3 @@ def test_a_robot_with_other_widths_fits(molmoact2):
         assert len(lines) == expected
         assert all("33 dimensions, and x takes at most 32" in line for line in lines)
         assert _fixed_width_faults("x", molmoact2.config, widths) == []
-
-
-def test_a_missing_package_is_named_with_its_extra(molmoact2, monkeypatch):
-    from lerobot.policies.molmoact2 import modeling_molmoact2
-
-    def missing(name, extra):
-        raise ImportError(f"'{name}' is required but not installed")
-
-    monkeypatch.setattr(modeling_molmoact2, "require_package", missing)
-    expected = r"not installed\); pip install 'lerobot_policy_grids\[molmoact2\]'$"
-    with pytest.raises(UnsupportedPolicyError, match=expected):
-        build(molmoact2.config)

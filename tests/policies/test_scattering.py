@@ -100,17 +100,6 @@ def test_another_policys_processors_are_left_alone(evo1):
     assert not isinstance(ACTConfig(device="cpu"), factory.Evo1Config)
 
 
-def test_a_missing_package_is_named_with_its_extra(evo1, monkeypatch):
-    from lerobot.policies.evo1 import internvl3_embedder
-
-    def missing(name, extra):
-        raise ImportError(f"'{name}' is required but not installed")
-
-    monkeypatch.setattr(internvl3_embedder, "require_package", missing)
-    with pytest.raises(UnsupportedPolicyError, match=r"not installed\); pip install 'lerobot_policy_grids\[evo1\]'$"):
-        build(evo1.config)
-
-
 def test_the_gradient_reaches_the_reducer_through_a_frozen_model(evo1):
     """LeRobot cuts what its frozen vision-language model gives from the graph."""
     assert not evo1._tracks_vlm_gradients
@@ -122,6 +111,19 @@ def test_the_gradient_reaches_the_reducer_through_a_frozen_model(evo1):
     wrapped.forward(batch)[0].backward()
     assert wrapped.reducer.query.weight.grad.abs().sum() > 0
     wrapped.detach()
+
+
+def test_at_all_tokens_evo1_is_the_dense_policy_in_lerobots_own_autocast(evo1, monkeypatch):
+    """On a GPU LeRobot runs the vision tower in it, too."""
+    monkeypatch.setattr(type(evo1), "_maybe_autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    torch.manual_seed(0)
+    batch = {"observation.images.top": torch.rand(2, 3, 64, 64), "observation.state": torch.randn(2, 8)}
+    batch["task"] = ["push", "pull"]
+    expected = act(evo1, batch)
+    wrapped = wrap(evo1, 64)
+    found = act(wrapped, batch)
+    wrapped.detach()
+    assert torch.equal(found, expected)
 
 
 def test_the_steps_of_evo1_can_be_set(evo1):

@@ -26,8 +26,8 @@ from lerobot_policy_grids.checkpoint.save import save_processors
 from lerobot_policy_grids.checkpoint.trust import bound_of, check_processors, check_published
 from lerobot_policy_grids.errors import CheckpointError, GridsError
 from lerobot_policy_grids.families import families
-from lerobot_policy_grids.families.eo1 import QWEN_2_5_VL_3B
 from lerobot_policy_grids.families.molmoact2 import write_small_checkpoint
+from lerobot_policy_grids.families.published_qwen import QWEN_2_5_VL_3B
 from lerobot_policy_grids.families.small_qwen import write_small_processor
 from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.tiny import VLM_FOLDER

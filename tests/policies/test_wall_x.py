@@ -103,14 +103,3 @@ def test_flops_of_a_checkpoint_are_counted(wall_x, monkeypatch):
     assert prefix_length(wrapped, batch) == length - 2 * (7 * 9 - 4)
     assert few["vision"] == dense["vision"]
     assert few["prefill"] < dense["prefill"] / 2
-
-
-def test_a_missing_package_is_named_with_its_extra(wall_x, monkeypatch):
-    from lerobot.policies.wall_x import modeling_wall_x
-
-    def missing(name, extra, **kwargs):
-        raise ImportError(f"'{name}' is required but not installed")
-
-    monkeypatch.setattr(modeling_wall_x, "require_package", missing)
-    with pytest.raises(UnsupportedPolicyError, match=r"not installed\); pip install 'lerobot_policy_grids\[wallx\]'$"):
-        build(wall_x.config)

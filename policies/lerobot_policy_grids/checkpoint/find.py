@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 
-from ..errors import CheckpointError, GridsError
+from ..errors import CheckpointError, GridsError, NoConfigError
 from .files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -39,8 +39,8 @@ def resolve_checkpoint(path: Path) -> Path:
     for folder in (path, path / CHECKPOINT_FOLDER, path / LAST_CHECKPOINT):
         if (folder / CONFIG_FILE).is_file():
             return folder
-    seen = "is not a folder" if not path.is_dir() else f"holds no {CONFIG_FILE}"
-    raise CheckpointError(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
+    seen, kind = (f"holds no {CONFIG_FILE}", NoConfigError) if path.is_dir() else ("is not a folder", CheckpointError)
+    raise kind(f"{path} {seen}; expected a checkpoint folder, or the --output of a training run")
 
 
 def find_checkpoint(source: str, *, weights: bool = True, check: bool = True, **options: Any) -> Path:

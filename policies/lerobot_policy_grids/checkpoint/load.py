@@ -64,7 +64,7 @@ def load_checkpoint(policy: Any, folder: Path, *, verify: bool = False) -> None:
         load_file(policy.base, fetch_base(manifest.base, verify=verify))
         load_weights(policy, folder / ADAPTER_FILE, required="reducer.")
     else:
-        raise CheckpointError(f"{folder} is an adapter for a '{policy.config.type}' policy, expected '{GRIDS_TYPE}'")
+        raise CheckpointError(f"{folder} is an adapter for policy type '{policy.config.type}', expected '{GRIDS_TYPE}'")
 
 
 def load_file(policy: Any, path: Path) -> None:

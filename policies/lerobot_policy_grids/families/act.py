@@ -33,7 +33,7 @@ from ..reducers.anchors import WHOLE, Region
 from ..runtime import FastRuntime, Phases
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
 from .distances import mean_where
-from .phases.act import Decode, Prefill, Seen, decode_once
+from .phases.act import VISION, Decode, Prefill, Seen, decode_once
 from .position_embeddings import embeddings_of_tokens
 from .seam import Seam
 
@@ -102,7 +102,7 @@ class ACT(Family):
         _, _, at_places = model.forward.args
         dense = _dense_positions(model, seam.layout.token_grid, model.encoder_latent_input_proj.bias)
         unused = tuple(module for name, module in model.named_children() if name.startswith("vae_encoder"))
-        return Phases(Prefill(model, seam, cameras, dense, at_places), Decode(model), unused)
+        return Phases(Prefill(model, seam, cameras, dense, at_places), Decode(model), unused, vision=VISION)
 
     def target(self, policy: DensePolicy) -> Target:
         # When it acts, and in a teacher, the latent is zero; so it is in a student, which otherwise reads the actions.

@@ -14,10 +14,11 @@ from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPolicyError, first_line
+from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import Region
 from ..runtime import FastRuntime, Phases
+from .needs import needing_files, needing_packages
 from .seam import Seam
 from .tower import Tower, sample_between
 
@@ -127,6 +128,7 @@ class Family(ABC):
         resolution_field: Field of the configuration with the size in pixels that images are brought to; None where they
             stay as they come, or where that follows from the images.
         extra: Extra of this distribution that installs what the policy needs; None if LeRobot alone is enough.
+        packages: What of that extra is imported whatever the policy's options are.
         steps: Processor steps that no other family's are, and their options: what is not listed is not loaded from
             the Hub.
         repositories: Field, key inside one, or option -> the repositories of tokenizers and models that it may name,
@@ -140,11 +142,13 @@ class Family(ABC):
         reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
             none.
         counted_on_meta: Whether its FLOPs can be counted without values.
-        exports: Whether its phases can be exported, if it has any: those that integrate a flow from noise.
+        exports: Whether its phases can be exported, if it has any: those that take an `Observation` and integrate a
+            flow from noise.
     """
 
     resolution_field: ClassVar[str | None]
     extra: ClassVar[str | None]
+    packages: ClassVar[tuple[str, ...]] = ()
     steps: ClassVar[Mapping[str, frozenset[str]]] = {}
     repositories: ClassVar[Mapping[str, frozenset[str | None]]] = {}
     flow_steps: ClassVar[str | None] = None
@@ -181,6 +185,10 @@ class Family(ABC):
         Raises:
             UnsupportedPolicyError: If its images do not give a whole grid of tokens.
         """
+
+    def projected(self, policy: DensePolicy, layout: TokenLayout) -> TokenLayout:
+        """`layout`, for a reducer that reads the map behind the projector; overridden where others read before it."""
+        return layout
 
     @abstractmethod
     def attach(self, policy: DensePolicy, seam: Seam) -> None:
@@ -252,8 +260,8 @@ class Family(ABC):
                 )
         if self.reads_state and OBS_STATE not in inputs:
             raise UnsupportedPolicyError(
-                f"a '{self.policy_type}' policy reads '{OBS_STATE}', which is not in its input_features; train it on a "
-                "dataset that has the robot's state"
+                f"the '{self.policy_type}' policy reads '{OBS_STATE}', which is not in its input_features; train it on "
+                "a dataset that has the robot's state"
             )
 
     # Optional abilities.
@@ -265,7 +273,7 @@ class Family(ABC):
             UnsupportedPolicyError: If this family's trunk cannot be told so.
         """
         raise UnsupportedPolicyError(
-            f"the trunk of a '{self.policy_type}' policy cannot be given dense position ids; drop position_ids"
+            f"the trunk of the '{self.policy_type}' policy cannot be given dense position ids; drop position_ids"
         )
 
     def tower(self, policy: DensePolicy) -> Tower:
@@ -275,7 +283,7 @@ class Family(ABC):
             UnsupportedPolicyError: If this family's tower cannot go on with some of its tokens.
         """
         raise UnsupportedPolicyError(
-            f"no tokens can be sampled inside the vision tower of a '{self.policy_type}' policy; drop "
+            f"no tokens can be sampled inside the vision tower of the '{self.policy_type}' policy; drop "
             "sample_after_layer"
         )
 
@@ -290,7 +298,7 @@ class Family(ABC):
             UnsupportedPolicyError: If this family's trunk cannot be reached from outside.
         """
         raise UnsupportedPolicyError(
-            f"no tokens can be dropped inside the trunk of a '{self.policy_type}' policy; choose a reducer "
+            f"no tokens can be dropped inside the trunk of the '{self.policy_type}' policy; choose a reducer "
             "that works before the trunk, such as grids, uniform, pool, random or tome"
         )
 
@@ -308,7 +316,7 @@ class Family(ABC):
             UnsupportedPolicyError: If this family has none, or the policy is made in a way that keeps it from that.
         """
         raise UnsupportedPolicyError(
-            f"runtime={runtime.name} is not available for a '{self.policy_type}' policy, whose family declares no "
+            f"runtime={runtime.name} is not available for the '{self.policy_type}' policy, whose family declares no "
             "phases; use runtime=eager"
         )
 
@@ -352,7 +360,7 @@ class Family(ABC):
             UnsupportedPolicyError: If it has no such flow.
         """
         raise UnsupportedPolicyError(
-            f"a '{self.policy_type}' policy has no flow whose time is drawn by a method; drop time_bias and one_step"
+            f"the '{self.policy_type}' policy has no flow whose time is drawn by a method; drop time_bias and one_step"
         )
 
     @abstractmethod
@@ -398,32 +406,34 @@ class Family(ABC):
 
         Raises:
             UnsupportedPolicyError: If the packages that it needs are not installed.
-            CheckpointError: If what it begins with cannot be downloaded.
+            CheckpointError: If what it begins with cannot be read or downloaded.
         """
         from lerobot.policies.factory import get_policy_class
 
         if not fresh:
             self.without_download(config)
-        with self.needing_its_extra(), nullcontext() if fresh else self.without_weights(config):
+        with (
+            self.needing_its_extra(),
+            self.needing_its_files(config, fresh=fresh),
+            nullcontext() if fresh else self.without_weights(config),
+        ):
             policy: Any = get_policy_class(config.type)(config, **kwargs)
         return policy
 
-    @contextmanager
-    def needing_its_extra(self) -> Iterator[None]:
-        """Around what imports the packages that a policy needs: without them, one line says how to install them.
+    def needing_its_extra(self) -> AbstractContextManager[None]:
+        """Around what imports the packages that a policy needs: `needs.needing_packages`."""
+        return needing_packages(self.policy_type, self.extra, self.packages)
 
-        Raises:
-            UnsupportedPolicyError: If they are not installed.
+    def needing_its_files(self, config: Any, *, fresh: bool) -> AbstractContextManager[None]:
+        """Around what fetches files that a policy begins with: `needs.needing_files`.
+
+        Args:
+            config: Its configuration, or the class of it.
+            fresh: Whether no checkpoint has the options of the policy.
         """
-        try:
-            yield
-        except ImportError as error:
-            if self.extra is None:
-                raise
-            raise UnsupportedPolicyError(
-                f"a '{self.policy_type}' policy needs packages that are not installed ({first_line(error)}); "
-                f"pip install 'lerobot_policy_grids[{self.extra}]'"
-            ) from error
+        options = {name: str(value) for name in self.repositories if _is_place(value := getattr(config, name, None))}
+        others = sorted(str(place) for places in self.repositories.values() for place in places if _is_place(place))
+        return needing_files(self.policy_type, options, [] if options else others, fresh=fresh)
 
     def without_download(self, config: Any) -> None:
         """Set a configuration so that building a policy of it downloads nothing that a checkpoint brings anyway."""
@@ -452,8 +462,8 @@ class Family(ABC):
         """
         if self.resolution_field is None:
             raise UnsupportedPolicyError(
-                f"--resolution {size}: the size of the images of a '{self.policy_type}' policy is that of the cameras "
-                "or follows from it; drop it, or record smaller images"
+                f"--resolution {size}: the size of the images of the '{self.policy_type}' policy is that of the "
+                "cameras or follows from it; drop it, or record smaller images"
             )
         setattr(config, self.resolution_field, (size, size))
 
@@ -496,6 +506,11 @@ def image_size(shape: Sequence[int]) -> tuple[int, int]:
     channels_last = shape[0] not in CHANNELS and shape[-1] in CHANNELS
     height, width = shape[:2] if channels_last else shape[-2:]
     return height, width
+
+
+def _is_place(value: Any) -> bool:
+    """Whether the value of an option is a repository or a folder, and not a word that it may hold."""
+    return isinstance(value, str) and "/" in value
 
 
 def dimension_names(feature: dict[str, Any]) -> list[str] | None:

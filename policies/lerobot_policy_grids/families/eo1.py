@@ -16,46 +16,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
 from .distances import action_distance
-from .qwen import ATTENTION, attach_model, detach_model, image_grid, scatter
+from .published_qwen import QWEN_2_5_VL_3B
+from .qwen import ATTENTION, attach_model, detach_model, image_grid, made_up_prompt, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import SMALL_QWEN_2_5, sharpen, write_small_processor
-
-# Sizes of Qwen2.5-VL-3B.
-QWEN_2_5_VL_3B: dict[str, Any] = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "out_hidden_size": 2048,
-    },
-    "text_config": {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
-    },
-}
 
 
 class EO1(Family):
@@ -63,8 +34,10 @@ class EO1(Family):
 
     resolution_field = None
     extra = "eo1"
+    packages = ("transformers",)
     flow_steps = "num_denoise_steps"
     position_ids = "dense"
+    counted_on_meta = True
     steps: ClassVar = {
         "eo1_conversation_template_processor": frozenset({"input_features", "chunk_size"}),
         "eo1_qwen_processor": frozenset(
@@ -141,11 +114,27 @@ class EO1(Family):
         cut = ("input_ids", "attention_mask", "mm_token_type_ids")
         return {**batch, **{name: batch[name].gather(1, places) for name in cut}}
 
+    def complete(self, policy: DensePolicy, batch: dict[str, Any]) -> dict[str, Any]:
+        vlm, tokens = policy.model.vlm_backbone.config, batch[OBS_LANGUAGE_TOKENS]
+        count, words = tokens.shape
+        # The last of the vocabulary, which are no words.
+        state, action = (vlm.text_config.vocab_size - place for place in (2, 1))
+        behind = (state, *[action] * policy.config.chunk_size)
+        prompt = made_up_prompt(self.layout(policy), vlm, count, words, tokens.device, behind)
+        return batch | prompt | {"state_token_id": state, "action_token_id": action}
+
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
-        raise UnsupportedPolicyError(
-            f"the architecture of a '{self.policy_type}' policy cannot be built without files from the Hub; give "
-            "the folder of a checkpoint"
+        from lerobot.policies.eo1.configuration_eo1 import EO1Config
+
+        return EO1Config(
+            device="cpu", input_features=inputs, output_features=outputs, vlm_config=QWEN_2_5_VL_3B, dtype=dtype
         )
+
+    def finish(self, policy: Any) -> None:
+        if next(policy.parameters()).is_meta:
+            # The meta device has no autocast to switch off.
+            policy.config.force_fp32_autocast = False
+            policy.forward = partial(no_training_step, self.policy_type)
 
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
         from lerobot.policies.eo1.configuration_eo1 import EO1Config
@@ -177,7 +166,7 @@ FAMILIES = (
         sources={"eo1": None},
         # LeRobot's own preset.
         recipe=Recipe(steps=30_000, batch=64, micro_batch=8, lr=1e-4, warmup=0.03),
-        image_size=224,
+        image_size=256,
         language_tokens=48,
     ),
 )

@@ -11,6 +11,7 @@ Modifications, from outside, of `lerobot/policies/evo1`, from LeRobot 0.6.1 on:
 - `Evo1Policy._compute_fused_tokens` lets gradients through a frozen vision-language model, whose output LeRobot cuts
   from the graph: a reducer would learn nothing.
 - With dense positions `InternVLModel.forward` gets position ids.
+- `FlowmatchingActionHead.get_action`: with a fast runtime the prepared images travel there, and the runtime acts.
 LeRobot brings images to a square without their aspect ratio.
 """
 
@@ -28,10 +29,13 @@ from torch import Tensor, nn
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
+from ..runtime import FastRuntime, Phases
+from .acting import Prepared
 from .base import DensePolicy, Family, Recipe, Stages, Target, refuse_second_attach, replaced
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import mean_where
 from .factory import recognise_wrapped
+from .phases.evo1 import END, IMAGE, START, Asked, Prefill, Prompt, Step, get_action, parts_of
 from .positions import cell_numbers
 from .seam import Seam
 from .small_qwen import sharpen
@@ -59,8 +63,6 @@ INTERNVL3_1B: dict[str, Any] = {
         "max_position_embeddings": 32768,
     },
 }
-# Of the prompt, in the order of LeRobot's constants for them.
-IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 # Of the small tokenizer.
 VOCABULARY = ("<pad>", "</s>", "<s>", "<unk>", IMAGE, START, END, *CHARACTERS)
 
@@ -70,8 +72,11 @@ class Evo1(Family):
 
     resolution_field = "image_resolution"
     extra = "evo1"
+    packages = ("transformers",)
     flow_steps = "num_inference_timesteps"
     counted_on_meta = True
+    # Its prefill takes the words of a prompt, and what is in front of each.
+    exports = False
     steps: ClassVar = {
         "evo1_pad_state_processor": frozenset({"max_state_dim"}),
         "evo1_pad_action_processor": frozenset({"max_action_dim"}),
@@ -110,6 +115,7 @@ class Evo1(Family):
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
         policy._collect_image_batches = partial(_collect_image_batches, policy, seam)
         policy._compute_fused_tokens = partial(_compute_fused_tokens, policy)
+        policy.model.action_head.get_action = partial(get_action, policy, seam, partial(_reduce, policy, seam))
         embedder.get_fused_image_text_embedding_batched = partial(_fuse, embedder, None)
         embedder._mask_absent_image_tokens = _keep_mask
         embedder.model.get_image_features = _get_image_features
@@ -123,6 +129,7 @@ class Evo1(Family):
         embedder = policy.model.embedder
         for owner, names in (
             (policy, ("_collect_image_batches", "_compute_fused_tokens")),
+            (policy.model.action_head, ("get_action",)),
             (embedder, ("get_fused_image_text_embedding_batched", "_mask_absent_image_tokens")),
             (embedder.model, ("get_image_features",)),
         ):
@@ -135,6 +142,17 @@ class Evo1(Family):
 
     def image_region(self, policy: Any, height: int, width: int) -> Region:
         return WHOLE
+
+    def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
+        # `get_action` asks for it.
+        seam.runtime = runtime
+
+    @torch.no_grad()
+    def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
+        parts, config = parts_of(policy), policy.config
+        dense = policy.model.embedder.get_fused_image_text_embedding_batched.args[-1] is not None
+        prompt = Prompt(config.max_views, dense, config.return_cls_only)
+        return Phases(Prefill(parts, seam, cameras, prompt, policy._env_action_dim), Step(parts.head, steps))
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.vlm_dtype = "bfloat16"
@@ -168,7 +186,7 @@ class Evo1(Family):
 
         if size != self.image_size:
             raise UnsupportedPolicyError(
-                f"InternVL3-1B sees images of {self.image_size} pixels, not {size}; drop --resolutions"
+                f"InternVL3-1B sees images of {self.image_size} pixels, not {size}; drop --resolution"
             )
         return Evo1Config(
             device="cpu",
@@ -231,6 +249,13 @@ class Evo1(Family):
         }
         return Evo1Policy(Evo1Config(device="cpu", input_features=inputs, output_features=outputs, **fields | options))
 
+    def narrow(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
+        _write_narrow_internvl(folder / "internvl")
+        fields: dict[str, Any] = {"max_state_dim": 24, "max_action_dim": 24} | options
+        fields |= {"vlm_num_layers": 14, "num_layers": 8, "num_heads": 8, "num_inference_timesteps": 32}
+        # `small` takes the model that is there.
+        return self.small(inputs, outputs, folder, **fields | {"chunk_size": 50, "n_action_steps": 50})
+
 
 FAMILIES = (
     Evo1(
@@ -271,6 +296,22 @@ def _write_small_internvl(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+@written_once
+def _write_narrow_internvl(folder: Path) -> None:
+    """The same with all layers of InternVL3-1B."""
+    from transformers import AutoConfig, AutoModel
+
+    _write_small_internvl(folder)
+    config = AutoConfig.from_pretrained(folder)
+    for part in ("vision_config", "text_config"):
+        getattr(config, part).num_hidden_layers = INTERNVL3_1B[part]["num_hidden_layers"]
+    # It has a kind of attention for each layer.
+    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
+    model = AutoModel.from_config(config)
+    sharpen(model.language_model)
+    model.save_pretrained(folder)
+
+
 def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean squared distance of velocities, over the entries of the action that LeRobot's loss reads.
 
@@ -290,7 +331,7 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
     return mean_where(error, counts)
 
 
-def _collect_image_batches(policy: Any, seam: Seam, batch: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
+def _collect_image_batches(policy: Any, seam: Seam, batch: dict[str, Any]) -> tuple[Any, Tensor]:
     from lerobot.policies.evo1 import internvl3_embedder as lerobots
 
     images, masks = type(policy)._collect_image_batches(policy, batch)
@@ -307,8 +348,15 @@ def _collect_image_batches(policy: Any, seam: Seam, batch: dict[str, Any]) -> tu
         texts, return_tensors="pt", padding=True, truncation=True, max_length=embedder.max_text_length
     ).to(device)
     language = {OBS_LANGUAGE_TOKENS: words["input_ids"], OBS_LANGUAGE_ATTENTION_MASK: words["attention_mask"].bool()}
-    vlm = embedder.model
-    return seam.tokens(prepared, {**batch, **language}, partial(_encode, vlm), vlm.get_input_embeddings()), masks
+    whole = Prepared(prepared, {**batch, **language})
+    return whole if seam.acts_in_phases else _reduce(policy, seam, whole), masks
+
+
+def _reduce(policy: Any, seam: Seam, prepared: Prepared) -> list[Tensor]:
+    vlm = policy.model.embedder.model
+    # There LeRobot runs the vision tower.
+    with policy._maybe_autocast():
+        return seam.tokens(prepared.images, prepared.batch, partial(_encode, vlm), vlm.get_input_embeddings())
 
 
 def _encode(vlm: Any, images: Tensor) -> Tensor:
@@ -338,8 +386,10 @@ class _Trained:
         return getattr(self.policy, name)
 
 
-def _compute_fused_tokens(policy: Any, *args: Any) -> Any:
-    return type(policy)._compute_fused_tokens(_Trained(policy), *args)
+def _compute_fused_tokens(policy: Any, prompts: list[str], images: Any, masks: Tensor) -> Any:
+    if isinstance(images, Prepared):
+        return Asked(images, masks, prompts), None
+    return type(policy)._compute_fused_tokens(_Trained(policy), prompts, images, masks)
 
 
 def _fuse(

@@ -22,7 +22,6 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from ..runtime import FastRuntime, Phases
@@ -38,8 +37,8 @@ from .base import (
 )
 from .distances import mean_where
 from .factory import recognise_wrapped
-from .phases.groot import Prefill, Step, get_action, parts_of
-from .qwen import attach_model, detach_model, image_grid, made_up_prompt, scatter
+from .phases.groot import VISION, Prefill, Step, get_action, parts_of
+from .qwen import attach_model, detach_model, image_grid, made_up_prompt, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import sharpen, write_small_qwen3
 from .written_once import written_once
@@ -61,7 +60,8 @@ class Depths(NamedTuple):
 LEAST_PIXELS, MOST_PIXELS = 2**16, 2**24
 # Of the small instance.
 EMBODIMENT, PATCH, HORIZON, SIZE = "new_embodiment", 16, 8, 4
-SMALL_DEPTHS = Depths(vision=2, deepstack=(0,), trunk=2, readers=1, transformer=3)
+# The state of the last layer is read without what would be added behind it.
+SMALL_DEPTHS = Depths(vision=2, deepstack=(0, 1), trunk=3, readers=1, transformer=3)
 # Of the published checkpoint.
 REAL_DEPTHS = Depths(vision=24, deepstack=(5, 11, 17), trunk=16, readers=4, transformer=32)
 
@@ -71,6 +71,7 @@ class Groot(Family):
 
     resolution_field = None
     extra = "groot"
+    packages = ("transformers", "diffusers", "tree")
     position_ids = "dense"
     counted_on_meta = True
     exports = False
@@ -184,7 +185,7 @@ class Groot(Family):
     def finish(self, policy: Any) -> None:
         if next(policy.parameters()).is_meta:
             policy.predict_action_chunk = partial(_without_autocast, policy)
-            policy.forward = _no_training_step
+            policy.forward = partial(no_training_step, self.policy_type)
 
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
         # `get_action` asks for it.
@@ -193,7 +194,7 @@ class Groot(Family):
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         parts, dense = parts_of(policy), policy._filter_groot_inputs.args[-1]
-        return Phases(Prefill(parts, seam, cameras, steps, dense), Step(parts.head, steps))
+        return Phases(Prefill(parts, seam, cameras, steps, dense), Step(parts.head, steps), vision=VISION)
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.model_params_fp32 = False
@@ -354,12 +355,6 @@ def _reduce(policy: Any, seam: Seam, dense: bool, batch: dict[str, Any], inputs:
         return scatter(seam, backbone.model.model, known, prepared, dense=dense)
 
 
-def _no_training_step(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedPolicyError(
-        "a training step of a 'groot' policy cannot be predicted: the values of its prompt decide which operations run"
-    )
-
-
 def _without_autocast(policy: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
     """`predict_action_chunk` on the meta device, which has no autocast. Operations are the same."""
     from lerobot.policies.groot import modeling_groot
@@ -426,11 +421,11 @@ def _write_small_checkpoint(folder: Path, depths: Depths = SMALL_DEPTHS, **optio
         vl_self_attention_cfg=attention | {"num_layers": depths.readers, "attention_head_dim": 16},
     )
     model = GR00TN17(config)
+    sharpen(model.action_head)
     for name, parameter in model.action_head.named_parameters():
-        if name.endswith(".W"):
+        if name.endswith((".W", "to_v.weight", "to_out.0.weight")):
             # LeRobot's own are so small that hardly anything changes an action.
             nn.init.normal_(parameter, std=0.3)
-    sharpen(model.action_head)
     model.save_pretrained(folder)
     arm = {"mean": [0.0] * SIZE, "std": [1.0] * SIZE, "min": [-1.0] * SIZE, "max": [1.0] * SIZE}
     arm |= {"q01": arm["min"], "q99": arm["max"]}

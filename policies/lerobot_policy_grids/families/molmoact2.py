@@ -85,6 +85,7 @@ class MolmoAct2(Family):
 
     resolution_field = None
     extra = "molmoact2"
+    packages = ("transformers",)
     flow_steps = "num_inference_steps"
     counted_on_meta = True
     writes_state = True
@@ -246,7 +247,7 @@ class MolmoAct2(Family):
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
         if size != self.image_size:
             raise UnsupportedPolicyError(
-                f"MolmoAct2 sees images of {self.image_size} pixels, not {size}; drop --resolutions"
+                f"MolmoAct2 sees images of {self.image_size} pixels, not {size}; drop --resolution"
             )
         config: Any = super().config(inputs, outputs, size, dtype)
         config.action_mode = config.inference_action_mode = "continuous"

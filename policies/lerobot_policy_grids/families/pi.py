@@ -4,7 +4,8 @@ Modifications, from outside, of `lerobot/policies/{pi0,pi05,pi0_fast}`, which sh
 - `policy._preprocess_images` also runs the vision tower, once for all cameras, and the reducer, and returns
   the k sampled features of each camera as if they were its image. There the whole batch is visible.
 - `PaliGemmaModel.get_image_features` projects such features instead of running the tower. Sampling before the
-  linear projector gives the same tokens for less: the map and an average commute.
+  linear projector gives the same tokens for less: the map and an average commute. The reducer of published weights
+  is behind it, where its authors trained it (`TokenLayout.projected`).
 - Cameras missing from the batch are left out. LeRobot sends a blank image through the tower and masks its tokens;
   nothing attends to them and they advance no position, so the result is the same.
 Everything after that follows from the number of tokens: masks, positions, key-value cache, FAST decoding.
@@ -19,6 +20,7 @@ nothing from outside reaches, so such a policy acts and has no loss.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +39,7 @@ from .base import DensePolicy, Family, Recipe, Stages, Target, centred_region, r
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import action_distance, token_divergence
 from .phases import pi_fast
-from .phases.pi import Prefill, StepTimedByInput, StepTimedByNorms
+from .phases.pi import VISION, Prefill, StepTimedByInput, StepTimedByNorms
 from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
 from .seam import Sampling, Seam
@@ -54,6 +56,7 @@ class Pi(Family):
 
     resolution_field = "image_resolution"
     extra = "pi"
+    packages: ClassVar[tuple[str, ...]] = ("transformers",)
     flow_steps: ClassVar[str | None] = "num_inference_steps"
     reference = "openpi"
     counted_on_meta = True
@@ -83,12 +86,15 @@ class Pi(Family):
             regions=tuple(cameras.values()),
         )
 
+    def projected(self, policy: DensePolicy, layout: TokenLayout) -> TokenLayout:
+        return replace(layout, width=layout.language_width, projected=True)
+
     def attach(self, policy: Any, seam: Seam) -> None:
         refuse_second_attach("_preprocess_images" in vars(policy))
         paligemma = _paligemma(policy)
         # Partials of module-level functions, unlike closures, survive pickle and deepcopy.
         policy._preprocess_images = partial(_preprocess_images, policy, seam)
-        paligemma.get_image_features = partial(_get_image_features, paligemma)
+        paligemma.get_image_features = partial(_get_image_features, paligemma, seam.layout.projected)
 
     def detach(self, policy: Any) -> None:
         release_positions(policy.model.paligemma_with_expert)
@@ -119,9 +125,8 @@ class Pi(Family):
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         model = policy.model.paligemma_with_expert
         step = StepTimedByNorms if hasattr(policy.model, "time_mlp_in") else StepTimedByInput
-        return Phases(
-            Prefill(policy, seam, cameras), step(policy, steps), (model.paligemma.lm_head, model.gemma_expert.lm_head)
-        )
+        unused = (model.paligemma.lm_head, model.gemma_expert.lm_head)
+        return Phases(Prefill(policy, seam, cameras), step(policy, steps), unused, vision=VISION)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         model = policy.model.paligemma_with_expert
@@ -137,7 +142,7 @@ class Pi(Family):
 
     def require_trunk_training(self) -> None:
         raise UnsupportedPolicyError(
-            f"tokens can be dropped inside the trunk of a '{self.policy_type}' policy only when it acts: LeRobot "
+            f"tokens can be dropped inside the trunk of the '{self.policy_type}' policy only when it acts: LeRobot "
             "trains its layers in a function that cannot be reached; apply the reducer without training, eval "
             "--reducer fastv, or train another"
         )
@@ -225,6 +230,7 @@ class PiFast(Pi):
             }
         ),
     }
+    packages = ("transformers", "scipy")
     repositories: ClassVar = {
         "tokenizer_name": PALIGEMMA,
         "text_tokenizer_name": PALIGEMMA,
@@ -236,7 +242,7 @@ class PiFast(Pi):
     def act_through(self, policy: Any, seam: Seam, runtime: FastRuntime) -> None:
         if not policy.config.use_kv_cache:
             raise UnsupportedPolicyError(
-                f"runtime={runtime.name} is not available for a '{self.policy_type}' policy with use_kv_cache=false, "
+                f"runtime={runtime.name} is not available for the '{self.policy_type}' policy with use_kv_cache=false, "
                 "which runs the whole prefix for each token; set use_kv_cache=true, or use runtime=eager"
             )
         seam.runtime = runtime
@@ -247,7 +253,7 @@ class PiFast(Pi):
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         prefill, step = pi_fast.Prefill(policy, seam, cameras, steps), pi_fast.Step(policy, steps)
-        return Phases(prefill, step, start=pi_fast.first_scores)
+        return Phases(prefill, step, start=pi_fast.first_scores, vision=VISION)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         # Decoding runs the layers of the prefix again for each token.
@@ -343,22 +349,23 @@ def _preprocess_images(policy: Any, seam: Seam, batch: dict[str, Tensor]) -> tup
 def _reduce(policy: Any, seam: Seam, prepared: Prepared) -> list[Tensor]:
     model = policy.model
     # As in the dense policy, the tower's activations are recomputed in backward if checkpointing is on.
-    encode = partial(model._apply_checkpoint, partial(_run_tower, _paligemma(policy).vision_tower, seam))
+    encode = partial(model._apply_checkpoint, partial(_run_tower, _paligemma(policy), seam))
     return seam.tokens(prepared.images, prepared.batch, encode, model.paligemma_with_expert.embed_language_tokens)
 
 
-def _run_tower(tower: nn.Module, seam: Seam, images: Tensor, sample: Sampling | None = None) -> Tensor:
+def _run_tower(paligemma: Any, seam: Seam, images: Tensor, sample: Sampling | None = None) -> Tensor:
     with seam.sampling(sample):
-        features: Tensor = tower(images).last_hidden_state
-    return features
+        features: Tensor = paligemma.vision_tower(images).last_hidden_state
+    return paligemma.multi_modal_projector(features) if seam.layout.projected else features
 
 
-def _get_image_features(paligemma: Any, pixel_values: Tensor, **kwargs: Any) -> Any:
-    """Project features [b, k, c]; treat pixels [b, 3, h, w] as before."""
+def _get_image_features(paligemma: Any, projected: bool, pixel_values: Tensor, **kwargs: Any) -> Any:
+    """Project features [b, k, c] unless they are projected; treat pixels [b, 3, h, w] as before."""
     if pixel_values.ndim == 3:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        return BaseModelOutputWithPooling(pooler_output=paligemma.multi_modal_projector(pixel_values))
+        features = pixel_values if projected else paligemma.multi_modal_projector(pixel_values)
+        return BaseModelOutputWithPooling(pooler_output=features)
     return type(paligemma).get_image_features(paligemma, pixel_values, **kwargs)
 
 

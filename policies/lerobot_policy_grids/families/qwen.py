@@ -209,6 +209,18 @@ def made_up_prompt(
     }
 
 
+def no_training_step(policy_type: str, *args: Any, **kwargs: Any) -> Any:
+    """In the place of `forward` of a policy on the meta device.
+
+    Raises:
+        UnsupportedPolicyError: Always.
+    """
+    raise UnsupportedPolicyError(
+        f"a training step of the '{policy_type}' policy cannot be predicted: the values of its prompt decide which "
+        "operations run"
+    )
+
+
 def image_grid(
     shapes: Mapping[str, tuple[int, int]], vision: Any, min_pixels: int | None, max_pixels: int | None
 ) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def _save(
 
 @written_once
 def write_small_qwen3(
-    folder: Path, patch: int = PATCH, vision_layers: int = 2, deepstack: tuple[int, ...] = (0,), layers: int = 2
+    folder: Path, patch: int = PATCH, vision_layers: int = 2, deepstack: tuple[int, ...] = (0, 1), layers: int = 3
 ) -> None:
     """Save a small Qwen3-VL with random weights and its processor.
 
@@ -141,4 +141,7 @@ def write_small_qwen3(
     config = Qwen3VLConfig(**_TOKENS, vision_config=vision, text_config=text)
     model = Qwen3VLForConditionalGeneration(config)
     sharpen(model.model.language_model)
+    # At their own scale what they add would not be seen in an action.
+    for merger in model.model.visual.deepstack_merger_list:
+        nn.init.normal_(merger.linear_fc2.weight, std=0.3)
     model.save_pretrained(folder)

@@ -47,7 +47,7 @@ from .base import (
     replaced,
 )
 from .distances import action_distance
-from .phases.smolvla import Prefill, Step
+from .phases.smolvla import VISION, Prefill, Step
 from .positions import keep_positions, release_positions
 from .pruning import TrunkPruning, mean_attention, note_images
 from .seam import Sampling, Seam
@@ -68,6 +68,7 @@ class SmolVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "smolvla"
+    packages = ("transformers",)
     flow_steps = "num_steps"
     reference = "lerobot"
     steps: ClassVar = {"smolvla_new_line_processor": frozenset()}
@@ -154,7 +155,7 @@ class SmolVLA(Family):
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
         prefill, step = Prefill(policy, seam, cameras, _special_tokens(policy)), Step(policy, steps)
-        return Phases(prefill, step, (policy.model.vlm_with_expert.vlm.lm_head,))
+        return Phases(prefill, step, (policy.model.vlm_with_expert.vlm.lm_head,), vision=VISION)
 
     def attach_to_trunk(self, policy: Any, seam: Seam) -> None:
         vlm = policy.model.vlm_with_expert

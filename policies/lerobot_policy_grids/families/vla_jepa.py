@@ -12,22 +12,28 @@ observations when it acts and not in training. Cameras must have one grid, and n
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
 from .distances import action_distance
-from .qwen import attach_model, detach_model, image_grid, scatter
+from .published_qwen import IDS, QWEN_3_VL_2B, Published, published_processor
+from .qwen import attach_model, detach_model, image_grid, no_training_step, scatter
 from .seam import Seam
-from .small_qwen import write_small_qwen3
+from .small_qwen import sharpen, write_small_qwen3
+
+# Of the published image processor: pixels of an image, at least and at most.
+PIXELS = {"shortest_edge": 2**16, "longest_edge": 2**24}
+# Tokens of the published tokenizer.
+TOKENS = 151669
 
 
 class VLAJEPA(Family):
@@ -35,8 +41,10 @@ class VLAJEPA(Family):
 
     resolution_field = None
     extra = "vla_jepa"
+    packages = ("transformers", "diffusers")
     flow_steps = "num_inference_timesteps"
     position_ids = "dense"
+    counted_on_meta = True
     # Without a state LeRobot leaves it out.
     reads_state = False
     steps: ClassVar = {
@@ -117,11 +125,36 @@ class VLAJEPA(Family):
     def prefix_length(self, prefix: Any) -> int:
         return int(prefix.shape[1])
 
+    def complete(self, policy: DensePolicy, batch: dict[str, Any]) -> dict[str, Any]:
+        count, words = batch[OBS_LANGUAGE_TOKENS].shape
+        return batch | {"task": [" ".join("a" * words)] * count}
+
     def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
-        raise UnsupportedPolicyError(
-            f"the architecture of a '{self.policy_type}' policy cannot be built without files from the Hub; give "
-            "the folder of a checkpoint"
-        )
+        config: Any = super().config(inputs, outputs, size, dtype)
+        config.torch_dtype = dtype
+        return config
+
+    @contextmanager
+    def offline(self, config: Any) -> Iterator[None]:
+        import transformers
+        from lerobot.policies.vla_jepa import modeling_vla_jepa, qwen_interface
+
+        with ExitStack() as stack:
+            # A distribution that is made on the meta device has no values to check.
+            stack.enter_context(replaced(Distribution, _validate_args=False))
+            if not Path(config.qwen_model_name).is_dir():
+                # The defaults of V-JEPA 2 are the sizes of LeRobot's encoder.
+                kinds = {config.qwen_model_name: _published_qwen, config.jepa_encoder_name: transformers.VJEPA2Config}
+                videos = Published(transformers.VJEPA2VideoProcessor)
+                stack.enter_context(replaced(transformers, AutoConfig=_ByName(kinds)))
+                stack.enter_context(replaced(qwen_interface, AutoProcessor=Published(_published_processor)))
+                stack.enter_context(replaced(modeling_vla_jepa, AutoVideoProcessor=videos))
+            yield
+
+    def finish(self, policy: Any) -> None:
+        if next(policy.parameters()).is_meta:
+            policy.predict_action_chunk = partial(_without_autocast, policy)
+            policy.forward = partial(no_training_step, self.policy_type)
 
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
         from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
@@ -142,9 +175,15 @@ class VLAJEPA(Family):
             "num_inference_timesteps": 3,
             "repeated_diffusion_steps": 2,
         }
-        return VLAJEPAPolicy(
+        policy = VLAJEPAPolicy(
             VLAJEPAConfig(device="cpu", input_features=inputs, output_features=outputs, **fields | options)
         )
+        sharpen(policy.model.action_model)
+        for name, parameter in policy.model.action_model.named_parameters():
+            if name.endswith(("action_decoder.layer1.weight", "action_decoder.layer2.weight", "proj_out_2.weight")):
+                # LeRobot's own are so small that hardly anything changes an action.
+                nn.init.normal_(parameter, std=0.3)
+        return policy
 
 
 FAMILIES = (
@@ -154,7 +193,7 @@ FAMILIES = (
         sources={"vla_jepa": None},
         # LeRobot's own preset.
         recipe=Recipe(steps=30_000, batch=64, micro_batch=8, lr=1e-4, warmup=0.033),
-        image_size=224,
+        image_size=256,
         language_tokens=48,
     ),
 )
@@ -172,6 +211,48 @@ class _Sizes:
         config = AutoConfig.from_pretrained(name, **kwargs)
         make = getattr(self.kind, "_from_config", None) or self.kind.from_config
         return make(config, dtype=torch_dtype).eval()
+
+
+class _ByName:
+    """In the place of `AutoConfig`.
+
+    Args:
+        kinds: Name -> makes the configuration.
+    """
+
+    def __init__(self, kinds: Mapping[str, Any]) -> None:
+        self.kinds = kinds
+
+    def from_pretrained(self, name: str, **kwargs: Any) -> Any:
+        return self.kinds[name]()
+
+
+def _published_qwen() -> Any:
+    from transformers import Qwen3VLConfig
+
+    return Qwen3VLConfig(**QWEN_3_VL_2B | IDS)
+
+
+def _published_processor() -> Any:
+    from transformers import Qwen3VLProcessor
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
+
+    images = Qwen2VLImageProcessor(size=PIXELS, patch_size=QWEN_3_VL_2B["vision_config"]["patch_size"])
+    return published_processor(Qwen3VLProcessor, images, Qwen3VLVideoProcessor(), TOKENS)
+
+
+def _without_autocast(policy: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    """`predict_action_chunk` on the meta device, which has no autocast. Operations are the same."""
+    from lerobot.policies.vla_jepa import modeling_vla_jepa
+
+    with replaced(modeling_vla_jepa, _get_autocast_context=_no_autocast):
+        chunk: Tensor = type(policy).predict_action_chunk(policy, batch, **kwargs)
+    return chunk
+
+
+def _no_autocast(*args: Any) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class _Instructions(list[str]):

@@ -9,7 +9,8 @@ LeRobot runs the whole prompt again in each of ten integration steps, whose numb
 camera; here cameras must have one grid, and none may be missing. Images keep their aspect ratio.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,21 @@ from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
 from .distances import action_distance
-from .qwen import Names, Placed, image_grid, scatter
+from .published_qwen import IDS, QWEN_2_5_VL_3B, Published, published_processor
+from .qwen import Names, Placed, image_grid, no_training_step, scatter
 from .seam import Seam
 from .small_qwen import SMALL_QWEN_2_5, sharpen, write_small_processor
 
+MARKERS = ("<|action|>", "<|propri|>")
 # Of the small instance. LeRobot makes images 252 pixels wide, which are 9 x 9 tokens.
-PATCH, WIDTH, MARKERS = 14, 8, ("<|action|>", "<|propri|>")
+PATCH, WIDTH = 14, 8
+# Of wall-oss-flow: a Qwen2.5-VL-3B with more tokens, and in each layer a second, narrower MLP for action tokens. Its
+# config.json was not at hand. Public copies agree: `workspace/lerobot_example/qwen25_config_libero.json` of
+# AshlingYan/wall-x, a configuration of that architecture; and notes of gugudeshubao/wall-x on running wall-oss-flow
+# itself (experts of 11008 and 2048, logits of 153715 tokens, a file of about 8 GB, which is 8.4 here), with its
+# tokenizer_config.json.
+NARROW, TOKENS = 2048, 153715
+PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 16384 * 28 * 28}
 
 
 class WallX(Family):
@@ -37,7 +47,9 @@ class WallX(Family):
 
     resolution_field = None
     extra = "wallx"
+    packages = ("transformers", "peft", "torchdiffeq", "qwen_vl_utils")
     position_ids = "dense"
+    counted_on_meta = True
     spares_cameras = False
     steps: ClassVar = {"wall_x_task_processor": frozenset()}
     repositories: ClassVar = {
@@ -115,11 +127,23 @@ class WallX(Family):
         count, words = batch[OBS_LANGUAGE_TOKENS].shape
         return batch | {"task": [" ".join("a" * words)] * count}
 
-    def config(self, inputs: dict[str, Any], outputs: dict[str, Any], size: int, dtype: str) -> Any:
-        raise UnsupportedPolicyError(
-            f"the architecture of a '{self.policy_type}' policy cannot be built without files from the Hub; give "
-            "the folder of a checkpoint"
-        )
+    @contextmanager
+    def offline(self, config: Any) -> Iterator[None]:
+        from lerobot.policies.wall_x import modeling_wall_x
+
+        if Path(config.pretrained_name_or_path).is_dir():
+            yield
+            return
+        with (
+            replaced(modeling_wall_x.Qwen2_5_VLMoEForAction, config_class=Published(partial(_published_sizes, config))),
+            replaced(modeling_wall_x, AutoProcessor=Published(_published_processor)),
+        ):
+            yield
+
+    def finish(self, policy: Any) -> None:
+        if next(policy.parameters()).is_meta:
+            policy.predict_action_chunk = partial(_by_eulers_rule, policy)
+            policy.forward = partial(no_training_step, self.policy_type)
 
     def small(self, inputs: dict[str, Any], outputs: dict[str, Any], folder: Path, **options: Any) -> Any:
         from lerobot.policies.wall_x.configuration_wall_x import WallXConfig
@@ -127,7 +151,7 @@ class WallX(Family):
 
         place = write_small_processor(folder / "wall", PATCH, MARKERS)
         if not (place / "config.json").exists():
-            _write_sizes(place)
+            _small_sizes().save_pretrained(place)
         fields: dict[str, Any] = {
             "pretrained_name_or_path": str(place),
             "chunk_size": 8,
@@ -215,18 +239,60 @@ def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> 
     return action_distance(student.unflatten(0, size), teacher.unflatten(0, size), batch)
 
 
-def _write_sizes(folder: Path) -> None:
-    """The configuration of a small model of two experts."""
+def _published_sizes(config: Any) -> Any:
+    text = QWEN_2_5_VL_3B["text_config"]
+    sizes = QWEN_2_5_VL_3B | IDS | {"text_config": text | {"vocab_size": TOKENS}}
+    return _sizes(sizes, (text["intermediate_size"], NARROW), config.max_action_dim, config.max_state_dim)
+
+
+def _published_processor() -> Any:
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    images, videos = Qwen2VLImageProcessor(size=PIXELS), Qwen2VLVideoProcessor()
+    return published_processor(Qwen2_5_VLProcessor, images, videos, TOKENS, MARKERS)
+
+
+def _by_eulers_rule(policy: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    """`predict_action_chunk` on the meta device, where torchdiffeq would look at the times. Operations are the same."""
+    from lerobot.policies.wall_x import modeling_wall_x
+
+    with replaced(modeling_wall_x, odeint=_euler):
+        chunk: Tensor = type(policy).predict_action_chunk(policy, batch, **kwargs)
+    return chunk
+
+
+def _euler(step: Callable[[Tensor, Tensor], Tensor], state: Tensor, times: Tensor, method: str) -> list[Tensor]:
+    states = [state]
+    for now, then in itertools.pairwise(times):
+        states.append(states[-1] + (then - now) * step(now, states[-1]))
+    return states
+
+
+def _small_sizes() -> Any:
+    vision, inner = SMALL_QWEN_2_5["vision_config"], SMALL_QWEN_2_5["text_config"]["intermediate_size"]
+    patches = {"patch_size": PATCH, "window_size": 4 * 2 * PATCH}
+    return _sizes(SMALL_QWEN_2_5 | {"vision_config": vision | patches}, (inner, inner), WIDTH, WIDTH)
+
+
+def _sizes(qwen: dict[str, Any], experts: tuple[int, int], action: int, state: int) -> Any:
+    """The configuration of a model.
+
+    Args:
+        qwen: That of the Qwen2.5-VL.
+        experts: Width of the MLP for all else and of the one for action tokens.
+        action: Dimensions of an action.
+        state: Dimensions of a state.
+    """
     from lerobot.policies.wall_x.qwen_model import Qwen2_5_VLConfig
 
-    sizes = {**SMALL_QWEN_2_5}
-    hidden, inner = sizes["text_config"]["hidden_size"], sizes["text_config"]["intermediate_size"]
-    sizes["vision_config"] = sizes["vision_config"] | {"patch_size": PATCH, "window_size": 4 * 2 * PATCH}
-    sizes["text_config"] = sizes["text_config"] | {
-        "num_experts": 2,
-        "experts": [{"hidden_size": hidden, "intermediate_size": inner, "hidden_act": "silu"}] * 2,
-        "dim_inputs": [hidden, hidden],
+    width = qwen["text_config"]["hidden_size"]
+    text = {
+        "num_experts": len(experts),
+        "experts": [{"hidden_size": width, "intermediate_size": inner, "hidden_act": "silu"} for inner in experts],
+        "dim_inputs": [width] * len(experts),
         "mlp_moe": True,
-        "dof_config": {"arm": WIDTH},
+        "dof_config": {"arm": action},
     }
-    Qwen2_5_VLConfig(**sizes, agent_pos_config={"arm": WIDTH}).save_pretrained(folder)
+    sizes = qwen | {"text_config": qwen["text_config"] | text}
+    return Qwen2_5_VLConfig(**sizes, agent_pos_config={"arm": state})

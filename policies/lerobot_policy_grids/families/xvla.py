@@ -34,7 +34,7 @@ from ..runtime import FastRuntime, Phases
 from .acting import Prepared
 from .base import DensePolicy, Family, Recipe, Stages, Target, lower_right_region, refuse_second_attach
 from .characters import CHARACTERS, write_character_tokenizer
-from .phases.xvla import Prefill, Step, generate_actions
+from .phases.xvla import VISION, Prefill, Step, generate_actions
 from .position_embeddings import BART_OFFSET, dense_rows, places_of_views
 from .seam import Seam
 
@@ -95,6 +95,7 @@ class XVLA(Family):
 
     resolution_field = "resize_imgs_with_padding"
     extra = "xvla"
+    packages = ("transformers",)
     flow_steps = "num_denoising_steps"
     position_ids = "dense"
     # Without a state LeRobot gives it zeros.
@@ -201,7 +202,7 @@ class XVLA(Family):
 
     @torch.no_grad()
     def phases(self, policy: Any, seam: Seam, cameras: list[int], steps: int) -> Phases:
-        return Phases(Prefill(policy, seam, cameras, steps, _encode, _project), Step(policy.model))
+        return Phases(Prefill(policy, seam, cameras, steps, _project), Step(policy.model), vision=VISION)
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.dtype = "bfloat16"

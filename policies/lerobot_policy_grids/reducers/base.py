@@ -28,11 +28,13 @@ class ReducerConfig(draccus.ChoiceRegistry):
         summary: Description of the k tokens for a model card: "K visual tokens per camera, <summary>".
         in_trunk: Whether the reducer drops tokens between layers of the trunk instead of before it.
         dense_at_all_tokens: Whether the tokens are the dense ones at K = H * W before training.
+        projected: Whether it reads the map behind the projector, in families that can give that (`Family.projected`).
     """
 
     summary: ClassVar[str] = ""
     in_trunk: ClassVar[bool] = False
     dense_at_all_tokens: ClassVar[bool] = True
+    projected: ClassVar[bool] = False
 
     @classmethod
     def default_choice_name(cls) -> str:

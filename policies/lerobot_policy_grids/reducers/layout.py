@@ -22,6 +22,7 @@ class TokenLayout:
         extra_tokens: Tokens per camera in front of the grid that are not cells of it; they are not reduced.
         block: Patches along a side of a cell in the map that is sampled: more than 1 inside a vision tower whose
             connector merges patches.
+        projected: Whether the map is the one behind the projector, in a family that otherwise samples before it.
     """
 
     token_grid: tuple[int, int]
@@ -32,6 +33,7 @@ class TokenLayout:
     regions: tuple[Region, ...]
     extra_tokens: int = 0
     block: int = 1
+    projected: bool = False
 
     @property
     def num_dense_tokens(self) -> int:

@@ -14,6 +14,10 @@ The published trees read the map in two ways, and weights of one do not work in 
 Differs from the published code: arithmetic is float32 in every model, so that no coordinate is rounded to 1. Maps that
 are not square are refused, which one tree does too, and another squeezes to a square.
 
+Both trees sample the map behind the projector, as wide as the trunk, and add the embedding of the coordinates there. So
+does this reducer (`projected`): a projector that widens does not reach every direction of the trunk, so that sum cannot
+be moved in front of it.
+
 Differs from the other reducers: K is the width of the last layer and cannot change. Tokens come in the order of that
 layer, not in raster order. At K = H * W the tokens are not the dense ones.
 """
@@ -48,6 +52,7 @@ class ReferenceConfig(BudgetConfig):
         "[arXiv 2605.11817](https://arxiv.org/abs/2605.11817))"
     )
     dense_at_all_tokens: ClassVar[bool] = False
+    projected: ClassVar[bool] = True
 
     convention: str = field(
         default="lerobot", metadata={"help": f"Where coordinates are on the map: one of {', '.join(CONVENTIONS)}."}

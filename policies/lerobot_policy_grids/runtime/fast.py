@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import GridsError, first_line
 from .flow import integrate
 from .phases import Phases, UnavailableError
-from .precision import PRECISIONS, precisely
+from .precision import PRECISIONS, precisely, round_vision
 from .program import Loop, Program
 from .quantised import QUANTISATIONS, quantise
 from .weights import Mark, mark
@@ -29,10 +29,13 @@ RUNTIMES = ("eager", "fast", "compiled")
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Of float32 where matrix products round their inputs to 10 bits.
 TF32_BOUND = 2e-2
-# And to 7 bits.
+# And to 7 bits, as with a vision tower in bfloat16.
 BF16_BOUND = BOUNDS[torch.bfloat16]
 # With weights of 8 bits.
 INT8_BOUND = 5e-2
+
+# Shapes of observations that are kept. On a GPU each has memory of its own for what its graphs compute.
+MOST_PROGRAMS = 16
 
 
 class Comparison(NamedTuple):
@@ -60,8 +63,8 @@ class FastRuntime:
     Args:
         name: "fast" or "compiled".
         quantisation: One of `QUANTISATIONS`: of the weights of trunk and action expert.
-        precision: One of `PRECISIONS`: of products of float32 in the fast path. The slow one, against which it is held,
-            then computes them as float32.
+        precision: One of `PRECISIONS`: of products of float32 in the fast path, and for "bf16" also of its vision
+            tower. The slow one, against which it is held, then computes as float32.
         build: (numbers of the cameras, denoising steps) to the phases; raises UnavailableError.
         budget: Numbers of the cameras to what says how their tokens are reduced at the moment.
         weights: The modules whose weights the phases use.
@@ -71,7 +74,7 @@ class FastRuntime:
         acting: Whether the policy is asked for actions, and not for a loss.
         differences: What was found of each shape of observation: the share of the range of the actions, or why the
             policy acts without the fast path.
-        programs: What acts for each shape; None where the slow path does.
+        programs: What acts for each shape, the last ones used; None where the slow path does.
     """
 
     def __init__(
@@ -139,13 +142,16 @@ class FastRuntime:
             return eager()
         self._notice_changes()
         shapes = tuple((value.shape, value.dtype) for value in (*observation, noise))
-        key = (shapes, noise.device, tuple(cameras), self._budget(cameras), steps)
+        # Those of the process are part of what a graph recorded.
+        products = torch.get_float32_matmul_precision() if self.precision == "own" else None
+        key = (shapes, noise.device, tuple(cameras), self._budget(cameras), steps, products)
         # Tensors of inference mode cannot be written to outside it, and graphs keep some.
         with torch.inference_mode(False), torch.no_grad():
             observation, noise = observation._make(map(_own, observation)), _own(noise)
             if key not in self.programs:
                 return self._first(key, observation, noise, cameras, steps, eager, loop, compare or BY_VALUES)
-            program = self.programs[key]
+            # The last one used is the last to be dropped.
+            program = self.programs[key] = self.programs.pop(key)
             if program is not None:
                 with precisely(self.precision):
                     return program(observation, noise, loop)
@@ -165,6 +171,9 @@ class FastRuntime:
         """Build the program for observations of a shape, and hold it against the slow path."""
         with precisely("own" if self.precision == "own" else "fp32"):
             expected = eager()
+        if not bool(expected.isfinite().all()):
+            # Nothing can be learnt from it, and whoever asked refuses it.
+            return expected
         try:
             with precisely(self.precision):
                 phases = self._phases_of(cameras, steps)
@@ -174,17 +183,13 @@ class FastRuntime:
             kind = "" if isinstance(error, GridsError) else f"{type(error).__name__}: "
             self._refuse(key, f"{kind}{first_line(error)}")
             return expected
-        if not bool(expected.isfinite().all()):
-            # Nothing can be learnt from it, and whoever asked refuses it.
-            return expected
         difference = compare.share(found, expected)
         bound = self._bound(noise.device, [phases.prefill, phases.denoise_step])
         if not difference <= bound:
             apart = f"{difference:.1e} of the range of the {compare.of}"
             self._refuse(key, f"its first action chunk differs by {apart}, more than {bound:.0e}")
             return expected
-        self.programs[key] = program
-        self.differences[key] = difference
+        self._keep(key, program, difference)
         print(
             f"{self.title}: {len(cameras)} cameras, {_described(self._budget(cameras))} visual "
             f"tokens{_words(observation)} on {noise.device}: the first action chunk differs from the eager one by "
@@ -202,6 +207,8 @@ class FastRuntime:
         if key not in self._phases:
             phases = self._build(cameras, steps)
             quantise(phases, self.quantisation)
+            if self.precision == "bf16":
+                round_vision(phases)
             self._phases[key] = phases
         return self._phases[key]
 
@@ -211,16 +218,33 @@ class FastRuntime:
         bound = max(BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes)
         if self.quantisation != "none":
             bound = max(bound, INT8_BOUND)
+        if self.precision == "bf16":
+            return max(bound, BF16_BOUND)
         with precisely(self.precision):
             products = torch.get_float32_matmul_precision()
         if products == "highest" or (device.type != "cuda" and self.precision == "own"):
             return bound
-        return max(bound, TF32_BOUND if products == "high" else BF16_BOUND)
+        # On a GPU "medium" is TF32, too.
+        return max(bound, TF32_BOUND)
 
     def _refuse(self, key: Any, reason: str) -> None:
-        self.programs[key] = None
-        self.differences[key] = reason
+        self._keep(key, None, reason)
         self._warn(reason)
+
+    def _keep(self, key: Any, program: Program | None, found: float | str) -> None:
+        """Keep what acts for a shape, and drop what was not used for longest if there are too many."""
+        self.programs[key], self.differences[key] = program, found
+        while len(self.programs) > MOST_PROGRAMS:
+            oldest = next(iter(self.programs))
+            del self.programs[oldest], self.differences[oldest]
+            used = [kept.phases for kept in self.programs.values() if kept is not None]
+            self._phases = {key: phases for key, phases in self._phases.items() if phases in used}
+
+    def try_again(self) -> None:
+        """Forget shapes for which the slow path acts: what failed may be over, such as a lack of memory."""
+        for key in [key for key, program in self.programs.items() if program is None]:
+            del self.programs[key], self.differences[key]
+        self._said.clear()
 
     def _warn(self, reason: str) -> None:
         if reason not in self._said:

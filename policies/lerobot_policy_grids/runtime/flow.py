@@ -53,3 +53,11 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, numbe
     for number in numbers.split(1):
         x_t = torch.add(x_t, velocity(x_t, number), alpha=-1.0 / len(numbers))
     return x_t
+
+
+def integrate_forwards(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, numbers: Tensor) -> Tensor:
+    """The same of a velocity field that leads from noise, at time 0, to actions."""
+    actions = noise
+    for number in numbers.split(1):
+        actions = torch.add(actions, velocity(actions, number), alpha=1.0 / len(numbers))
+    return actions

@@ -1,6 +1,6 @@
 """A decoder layer of the trunk or the action expert, from its own modules, with fewer operations.
 
-Differs from LeRobot's loop, up to rounding in nothing:
+Differs from LeRobot's loop as follows, which changes its results by rounding alone:
 - queries, keys and values come from one product, and are rotated together;
 - attention is torch's fused one, with a mask that was made once;
 - residuals are added by the products that make them;

@@ -50,10 +50,11 @@ class Rotation(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What the prefill leaves for the denoising steps; they change none of it.
+    """What the prefill leaves for the denoising steps. They change none of it, but for room that is left for them.
 
     Attributes:
-        keys_values: For each layer of the action expert, keys and then values of the prefix, [b, 2 * g, p, d].
+        keys_values: For each layer of the action expert, keys and then values of the prefix, [b, 2 * g, p, d]. Where a
+            step writes a token, p has room for all of them at its end.
         mask: Added to the scores of the chunk's tokens, broadcast to [b * g, 1, t, p + t]; 0 or hugely negative.
         rotation: Of the chunk's tokens.
         extra: What else does not change from step to step.
@@ -82,9 +83,12 @@ class Phases:
             int64 [1], the number of a step; its time is 1 - step / steps. Some families predict the actions themselves.
         unused: Modules with weights that no phase reads.
         start: (Cache, noise) to what the steps begin with: the noise.
+        vision: Names of the prefill's modules that are its vision tower. Copies of them in bfloat16 may take their
+            place: the prefill gives them images of their precision, and goes on in the precision that there was.
     """
 
     prefill: nn.Module
     denoise_step: nn.Module
     unused: tuple[nn.Module, ...] = ()
     start: Callable[[Any, Tensor], Tensor] = _noise
+    vision: tuple[str, ...] = ()

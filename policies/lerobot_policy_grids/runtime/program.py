@@ -43,7 +43,9 @@ class Program:
             self.prefill = torch.compile(phases.prefill, fullgraph=True, dynamic=False)
             self.denoise_step = torch.compile(phases.denoise_step, fullgraph=True, dynamic=False)
         if noise.is_cuda:
-            self._record(observation, noise)
+            # Streams and graphs belong to the device of the moment.
+            with torch.cuda.device(noise.device):
+                self._record(observation, noise)
 
     def __call__(self, observation: tuple[Tensor, ...], noise: Tensor, loop: Loop = integrate) -> Tensor:
         """The action chunk [b, t, a] that denoising leaves of the noise."""
@@ -56,9 +58,13 @@ class Program:
         return loop(velocity, self.phases.start(cache, noise), self.numbers)
 
     def _record(self, observation: tuple[Tensor, ...], noise: Tensor) -> None:
-        """Replace both phases by CUDA graphs; one graph serves all steps."""
-        prefill = RecordedFunction(self.prefill, (), tuple(observation))
-        step = RecordedFunction(self.denoise_step, (prefill.result,), (noise, self.numbers[:1]))
+        """Replace both phases by CUDA graphs; one graph serves all steps.
+
+        They are recorded from zeros: a graph that does not follow its inputs then fails the first comparison, which is
+        made with the observation.
+        """
+        prefill = RecordedFunction(self.prefill, (), tuple(map(torch.zeros_like, observation)))
+        step = RecordedFunction(self.denoise_step, (prefill.result,), (torch.zeros_like(noise), self.numbers[:1]))
 
         def denoise_step(cache: Any, x_t: Tensor, number: Tensor) -> Tensor:
             # The graph reads the cache where `prefill` leaves it.

@@ -5,7 +5,7 @@ import pytest
 from fast_path import FLOWS, small
 
 
-@pytest.fixture(params=[*FLOWS, "act", "xvla", "pi0_fast", "groot"])
+@pytest.fixture(params=[*FLOWS, "act", "xvla", "pi0_fast", "groot", "evo1"])
 def phased(request, family_row):
     """A small policy whose family has phases, and a batch."""
     return small(family_row(request.param))

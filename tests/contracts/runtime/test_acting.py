@@ -37,15 +37,22 @@ def test_one_check_for_each_shape(flowing):
     assert all(isinstance(found, float) for found in checked.values())
 
 
-def test_another_prompt_of_a_bucket_costs_groot_nothing(family_row):
-    row = family_row("groot")
+# Two in a bucket, and two in the next.
+PROMPTS = {
+    "groot": ("push a mug", "lift a cup", "lift a large cup", "open it"),
+    "evo1": ("push a mug", "lift a cup", "lift a large cup and a small one", "open the uppermost drawer"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_another_prompt_of_a_bucket_costs_nothing(family_row, name):
+    row = family_row(name)
     policy, batch = small(row)
-    prompts = [("push a mug", 1), ("lift a cup", 1), ("lift a large cup", 2), ("open it", 2)]
-    given = [row.changed(policy.base, batch, task=[task] * len(batch["state"])) for task, _ in prompts]
+    given = [row.changed(policy.base, batch, task=[task] * len(batch["action"])) for task in PROMPTS[name]]
     expected = [act(policy, prompt) for prompt in given]
     policy.use_runtime("fast")
     checked = policy.seam.runtime.differences
-    for (_, count), prompt, chunk in zip(prompts, given, expected, strict=True):
+    for count, prompt, chunk in zip((1, 1, 2, 2), given, expected, strict=True):
         assert apart(chunk, act(policy, prompt)) < ROUNDING
         assert len(checked) == count
     assert apart(expected[0], expected[1]) > 10 * ROUNDING
@@ -111,10 +118,13 @@ def test_real_time_chunking_guides_the_fast_velocities(flowing):
     assert apart(free, found["fast"]) > 10 * ROUNDING
 
 
-def test_groots_own_real_time_chunking_gets_the_fast_velocities(family_row):
-    policy, batch = small(family_row("groot"))
+@pytest.mark.parametrize("name", ["groot", "evo1"])
+def test_real_time_chunking_of_their_own_gets_the_fast_velocities(family_row, name):
+    policy, batch = small(family_row(name))
     policy.base.config.rtc_config = RTCConfig(enabled=True, execution_horizon=4)
-    left_over = torch.randn(len(batch["state"]), 6, 8)
+    if name == "evo1":
+        policy.base.init_rtc_processor()
+    left_over = torch.randn(len(batch["action"]), 6, 8)
     found = {}
     for runtime in ("eager", "fast"):
         policy.use_runtime(runtime)

@@ -129,6 +129,58 @@ def test_variants_of_groot(family_row, variant):
     assert apart(expected, act(policy, batch)) < bound
 
 
+VARIANTS_OF_EVO1 = {
+    "a camera that is missing": ({}, {}),
+    "a camera that is missing, and dense position ids": ({}, {"position_ids": "dense"}),
+    "a camera with fewer tokens": ({}, {"camera_tokens": {"observation.images.1": 2}}),
+    "the last word alone": ({"return_cls_only": True}, {}),
+    "several kinds of robots": ({"num_categories": 3}, {}),
+    "one action": ({"chunk_size": 1, "n_action_steps": 1}, {}),
+    "padding in front of the words": ({}, {}),
+    "an instruction that is cut": ({"max_text_length": 44}, {}),
+    "half precision": ({"vlm_dtype": "bfloat16"}, {}),
+    "half precision by autocast": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS_OF_EVO1)
+def test_variants_of_evo1(family_row, variant, monkeypatch):
+    row, (options, others) = family_row("evo1"), VARIANTS_OF_EVO1[variant]
+    policy, batch = small(row, **options)
+    policy = train_offsets(wrap(policy.detach(), 5, **others))
+    other = row.changed(policy.base, batch, task=["push", "pick up a cup", "open the drawer now"])
+    if variant.startswith("a camera that is missing"):
+        batch, other = ({n: v for n, v in given.items() if n != "observation.images.1"} for given in (batch, other))
+    elif variant == "several kinds of robots":
+        batch = batch | {"embodiment_id": torch.tensor([2, 0, 1])}
+        other = batch | {"embodiment_id": torch.tensor([2, 0, 0])}
+    elif variant == "padding in front of the words":
+        policy.base.model.embedder.tokenizer.padding_side = "left"
+    elif variant == "half precision by autocast":
+        base = type(policy.base)
+        monkeypatch.setattr(base, "_amp_enabled", True)
+        monkeypatch.setattr(base, "_maybe_autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    expected = act(policy, batch)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    (found,) = policy.seam.runtime.differences.values()
+    bound = fast.BOUNDS[torch.bfloat16] / 2 if variant.startswith("half precision") else ROUNDING
+    assert found < bound
+    assert apart(expected, act(policy, batch)) < bound
+    if bound == ROUNDING:
+        assert apart(expected, act(policy, other)) > 10 * ROUNDING
+
+
+def test_what_lerobot_refuses_of_evo1_is_refused(family_row):
+    policy, batch = small(family_row("evo1"), num_categories=3)
+    policy.use_runtime("fast")
+    act(policy, batch)
+    with pytest.raises(ValueError, match="embodiment ids must be in"):
+        act(policy, batch | {"embodiment_id": torch.tensor([0, 3, 0])})
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        act(policy, batch | {"task": ["push", "<IMG_CONTEXT>", "pull"]})
+
+
 @pytest.mark.parametrize("reducer", ["grids", "mean", "uniform", "pool", "tome", "random"])
 def test_every_reducer_before_the_trunk(pi0, reducer):
     policy, batch = pi0

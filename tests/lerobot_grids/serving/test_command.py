@@ -10,6 +10,7 @@ pytest.importorskip("grpc")
 
 from lerobot_grids.serving import is_loopback, start_server
 from lerobot_grids_cli.main import main
+from lerobot_grids_cli.serve import _use_runtime
 from lerobot_policy_grids.errors import GridsError
 from robot_caller import Caller, seen
 
@@ -27,13 +28,37 @@ def test_a_port_that_is_taken(server, endpoint):
 def test_dry_run(checkpoint, tmp_path, capsys):
     file = tmp_path / "dry.json"
     flags = ["--dry_run", "--requests=2", "--tokens=4", "--runtime=fast", "--device=cpu", f"--json={file}"]
-    assert main(["serve", str(checkpoint), *flags]) == 0
-    out = capsys.readouterr().out
+    assert main(["serve", str(checkpoint), *flags, "--precision=bf16"]) == 0
+    out, err = capsys.readouterr()
+    assert "runtime=fast precision=bf16: 2 cameras" in err
     assert "4 of 144 visual tokens per camera" in out
     assert "which nothing was moved by" in out
     result = json.loads(file.read_text())
     assert (np.shape(result["actions"]), result["requests"]) == ((16, 4), 2)
     assert 0 < result["policy_ms"][0] <= result["server_ms"][0] <= result["round_trip_ms"][0]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("fast", "int8", "tf32")),
+        ({"runtime": "fast"}, ("fast", "int8", "tf32")),
+        ({"runtime": "compiled", "precision": "bf16"}, ("compiled", "int8", "bf16")),
+        ({"quantise": "none"}, ("fast", "none", "tf32")),
+        ({"runtime": "eager"}, ("eager", "none", "own")),
+    ],
+)
+def test_options_that_are_not_given_are_the_checkpoints(loaded, given, expected):
+    policy = loaded.policy
+    policy.use_runtime("fast", "int8", "tf32")
+    try:
+        _use_runtime(policy, "served", dict.fromkeys(("runtime", "quantise", "precision")) | given)
+        config = policy.config
+        assert (config.runtime, config.quantise, config.precision) == expected
+        with pytest.raises(GridsError, match="served is a dense policy, which only acts eagerly; drop --precision"):
+            _use_runtime(policy.base, "served", {"runtime": None, "precision": "bf16"})
+    finally:
+        policy.use_runtime("eager")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

@@ -107,6 +107,10 @@ def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
     return inner
 
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("backbone", "projection")
+
+
 class Prefill(nn.Module):
     """ResNet, sampler, encoder, and the keys and values that the decoder reads.
 
@@ -123,6 +127,7 @@ class Prefill(nn.Module):
         self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
         self.at_places = at_places
         self.backbone, self.projection = without_norms(model.backbone), model.encoder_img_feat_input_proj
+        self.token_dtype = self.projection.weight.dtype
         self.state, self.norm = model.encoder_robot_state_input_proj, model.encoder.norm
         self.environment = model.encoder_env_state_input_proj if model.config.env_state_feature else None
         self.layers = nn.ModuleList([_Encode(layer) for layer in model.encoder.layers])
@@ -153,8 +158,8 @@ class Prefill(nn.Module):
         return Memory(tuple(reader.keys_values(hidden, positions) for reader in self.readers))  # type: ignore[operator]
 
     def _encode(self, images: Tensor) -> Tensor:
-        cells: Tensor = self.projection(self.backbone(images)["feature_map"])
-        return cells.flatten(2).transpose(1, 2)
+        cells: Tensor = self.projection(self.backbone(images.to(self.projection.weight.dtype))["feature_map"])
+        return cells.flatten(2).transpose(1, 2).to(self.token_dtype)
 
 
 class Decode(nn.Module):

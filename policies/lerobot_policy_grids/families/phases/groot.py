@@ -7,7 +7,6 @@ The trunk tells tokens apart by their positions and by what they see, and not by
 first and words behind them, whatever the prompt's order, so that nothing has to be put in its place.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,11 +20,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from ...runtime import UnavailableError
 from ...runtime.buckets import bucket
+from ...runtime.flow import integrate_forwards
 from ...runtime.layers import DecoderLayer, Heads, Norm, require_plain, rotate, rotation_tables
 from ...runtime.phases import Rotation
+from ...runtime.precision import in_bfloat16
 from ..acting import Draws
 from ..qwen import Placed, places_among, read_at, require_grid
 from ..seam import Seam
+from .prompts import visibility
 
 
 class Seen(NamedTuple):
@@ -110,7 +112,8 @@ class _Tower(nn.Module):
         """Patches [m, p, d] to tokens [m, H * W, c], and features of earlier layers of the same shape."""
         visual, count = self.visual, len(patches)
         embed = visual.patch_embed.proj
-        hidden = F.linear(patches.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias) + self.positions
+        hidden = F.linear(patches.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias)
+        hidden = hidden + self.positions.to(hidden.dtype)
         earlier = []
         for number, block in enumerate(visual.blocks):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden))
@@ -204,6 +207,10 @@ class _Block(nn.Module):
         return whole
 
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("tower",)
+
+
 class Prefill(nn.Module):
     """Vision tower, sampler, trunk, and what the action transformer makes of both before it sees an action.
 
@@ -223,6 +230,7 @@ class Prefill(nn.Module):
         text, head = parts.text, parts.head
         self.seam, self.cameras, self.reducer, self.dense = seam, cameras, seam.reducer, dense
         self.tower = _Tower(parts.visual, seam.layout.token_grid)
+        self.token_dtype = self.tower.positions.dtype
         self.embed_tokens, self.rotary = text.embed_tokens, text.rotary_emb
         sizes = text.config
         self.heads = Heads(sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim)
@@ -261,7 +269,7 @@ class Prefill(nn.Module):
         counts = [camera.shape[1] for camera in visual]
         words = self.embed_tokens(tokens)
         hidden = torch.cat([torch.cat(visual, dim=1).to(words.dtype), words], dim=1)
-        visible = _visible(counts, images_before, token_mask).repeat_interleave(
+        visible = visibility(counts, images_before, token_mask).repeat_interleave(
             self.heads.keys, dim=0, output_size=len(tokens) * self.heads.keys
         )[:, None]
         positions = _positions(counts, places, self.seam.layout.token_grid, images_before, token_mask, self.dense)
@@ -276,8 +284,8 @@ class Prefill(nn.Module):
 
     def _encode(self, earlier: list[Tensor], patches: Tensor) -> Tensor:
         tokens, features = self.tower(patches)
-        earlier += features
-        return tokens
+        earlier += [feature.to(self.token_dtype) for feature in features]
+        return tokens.to(self.token_dtype)
 
     def _added(self, earlier: list[Tensor], places: list[Tensor], words: int) -> tuple[Tensor, ...]:
         """What the first layers of the trunk get from the tower's, [b, p, c] each, zero at the words.
@@ -398,39 +406,14 @@ def parts_of(policy: Any) -> Parts:
     parts = Parts(core.visual, core.language_model, head)
     if policy.config.use_bf16 and model.dtype != torch.bfloat16:
         # LeRobot's autocast makes such copies, too, for each chunk anew.
-        return Parts(*map(_in_bfloat16, parts))
+        return Parts(*map(in_bfloat16, parts))
     return parts
-
-
-def _in_bfloat16(module: nn.Module) -> nn.Module:
-    """A copy with weights in bfloat16, made without one in the precision that they have."""
-    weights = {
-        id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
-        for weight in module.parameters()
-    }
-    return copy.deepcopy(module, weights)
 
 
 def _times(head: Any, steps: int) -> Tensor:
     """Of the steps, int64 [steps], by LeRobot's rule."""
     numbers = [int(step / float(steps) * head.num_timestep_buckets) for step in range(steps)]
     return torch.tensor(numbers, device=head.device)
-
-
-def _visible(counts: list[int], images_before: Tensor, token_mask: Tensor) -> Tensor:
-    """Which tokens see which, bool [b, p, p]: all that come before them in the prompt, without padding.
-
-    Args:
-        counts: Visual tokens of each camera.
-        images_before: Of `Seen`.
-        token_mask: Of `Seen`.
-    """
-    size = len(images_before)
-    images = [images_before.new_full((size, count), 2 * camera + 1) for camera, count in enumerate(counts)]
-    part = torch.cat([*images, 2 * images_before], dim=1)
-    place = part * part.shape[1] + torch.arange(part.shape[1], device=part.device)
-    real = F.pad(token_mask, (sum(counts), 0), value=True)
-    return (place[:, None] <= place[:, :, None]) & real[:, None]
 
 
 def _positions(
@@ -507,7 +490,7 @@ def get_action(
             actions: Tensor = own(reduce(inputs), options)["action_pred"]
         return actions
 
-    loop: Any = _integrate if options is None else partial(_guided, head, draws, prepared, options)
+    loop: Any = integrate_forwards if options is None else partial(_guided, head, draws, prepared, options)
     # What LeRobot does under autocast the phases do with weights in bfloat16.
     with torch.autocast(like.device.type, enabled=False):
         actions = runtime.chunk(
@@ -551,14 +534,6 @@ def _observe(model: Any, seam: Seam, prepared: Any) -> Seen:
         prepared["state"],
         prepared["embodiment_id"],
     )
-
-
-def _integrate(velocity: Any, noise: Tensor, numbers: Tensor) -> Tensor:
-    """Euler integration from noise, at time 0, to actions."""
-    actions = noise
-    for number in numbers.split(1):
-        actions = torch.add(actions, velocity(actions, number), alpha=1.0 / len(numbers))
-    return actions
 
 
 def _guided(

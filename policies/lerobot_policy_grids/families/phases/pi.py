@@ -53,6 +53,10 @@ def _embedded_times(policy: Any, steps: int) -> Tensor:
     return embedded.to(times.dtype)
 
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("embed_patches", "encoder", "tower_norm")
+
+
 class Prefill(nn.Module):
     """Vision tower, sampler, projector and Gemma."""
 
@@ -70,6 +74,7 @@ class Prefill(nn.Module):
         tower = getattr(paligemma.vision_tower, "vision_model", paligemma.vision_tower)
         self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
         self.embed_patches, self.encoder, self.tower_norm = tower.embeddings, tower.encoder, tower.post_layernorm
+        self.token_dtype = tower.post_layernorm.weight.dtype
         self.projector, self.embed_tokens = paligemma.multi_modal_projector, trunk.get_input_embeddings()
         layers, self.heads = decoder(trunk)
         self.layers = nn.ModuleList(layers)
@@ -116,7 +121,10 @@ class Prefill(nn.Module):
         if last is not None:
             tokens = torch.cat([tokens, last], dim=1)
             token_mask = torch.cat([token_mask, torch.ones_like(last, dtype=torch.bool)], dim=1)
-        hidden = torch.cat([self.projector(torch.cat(visual, dim=1)), self.embed_tokens(tokens)], dim=1)
+        images = torch.cat(visual, dim=1)
+        if not self.seam.layout.projected:
+            images = self.projector(images)
+        hidden = torch.cat([images, self.embed_tokens(tokens)], dim=1)
         hidden = hidden.to(self.dtype)
         real = [mask.expand(-1, camera.shape[1]) for mask, camera in zip(image_mask.split(1, 1), visual, strict=True)]
         seen = torch.cat([*real, token_mask], dim=1)
@@ -137,7 +145,8 @@ class Prefill(nn.Module):
         else:
             states = run_between(self.encoder, self.seam.after, sample, states)
         normed: Tensor = self.tower_norm(states)
-        return normed
+        tokens = normed.to(self.token_dtype)
+        return self.projector(tokens) if self.seam.layout.projected else tokens
 
     @property
     def _following(self) -> int:

@@ -98,6 +98,10 @@ class _Projection(nn.Module):
         return torch.cat(projected, dim=2).transpose(1, 2)
 
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("embed_patches", "encoder", "tower_norm", "connector")
+
+
 class Prefill(nn.Module):
     """Vision tower, connector, sampler, trunk, and what the expert makes of the trunk's keys and values.
 
@@ -127,6 +131,7 @@ class Prefill(nn.Module):
             vision.post_layernorm,
         )
         self.connector = inner.connector
+        self.token_dtype = next(inner.connector.parameters()).dtype
         self.embed_tokens, self.state_proj = inner.text_model.get_input_embeddings(), model.state_proj
         self.heads = _heads(vlm)
         trunk, expert = _decoders(vlm)
@@ -186,15 +191,16 @@ class Prefill(nn.Module):
         )
 
     def _encode(self, images: Tensor, sample: Sampling | None = None) -> Tensor:
-        patches = self.embed_patches(images.to(self.patch_positions.dtype)).flatten(2).transpose(1, 2)
-        patches = patches + self.patch_positions
+        patches = self.embed_patches(images.to(self.tower_norm.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = patches + self.patch_positions.to(patches.dtype)
+        tokens: Tensor
         if sample is None:
             patches = self.encoder(inputs_embeds=patches).last_hidden_state
-            tokens: Tensor = self.connector(self.tower_norm(patches))
-            return tokens
-        patches = self.tower_norm(run_between(self.encoder, self.seam.after, sample, patches))
-        tokens = self.connector.modality_projection(join(patches, self.connector.scale_factor))
-        return tokens
+            tokens = self.connector(self.tower_norm(patches))
+        else:
+            patches = self.tower_norm(run_between(self.encoder, self.seam.after, sample, patches))
+            tokens = self.connector.modality_projection(join(patches, self.connector.scale_factor))
+        return tokens.to(self.token_dtype)
 
     def _prefix(
         self, visual: list[Tensor], image_mask: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor

@@ -60,6 +60,10 @@ class Known(NamedTuple):
     bias: Tensor
 
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("tower",)
+
+
 class Prefill(nn.Module):
     """Vision tower, sampler, BART, and what the action transformer makes of both before it sees an action.
 
@@ -68,8 +72,8 @@ class Prefill(nn.Module):
         seam: Attached to it.
         cameras: Numbers of the cameras.
         steps: Of the denoising.
-        encode: (Florence-2, images [n, 3, h, w]) to the mean of the cells and the cells [n, t, c], not projected yet.
-        project: (projector, such tokens) to projected ones.
+        project: (Florence-2's projector, a map [n, c, h, w]) to the mean of its cells and the cells [n, t, c], and
+            (projector, such tokens) to projected ones.
     """
 
     def __init__(
@@ -78,7 +82,6 @@ class Prefill(nn.Module):
         seam: Seam,
         cameras: list[int],
         steps: int,
-        encode: Callable[[Any, Tensor], Tensor],
         project: Callable[[Any, Tensor], Tensor],
     ) -> None:
         from lerobot.policies.xvla.soft_transformer import timestep_embedding
@@ -86,7 +89,7 @@ class Prefill(nn.Module):
         super().__init__()
         model = policy.model
         self.seam, self.cameras, self.reducer = seam, cameras, seam.reducer
-        self.encode, self.project = encode, project
+        self.project, self.tower = project, model.vlm.vision_tower
         self.vlm, self.transformer, self.space = model.vlm, model.transformer, model.action_space
         self.empty = max(0, (policy.config.num_image_views or 0) - len(cameras))
         # `keep_positions` was there.
@@ -101,8 +104,7 @@ class Prefill(nn.Module):
         vlm, grid = self.vlm, self.seam.layout.token_grid
         batch = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: token_mask, OBS_STATE: state}
         embed = vlm.get_input_embeddings()
-        encode = partial(self.encode, vlm)
-        views, coordinates = self.seam.reduce(self.reducer, images.to(self.dtype), batch, self.cameras, encode, embed)
+        views, coordinates = self.seam.reduce(self.reducer, images, batch, self.cameras, self._encode, embed)
         counts = [view.shape[1] for view in views]
         first, *others = self.project(vlm.multi_modal_projector, torch.cat(views, dim=1)).split(counts, dim=1)
         words: int = tokens.shape[1]
@@ -113,6 +115,10 @@ class Prefill(nn.Module):
         read = self._read(torch.cat([first, embed(tokens)], dim=1), segments[:2])
         blank = first.new_zeros(len(first), self.empty * max(counts), first.shape[-1])
         return self._known(read, torch.cat([*others, blank], dim=1), segments, state.to(self.dtype), domain)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        cells = self.tower(images.to(next(self.tower.parameters()).dtype)).last_hidden_state
+        return self.project(self.vlm.multi_modal_projector, cells.to(self.dtype))
 
     def _read(self, hidden: Tensor, segments: list[int | Tensor]) -> Tensor:
         """View 0 and the instruction, [b, l, c], through BART."""
