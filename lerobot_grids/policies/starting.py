@@ -149,7 +149,7 @@ def configure(
 
 
 def _new_config(policy_type: str, data: DatasetFeatures, options: dict[str, Any]) -> Any:
-    """The default configuration of a family with these options. EO1's reads files of the model that it begins with."""
+    """The default configuration of a family with these options. Some read files of the model that they begin with."""
     family, kind = get_family(policy_type), PreTrainedConfig.get_choice_class(policy_type)
     asked = SimpleNamespace(**{name: options.get(name, getattr(kind, name, None)) for name in family.repositories})
     with family.needing_its_extra(), family.needing_its_files(asked, fresh=True):
