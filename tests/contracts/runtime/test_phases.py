@@ -186,8 +186,8 @@ def test_what_inductor_makes_of_a_step_acts_as_it_does(family_row, built, tmp_pa
         found = step(cache, noise, torch.tensor([1]))
     assert 0 < apart(velocity, found) < ROUNDING
     assert apart(velocity, step(cache, noise, torch.tensor([0]))) > 10 * ROUNDING
-    # Beside products and attention, which are no kernels of its own; 27 with 2 layers.
-    assert 0 < metrics.generated_kernel_count <= 30
+    # Beside products and attention, which are no kernels of its own: 33 with 2 layers, and 27 for one robot.
+    assert 0 < metrics.generated_kernel_count <= 36
 
 
 class Overwriting:
