@@ -68,7 +68,7 @@ LEROBOT = {
 }
 ROBOT_CLIENT = "lerobot.async_inference.robot_client"
 # Scripts of benchmarks whose command line is the signature of `main`.
-SIGNATURES = ("training_cost", "adapter_size", "reference_sampler")
+SIGNATURES = ("training_cost", "adapter_size")
 # Scripts whose options alone are checked.
 WITH_OPTIONS = {
     *("latency", "export_size", "stages", "soak", "libero_expert", "reference", "training_step"),

@@ -248,7 +248,7 @@ def test_layers_that_the_tower_does_not_have_are_refused(tower_family):
 
 def test_a_tower_that_cannot_be_reached_is_refused(towerless_family):
     policy = towerless_family.policy()
-    with pytest.raises(UnsupportedPolicyError, match=r"inside the vision tower of a .*; drop sample_after_layer"):
+    with pytest.raises(UnsupportedPolicyError, match=r"inside the vision tower of the .*; drop sample_after_layer"):
         wrap(policy, K, sample_after_layer=0)
     # Nothing was changed.
     assert wrap(policy, K).num_tokens == K

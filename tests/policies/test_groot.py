@@ -19,7 +19,7 @@ from lerobot_grids.profiling.measure import count_flops, prefix_length
 from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.checkpoint.save import save_policy, save_processors
-from lerobot_policy_grids.errors import TokenGridError
+from lerobot_policy_grids.errors import CheckpointError, TokenGridError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.groot import _encoding
 from lerobot_policy_grids.processor_grids import make_processors
@@ -153,7 +153,7 @@ def test_weights_that_are_loaded_afterwards_are_not_read(groot, batch, tmp_path,
     monkeypatch.setattr(groot_n1_7.GR00TN17, "from_pretrained", fetch)
     loaded = GridsPolicy.from_pretrained(tmp_path)
     assert torch.equal(act(loaded, batch), chunk)
-    with pytest.raises(OSError, match="the Hub"):
+    with pytest.raises(CheckpointError, match=r"cannot be read or downloaded \(the Hub"):
         build(groot.config, fresh=True)
 
 

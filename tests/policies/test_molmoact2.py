@@ -18,7 +18,7 @@ from lerobot_grids.profiling.measure import count_flops, prefix_length
 from lerobot_policy_grids import GridsPolicy, compress
 from lerobot_policy_grids.checkpoint import build
 from lerobot_policy_grids.checkpoint.save import save_policy
-from lerobot_policy_grids.errors import TokenGridError, UnsupportedPolicyError
+from lerobot_policy_grids.errors import CheckpointError, TokenGridError, UnsupportedPolicyError
 from lerobot_policy_grids.families import get_family
 from lerobot_policy_grids.families.base import width_faults
 from lerobot_policy_grids.families.molmoact2 import _Cut, _dense_positions, _distance, _rotate
@@ -241,7 +241,7 @@ def test_weights_that_are_loaded_afterwards_are_not_read(molmoact2, batch, tmp_p
     monkeypatch.setattr(modeling_molmoact2.MolmoAct2ForConditionalGeneration, "from_pretrained", fetch)
     loaded = GridsPolicy.from_pretrained(tmp_path)
     assert torch.equal(act(loaded, batch), act(wrapped, batch))
-    with pytest.raises(OSError, match="the weights"):
+    with pytest.raises(CheckpointError, match=r"cannot be read or downloaded \(the weights"):
         build(molmoact2.config, fresh=True)
 
 

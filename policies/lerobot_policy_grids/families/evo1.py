@@ -35,7 +35,7 @@ from .base import DensePolicy, Family, Recipe, Stages, Target, refuse_second_att
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import mean_where
 from .factory import recognise_wrapped
-from .phases.evo1 import END, IMAGE, START, Asked, Prefill, Prompt, Step, get_action, parts_of
+from .phases.evo1 import END, IMAGE, START, VISION, Asked, Prefill, Prompt, Step, get_action, parts_of
 from .positions import cell_numbers
 from .seam import Seam
 from .small_qwen import sharpen
@@ -152,7 +152,8 @@ class Evo1(Family):
         parts, config = parts_of(policy), policy.config
         dense = policy.model.embedder.get_fused_image_text_embedding_batched.args[-1] is not None
         prompt = Prompt(config.max_views, dense, config.return_cls_only)
-        return Phases(Prefill(parts, seam, cameras, prompt, policy._env_action_dim), Step(parts.head, steps))
+        prefill = Prefill(parts, seam, cameras, prompt, policy._env_action_dim)
+        return Phases(prefill, Step(parts.head, steps), vision=VISION)
 
     def to_bfloat16(self, policy: Any) -> bool:
         policy.config.vlm_dtype = "bfloat16"

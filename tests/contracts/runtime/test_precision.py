@@ -9,7 +9,7 @@ from lerobot_policy_grids.errors import UnsupportedPolicyError
 from lerobot_policy_grids.runtime import fast, precision
 
 # Small policies whose actions a rounded image hardly changes: whole tokens, and a trunk that reads few visual tokens.
-ALIKE = ("pi0_fast", "groot")
+ALIKE = ("pi0_fast", "groot", "evo1")
 
 
 def outputs_of(policy, batch):

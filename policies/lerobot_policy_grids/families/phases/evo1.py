@@ -29,6 +29,8 @@ from ..positions import cell_numbers
 from ..seam import Seam
 from .prompts import visibility
 
+# Of the prefill: see `runtime.Phases`.
+VISION = ("tower",)
 # Of the prompt, in the order of LeRobot's constants for them.
 IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 # A layer of an MLP: weights [b, in, out] and biases [b, t or 1, out].
@@ -124,11 +126,9 @@ class _TowerLayer(nn.Module):
         for linear in projections:
             require_plain(linear)
         self.layer, self.heads = layer, attention.num_heads
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.register_buffer("weight", torch.cat([linear.weight for linear in projections]).detach(), persistent=False)
         biases = [linear.bias for linear in projections if linear.bias is not None]
-        self.register_buffer("bias", torch.cat(biases).detach() if biases else None, persistent=False)
+        self.weight = _fixed([linear.weight for linear in projections])
+        self.bias = _fixed(biases) if biases else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[m, p, c] to the same shape."""
@@ -143,6 +143,10 @@ class _TowerLayer(nn.Module):
         projected = attention.projection_layer(attended.transpose(1, 2).flatten(2))
         hidden = torch.addcmul(hidden, projected, layer.lambda_1)
         return torch.addcmul(hidden, layer.mlp(layer.layernorm_after(hidden)), layer.lambda_2)
+
+
+def _fixed(weights: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat(weights).detach(), requires_grad=False)
 
 
 class _Tower(nn.Module):
@@ -222,6 +226,7 @@ class Prefill(nn.Module):
         text, head = parts.text, parts.head
         self.seam, self.cameras, self.reducer, self.prompt = seam, cameras, seam.reducer, prompt
         self.tower, self.projector = _Tower(parts.vision), parts.projector
+        self.token_dtype = next(parts.projector.parameters()).dtype
         self.embed_tokens, self.rotary = text.embed_tokens, text.rotary_emb
         layers = text.layers[: text.config.num_hidden_layers]
         sizes = text.config
@@ -270,7 +275,7 @@ class Prefill(nn.Module):
 
     def _encode(self, images: Tensor) -> Tensor:
         """Images [m, 3, height, width] to visual tokens [m, H * W, c], each of some patches side by side."""
-        patches = self.tower(images)
+        patches = self.tower(images).to(self.token_dtype)
         (rows, columns), each = self.seam.layout.token_grid, patches.shape[1] // self.seam.layout.token_grid[0]
         blocks = patches.unflatten(2, (columns, each)).unflatten(1, (rows, each)).transpose(2, 3)
         tokens: Tensor = self.projector(blocks.flatten(3).flatten(1, 2))
