@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("scenes", type=Path)
     parser.add_argument("dataset")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--start", type=Path, help="policy whose weights are trained further; default: random ones")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
         device="cpu",
         push_to_hub=False,
     )
-    policy = TinySmolVLAPolicy(config)
+    policy = TinySmolVLAPolicy.from_pretrained(arguments.start) if arguments.start else TinySmolVLAPolicy(config)
     tower = Tower(policy, len(classes))
     held = torch.arange(len(images)) % round(1 / HELD_OUT) == 0
     train(tower, images[~held], kinds[~held], shapes[~held], arguments.steps)
