@@ -76,17 +76,18 @@ def positions(env: LiberoEnv, classes: list[str]) -> np.ndarray:
     return places
 
 
-def draw(suite_name: str, scenes: int, size: int) -> dict[str, Any]:
+def draw(tasks: str, scenes: int, size: int, zoom: float) -> dict[str, Any]:
     """What is saved.
 
     Returns:
         "images" uint8 [scenes, cameras, h, w, 3], "labels" uint8 [scenes, cameras, h, w], "positions" float32
         [scenes, classes, 3], and "classes", whose first is the background.
     """
-    config = LiberoConfig(task=suite_name, drawing="fast", observation_height=size, observation_width=size)
+    config = LiberoConfig(task=tasks, drawing="fast", observation_height=size, observation_width=size, zoom=zoom)
     images, masks, places, classes = [], [], [], []
-    for number in config.chosen[suite_name]:
-        env = config.make(suite_name, number)
+    ((suite, numbers),) = config.chosen.items()
+    for number in numbers:
+        env = config.make(suite, number)
         env.reset(seed=FIRST_SEED)
         kinds = labels(env)
         classes += [name for name in dict.fromkeys(kinds.values()) if name not in classes]
@@ -96,7 +97,7 @@ def draw(suite_name: str, scenes: int, size: int) -> dict[str, Any]:
             images.append(np.stack([image for image, _ in drawn]))
             masks.append(np.stack([mask for _, mask in drawn]))
             places.append(positions(env, classes))
-        print(f"{suite_name} {number}: {len(images)} scenes", flush=True)
+        print(f"{suite} {number}: {len(images)} scenes", flush=True)
         env.close()
     # A later task may bring new classes.
     known = np.full((len(places), 1 + len(classes), 3), np.nan, np.float32)
@@ -114,11 +115,12 @@ def main() -> None:
     """Draw and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--tasks", default="libero_object", help="a suite, or tasks of one, comma-separated")
     parser.add_argument("--scenes", type=int, default=150, help="scenes of each task")
     parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--zoom", type=float, default=1.5, help="how many times larger the overview camera draws")
     arguments = parser.parse_args()
-    content = draw(arguments.suite, arguments.scenes, arguments.size)
+    content = draw(arguments.tasks, arguments.scenes, arguments.size, arguments.zoom)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(arguments.output, **content)
 

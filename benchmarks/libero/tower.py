@@ -26,7 +26,9 @@ from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.tiny import TinySmolVLAConfig
 from lerobot_policy_grids.tiny.modeling_tiny_smolvla import TinySmolVLAPolicy
 
-PATCH, HELD_OUT = 8, 0.1
+PATCH = 8
+# Every tenth scene is held out.
+HELD_OUT = 10
 # Offsets of a centre are counted up to this distance, in patches.
 NEAR = 4.0
 
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("scenes", type=Path)
     parser.add_argument("dataset")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--start", type=Path, help="policy whose weights are trained further; default: random ones")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -133,9 +136,10 @@ def main() -> None:
         device="cpu",
         push_to_hub=False,
     )
-    policy = TinySmolVLAPolicy(config)
+    policy = TinySmolVLAPolicy.from_pretrained(arguments.start) if arguments.start else TinySmolVLAPolicy(config)
     tower = Tower(policy, len(classes))
-    held = torch.arange(len(images)) % round(1 / HELD_OUT) == 0
+    # Whole scenes, from both cameras.
+    held = torch.arange(len(images)) // content["images"].shape[1] % HELD_OUT == 0
     train(tower, images[~held], kinds[~held], shapes[~held], arguments.steps)
     seen = read_out(tower.eval(), images[held], kinds[held], shapes[held], classes)
     print(json.dumps(seen, indent=2))

@@ -14,6 +14,7 @@ def record(
     size: int = 96,
     noise: float | None = None,
     layout: Literal["official", "dealt"] = "dealt",
+    zoom: float = 1.0,
     seed: int = 5000,
     workers: int = 2,
     json: str | None = None,
@@ -34,6 +35,7 @@ def record(
             0.2 in MetaWorld and 0.15 in LIBERO, where the hand is also pushed aside now and then.
         layout: Where objects stand in LIBERO: in its official initial states, in which the named object hardly moves,
             or dealt anew in each episode.
+        zoom: How many times larger LIBERO's overview camera draws, in whose own images objects have some 40 pixels.
         seed: First seed. Evaluate with other seeds (eval starts at 100000).
         workers: Number of processes that simulate.
         json: JSON file for the counts and times.
@@ -45,11 +47,12 @@ def record(
     require_at_least(1, episodes=episodes, workers=workers)
     require_at_least(16, size=size)
     require_at_least(0, noise=noise)
+    require_at_least(1, zoom=zoom)
     from lerobot_grids.console import counting_bar, write_json
     from lerobot_grids.simulation.environments import make_demonstrator
     from lerobot_grids.simulation.recording import record as record_dataset
 
-    demonstrator = make_demonstrator(env, tasks, size=size, noise=noise, layout=layout)
+    demonstrator = make_demonstrator(env, tasks, size=size, noise=noise, layout=layout, zoom=zoom)
     asked = len(demonstrator.tasks) * episodes
     with counting_bar("recording", asked, "episodes") as bar:
         recorded = record_dataset(
@@ -63,7 +66,8 @@ def record(
     print(f"{recorded.episodes} episodes, {recorded.frames} frames in {bar.seconds:.0f} s -> {output}")
     if recorded.stopped is None:
         print(f"next: lerobot-grids fit --policy tiny --tokens dense --dataset {output}")
-    options = {"tasks": demonstrator.tasks, "size": size, "noise": noise, "layout": layout if env == "libero" else None}
+    of_libero = {"layout": layout, "zoom": zoom} if env == "libero" else {"layout": None}
+    options = {"tasks": demonstrator.tasks, "size": size, "noise": noise, **of_libero}
     count = {"episodes": recorded.episodes, "frames": recorded.frames}
     write_json(json, {**count, "seconds": bar.seconds, **options})
     if recorded.stopped is not None:

@@ -84,7 +84,9 @@ def _register(name: str) -> None:
         raise SimulationError(METAWORLD_MISSING.format(error)) from error
 
 
-def make_demonstrator(env: str, tasks: str | None, *, size: int, noise: float | None, layout: str) -> Demonstrator:
+def make_demonstrator(
+    env: str, tasks: str | None, *, size: int, noise: float | None, layout: str, zoom: float = 1.0
+) -> Demonstrator:
     """The scripted expert of an environment.
 
     Args:
@@ -93,16 +95,19 @@ def make_demonstrator(env: str, tasks: str | None, *, size: int, noise: float | 
         size: Height and width of the images in pixels.
         noise: Standard deviation of the noise on executed actions; None takes the expert's own.
         layout: Where objects stand in LIBERO, "official" or "dealt".
+        zoom: How many times larger LIBERO's overview camera draws.
 
     Raises:
-        SimulationError: If a package is missing, or a task is unknown.
+        SimulationError: If a package is missing, a task is unknown, or the environment has no such option.
     """
     if env == "libero":
         require_libero(env)
         from .libero.demonstrator import LiberoDemonstrator
 
         noise = LiberoDemonstrator.noise if noise is None else noise
-        return LiberoDemonstrator(tasks or "libero_object", layout, size, noise)
+        return LiberoDemonstrator(tasks or "libero_object", layout, size, noise, zoom)
+    if zoom != 1:
+        raise SimulationError(f"zoom is {zoom}, which only --env libero has; leave it out")
     _register(env)
     from .metaworld_expert import MetaworldDemonstrator
 

@@ -70,6 +70,24 @@ def test_named_objects_are_where_the_image_shows_them(env):
         assert np.hypot(columns.mean() + 0.5 - x, rows.mean() + 0.5 - y) < 3
 
 
+def test_a_zoom_draws_the_middle_larger_and_nothing_else(env):
+    zoomed = environment(zoom=2.0)
+    seen = [one.reset(seed=7)[0]["pixels"] for one in (env, zoomed, zoomed)]
+    assert np.array_equal(positions(zoomed), positions(env))
+    assert np.array_equal(seen[0]["image2"], seen[1]["image2"])
+    # Once, not again at each reset.
+    assert np.array_equal(seen[1]["image"], seen[2]["image"])
+    quarter, half = SIZE // 4, SIZE // 2
+    middle = seen[0]["image"][quarter:-quarter, quarter:-quarter].astype(float)
+    smaller = seen[1]["image"].reshape(half, 2, half, 2, 3).mean((1, 3))
+    # Fast drawing has no multisampling, so edges differ.
+    assert np.abs(middle - smaller).mean() < 0.5 * np.abs(seen[0]["image"][::2, ::2] - middle).mean()
+    for place in env.poses().values():
+        apart = [one.image_place("agentview_image", place.position) - 0.5 for one in (env, zoomed)]
+        assert np.allclose(2 * apart[0], apart[1], atol=1e-5)
+    zoomed.close()
+
+
 def test_perturbations_change_what_they_say_and_nothing_else(env):
     from lerobot_grids.simulation.libero.expert import Expert
     from lerobot_grids.simulation.perturbations.libero import KINDS
@@ -138,6 +156,8 @@ def test_names_of_tasks():
         make_env_config("libero", "libero_object", {"task_ids": [10]})
     config = make_env_config("libero", TASK, PIXELS, layout="dealt")
     assert task_names(config) == [TASK]
+    with pytest.raises(SimulationError, match="zoom is 0.5, expected 1"):
+        make_env_config("libero", TASK, {**PIXELS, "zoom": 0.5})
     with pytest.raises(SimulationError, match="libero_goal cannot be dealt anew"):
         make_env_config("libero", "libero_goal", layout="dealt")
 

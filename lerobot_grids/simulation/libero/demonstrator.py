@@ -29,6 +29,7 @@ class LiberoDemonstrator:
         layout: "official" or "dealt".
         size: Height and width of the images in pixels.
         noise: Standard deviation of the Gaussian noise on the executed x, y and z.
+        zoom: How many times larger the overview camera draws.
         pushes: Share of the steps in which a push begins (`Disturbance`).
     """
 
@@ -36,6 +37,7 @@ class LiberoDemonstrator:
     layout: str = "dealt"
     size: int = 96
     noise: float = 0.15
+    zoom: float = 1.0
     pushes: float = 0.04
     fps: int = 20
     robot_type: str = "panda"
@@ -85,6 +87,7 @@ class LiberoDemonstrator:
             task=names,
             layout=self.layout,
             drawing="fast",
+            zoom=self.zoom,
             observation_height=self.size,
             observation_width=self.size,
         )

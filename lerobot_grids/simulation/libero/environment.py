@@ -5,6 +5,7 @@ Differences from `lerobot.envs.libero`, each an option whose default is LeRobot'
 - `drawing="fast"` draws without multisampling and shadow map, at about half the price on a CPU, and resets the
   simulator without building the scene again.
 - `perturb="occlusion:2"` perturbs each episode; see `perturbations`.
+- `zoom=1.5` draws with the overview camera so many times larger: LIBERO-Object's objects fill a seventh of its image.
 - `render_interval=n` draws the cameras at every n-th step only, for policies that execute n actions of a chunk.
 
 Use it in LeRobot's own commands with `--env.discover_packages_path=lerobot_grids.simulation.libero
@@ -41,6 +42,7 @@ from .layouts import Pose, deal, generator, require_layout
 
 DRAWINGS = ("libero", "fast")
 CHEAP = '<quality shadowsize="0" offsamples="0"/>'
+OVERVIEW = "agentview"
 # A dealt layout in which an object moves or falls while it settles is dealt again, so often.
 DEALS = 20
 # How far an object may move while it settles, in metres.
@@ -89,6 +91,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
     Args:
         layout: "official" or "dealt".
         drawing: "libero" or "fast".
+        zoom: How many times larger the overview camera draws, in both directions.
         render_interval: Number of steps between two images; the last ones are repeated in between.
         perturbations: Changes to each episode. The episode's seed decides their direction.
     """
@@ -102,6 +105,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         *args: Any,
         layout: str = "official",
         drawing: str = "libero",
+        zoom: float = 1.0,
         render_interval: int = 1,
         perturbations: list[Perturbation] | None = None,
         **kwargs: Any,
@@ -110,7 +114,8 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         self.perturbations = perturbations or []
         self._perturber: Perturber | None = None
         self.suite = kwargs["task_suite_name"]
-        self.layout, self.drawing, self.render_interval = layout, drawing, render_interval
+        self.layout, self.drawing, self.zoom, self.render_interval = layout, drawing, zoom, render_interval
+        self._zoomed: Any = None
         # Otherwise robosuite draws both cameras in every step, while objects settle too.
         self._draws = drawing == "fast" or render_interval > 1
         self._steps, self._settling = 0, False
@@ -165,6 +170,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         state = self.init_state_id
         self._settling = True
         observation, info = super().reset(seed=seed, **kwargs)
+        self._zoom_in()
         if self.layout == "dealt":
             self._deal(state, generator(seed, self.task_id))
         elif not self.simulation.hard_reset:
@@ -172,9 +178,17 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         self._settling = False
         if self.perturbations:
             self._perturb(seed)
-        if self.layout == "dealt" or self._draws or self.perturbations:
+        if self.layout == "dealt" or self._draws or self.perturbations or self.zoom != 1:
             observation = self._format_raw_obs(self.simulation._get_observations(force_update=True))
         return observation, info
+
+    def _zoom_in(self) -> None:
+        """Narrow the overview camera's field of view, once for each model that is built."""
+        if self._zoomed is self.model:
+            return
+        self._zoomed, camera = self.model, self.model.camera(OVERVIEW).id
+        half = np.radians(self.model.cam_fovy[camera]) / 2
+        self.model.cam_fovy[camera] = 2 * np.degrees(np.arctan(np.tan(half) / self.zoom))
 
     def _perturb(self, seed: int | None) -> None:
         """Perturb the episode that begins, when its objects stand."""
@@ -276,6 +290,7 @@ class LiberoConfig(lerobot_configs.LiberoEnv):
         task: Suites or tasks, comma-separated: libero_object, or libero_object_3 for one task.
         layout: "official" for LIBERO's own initial states, "dealt" for objects dealt anew by the episode's seed.
         drawing: "libero" for LIBERO's own images and resets, "fast" for cheaper ones.
+        zoom: How many times larger the overview camera draws, 1 or more.
         render_interval: See `LiberoEnv`.
         perturb: Perturbations as kind:severity, comma-separated; see `perturbations`.
     """
@@ -283,6 +298,7 @@ class LiberoConfig(lerobot_configs.LiberoEnv):
     task: str = "libero_object"
     layout: str = "official"
     drawing: str = "libero"
+    zoom: float = 1.0
     render_interval: int = 1
     perturb: str = ""
 
@@ -291,6 +307,8 @@ class LiberoConfig(lerobot_configs.LiberoEnv):
         parse_perturbations(self.perturb, "libero")
         if self.drawing not in DRAWINGS:
             raise SimulationError(f"drawing '{self.drawing}' is unknown; choose from {', '.join(DRAWINGS)}")
+        if not self.zoom >= 1:
+            raise SimulationError(f"zoom is {self.zoom}, expected 1 (LIBERO's own images) or more")
         require_layout(self.layout, list(self.chosen))
 
     @property
@@ -331,6 +349,7 @@ class LiberoConfig(lerobot_configs.LiberoEnv):
             camera_name_mapping=self.camera_name_mapping,
             layout=self.layout,
             drawing=self.drawing,
+            zoom=self.zoom,
             render_interval=self.render_interval,
             perturbations=parse_perturbations(self.perturb, "libero"),
             **{key: value for key, value in self.gym_kwargs.items() if key != "task_ids"},
