@@ -63,7 +63,7 @@ class Row:
         layer: Of the vision tower, after which tokens are sampled inside it.
         runtime: "eager", "fast" or "compiled".
         quantise: Of the weights, in the fast path.
-        precision: Of products of float32, in the fast path.
+        precision: Of the fast path: `GridsPolicy.use_runtime`.
         name: For people.
         refused: Why nothing was measured.
         seconds: Stage -> seconds of each repetition. "vision" is part of "prefill".
