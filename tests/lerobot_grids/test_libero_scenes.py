@@ -156,7 +156,7 @@ def test_names_of_tasks():
         make_env_config("libero", "libero_object", {"task_ids": [10]})
     config = make_env_config("libero", TASK, PIXELS, layout="dealt")
     assert task_names(config) == [TASK]
-    with pytest.raises(SimulationError, match="zoom is 0.5, expected 1"):
+    with pytest.raises(SimulationError, match=r"zoom is 0\.5, expected 1"):
         make_env_config("libero", TASK, {**PIXELS, "zoom": 0.5})
     with pytest.raises(SimulationError, match="libero_goal cannot be dealt anew"):
         make_env_config("libero", "libero_goal", layout="dealt")
