@@ -64,13 +64,15 @@ def control(client):
 @pytest.mark.parametrize("wire", [False, True], ids=["direct", "slow network"])
 def test_lerobots_client_gets_the_policys_actions(client, endpoint, loaded, wire):
     expected = in_process(loaded, seed=7)
+    # While the first chunk is on a slow wire, the client may ask for a second, of other noise, and mixes it in later.
+    enough = 1 if wire else 3
     with slow_wire(endpoint.address, 0.05) as slow:
-        one = client(slow.address if wire else None)
+        one = client(slow.address if wire else None, enough=enough)
         assert one.start()
         torch.manual_seed(7)
         sent = control(one)
-    assert [list(action) for action in sent] == [list(JOINTS)] * 3
-    assert torch.equal(torch.tensor([list(action.values()) for action in sent]), expected[:3])
+    assert [list(action) for action in sent] == [list(JOINTS)] * enough
+    assert torch.equal(torch.tensor([list(action.values()) for action in sent]), expected[:enough])
 
 
 def test_lerobots_client_is_told_of_a_wrong_camera(client, caplog):
