@@ -27,7 +27,7 @@ import torch
 from lerobot_grids.profiling.architectures import instantiate, make_config, make_training_batch
 from lerobot_grids.profiling.bench import device_name
 from lerobot_grids.profiling.live_memory import LiveMemory
-from lerobot_grids.profiling.stopwatch import repeat
+from lerobot_grids.profiling.stopwatch import CLOCKS, repeat
 from lerobot_grids.training.step_cost import predict_step
 from lerobot_grids.training.trainable import Trained, train_only
 from lerobot_policy_grids import compress
@@ -155,7 +155,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: of all threads")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: of all threads")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first time is read")
     parser.add_argument("--repeats", type=int, help="steps; 100 by default on a GPU, otherwise 5")
     parser.add_argument("--json", type=Path, help="append each row to this file as soon as it is measured, as one line")

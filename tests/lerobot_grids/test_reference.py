@@ -100,6 +100,15 @@ def formula(sampler, tokens, **reading):
     return read + mlp("coord_encoder", points)
 
 
+def published_act(dense, trunk, sampler, batch, **reading):
+    """The action chunk of a dense policy whose trunk gets images by the formula."""
+    trunk.embed_image = lambda image: formula(sampler, type(trunk).embed_image(trunk, image), **reading)
+    try:
+        return act(dense, batch)
+    finally:
+        del trunk.embed_image
+
+
 @pytest.mark.parametrize(
     ("options", "reading"),
     [
@@ -122,12 +131,7 @@ def test_the_imported_policy_acts_as_the_published_one(dense, sampler, published
     batch = loaded.preprocessor(dict(raw))
     expected = (raw["observation.state"] - torch.tensor(STATE["mean"])) / torch.tensor(STATE["std"])
     torch.testing.assert_close(batch["observation.state"], expected)
-    trunk = dense.model.vlm_with_expert
-    trunk.embed_image = lambda image: formula(sampler, type(trunk).embed_image(trunk, image), **reading)
-    try:
-        published_chunk = act(dense, batch)
-    finally:
-        del trunk.embed_image
+    published_chunk = published_act(dense, dense.model.vlm_with_expert, sampler, batch, **reading)
     chunk = act(loaded.policy, batch)
     torch.testing.assert_close(chunk, published_chunk, atol=1e-5, rtol=0)
     assert (chunk - act(dense, batch)).abs().max() > 1e-3
@@ -174,12 +178,7 @@ def test_a_converted_openpi_policy_acts_as_the_published_one(kind, small_pi, tmp
     torch.manual_seed(2)
     raw = {name: torch.rand(2, 3, 112, 112) for name in dense.config.image_features}
     batch = loaded.preprocessor(raw | {"observation.state": torch.randn(2, 4), "task": ["push", "pick up the mug"]})
-    reading = {"align_corners": True, "padding_mode": "border"}
-    trunk.embed_image = lambda image: formula(sampler, type(trunk).embed_image(trunk, image), **reading)
-    try:
-        published_chunk = act(dense, batch)
-    finally:
-        del trunk.embed_image
+    published_chunk = published_act(dense, trunk, sampler, batch, align_corners=True, padding_mode="border")
     chunk = act(loaded.policy, batch)
     torch.testing.assert_close(chunk, published_chunk, atol=ROUNDING, rtol=0)
     assert (chunk - act(dense, batch)).abs().max() > 1e-3

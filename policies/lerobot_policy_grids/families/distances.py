@@ -27,6 +27,12 @@ def action_distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor
     return mean_where(error, inside)
 
 
+def flat_action_distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """`action_distance` of velocities [b * steps, max_action_dim]."""
+    size = (len(batch[ACTION]), -1)
+    return action_distance(student.unflatten(0, size), teacher.unflatten(0, size), batch)
+
+
 def token_divergence(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence from the teacher's distribution of each next action token to the student's.
 

@@ -9,20 +9,20 @@ LeRobot's pre-processor needs every camera, and writes the prompt; images keep a
 tokens follows from their size. Cameras must have one grid.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
-from torch import Tensor, nn
+from lerobot.utils.constants import OBS_LANGUAGE_TOKENS
+from torch import nn
 
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
-from .distances import action_distance
+from .distances import flat_action_distance
 from .published_qwen import QWEN_2_5_VL_3B
 from .qwen import ATTENTION, attach_model, detach_model, image_grid, made_up_prompt, no_training_step, scatter
 from .seam import Seam
@@ -95,7 +95,7 @@ class EO1(Family):
         return True
 
     def target(self, policy: DensePolicy) -> Target:
-        return Target(policy.model.action_out_proj, _distance)
+        return Target(policy.model.action_out_proj, flat_action_distance)
 
     def stages(self, policy: DensePolicy) -> Stages:
         visual = policy.model.vlm_backbone.model.visual
@@ -178,9 +178,3 @@ def _get_model_inputs(
     inputs: dict[str, Any] = type(policy)._get_model_inputs(batch, excluded_keys)
     hidden = (batch["state_token_id"], batch["action_token_id"])
     return scatter(seam, policy.model.vlm_backbone.model, batch, inputs, dense=dense, hidden=hidden)
-
-
-def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """`action_distance` of velocities [b * steps, max_action_dim]."""
-    size = (len(batch[ACTION]), -1)
-    return action_distance(student.unflatten(0, size), teacher.unflatten(0, size), batch)

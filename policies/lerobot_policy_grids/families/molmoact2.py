@@ -34,6 +34,7 @@ from .base import DensePolicy, Family, Recipe, Stages, Target, refuse_second_att
 from .characters import CHARACTERS, write_character_tokenizer
 from .distances import mean_where
 from .positions import cell_numbers
+from .published_qwen import Published
 from .qwen import FRACTIONS
 from .seam import Seam, present_cameras
 from .written_once import written_once
@@ -262,7 +263,7 @@ class MolmoAct2(Family):
         with (
             TemporaryDirectory() as folder,
             replaced(config, checkpoint_path=folder),
-            replaced(lerobots, HFMolmoAct2Config=_Published(lerobots.HFMolmoAct2Config)),
+            replaced(lerobots, HFMolmoAct2Config=Published(partial(lerobots.HFMolmoAct2Config, **MOLMOACT2_5B))),
         ):
             yield
 
@@ -335,20 +336,6 @@ class _Unloaded:
 
     def from_pretrained(self, location: str, config: Any, dtype: torch.dtype, **kwargs: Any) -> Any:
         return self.kind._from_config(config, dtype=dtype)
-
-
-class _Published:
-    """In the place of the class of the model's configuration: the sizes of the published checkpoints.
-
-    Args:
-        kind: The class.
-    """
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-
-    def from_pretrained(self, location: str, **kwargs: Any) -> Any:
-        return self.kind(**MOLMOACT2_5B)
 
 
 def _fetch_sizes(checkpoint_path: str, *, revision: str | None = None, force_download: bool = False) -> str:

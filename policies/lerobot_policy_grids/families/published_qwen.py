@@ -9,12 +9,15 @@ With both, a model has as many parameters as the Hub counts. What a family chang
 
 from typing import Any
 
-QWEN_2_5_VL_3B: dict[str, Any] = {
+_SHARED: dict[str, Any] = {
     "image_token_id": 151655,
     "video_token_id": 151656,
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
     "tie_word_embeddings": True,
+}
+QWEN_2_5_VL_3B: dict[str, Any] = {
+    **_SHARED,
     "vision_config": {
         "depth": 32,
         "hidden_size": 1280,
@@ -38,11 +41,7 @@ QWEN_2_5_VL_3B: dict[str, Any] = {
     },
 }
 QWEN_3_VL_2B: dict[str, Any] = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "tie_word_embeddings": True,
+    **_SHARED,
     "vision_config": {
         "depth": 24,
         "hidden_size": 1024,

@@ -10,21 +10,21 @@ camera; here cameras must have one grid, and none may be missing. Images keep th
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from .base import DensePolicy, Family, Recipe, Stages, Target, image_size, refuse_second_attach, replaced
-from .distances import action_distance
+from .distances import flat_action_distance
 from .published_qwen import IDS, QWEN_2_5_VL_3B, Published, published_processor
 from .qwen import Names, Placed, image_grid, no_training_step, scatter
 from .seam import Seam
@@ -114,7 +114,7 @@ class WallX(Family):
             yield
 
     def target(self, policy: DensePolicy) -> Target:
-        return Target(policy.model.action_preprocessor.action_proj_back, _distance)
+        return Target(policy.model.action_preprocessor.action_proj_back, flat_action_distance)
 
     def stages(self, policy: DensePolicy) -> Stages:
         vision = _vision(policy)
@@ -231,12 +231,6 @@ def _no_file(*args: Any, **kwargs: Any) -> None:
 
 def _no_weights(path: Any) -> dict[str, Tensor]:
     return {}
-
-
-def _distance(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """`action_distance` of velocities [b * steps, max_action_dim]."""
-    size = (len(batch[ACTION]), -1)
-    return action_distance(student.unflatten(0, size), teacher.unflatten(0, size), batch)
 
 
 def _published_sizes(config: Any) -> Any:
