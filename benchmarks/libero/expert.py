@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from descent import descend
+from labelled import Scenes
 from prefix import Prefix
 from recorded import Frames, read
 from torch import Tensor
@@ -105,6 +106,8 @@ def main() -> None:
     parser.add_argument("dataset", help="recorded demonstrations")
     parser.add_argument("start", type=Path, help="policy that grounding.py made")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--scenes", type=Path, nargs="*", default=[], help="files that scenes.py made")
+    parser.add_argument("--instruction", default="pick up the {} and place it in the basket", help="of the scenes")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--every", type=int, default=2, help="train on every n-th frame; one takes 0.3 MB of memory")
     parser.add_argument("--seed", type=int, default=0)
@@ -117,7 +120,12 @@ def main() -> None:
     policy = loaded.policy.eval()
     for name, weight in policy.named_parameters():
         weight.requires_grad_(name.startswith(("model.vlm_with_expert.lm_expert.", "model.action_")))
-    memory = Memory(Prefix(policy), read(loaded, arguments.dataset, arguments.every))
+    frames = read(loaded, arguments.dataset, arguments.every)
+    if arguments.scenes:
+        scenes = Scenes(arguments.scenes, loaded, arguments.instruction)
+        shown = torch.where(scenes.known & ~scenes.held)[0]
+        frames = frames.beside(scenes.frames(shown, scenes.named[shown], torch.zeros_like(shown)))
+    memory = Memory(Prefix(policy), frames)
     train(memory, arguments.steps)
     # With fewer tokens the trunk has to read others, so later trainings change it, too.
     policy.config.train_expert_only = False

@@ -67,13 +67,15 @@ class Prefix(nn.Module):
         _, keys, values = self._heads(self.layers[number], tokens, exist)
         return keys, values
 
-    def behind(self, number: int, tokens: Tensor, exist: Tensor) -> Tensor:
-        """The tokens behind a layer, [b, n, c]."""
+    def behind(self, number: int, tokens: Tensor, exist: Tensor, robot_only: bool = False) -> Tensor:
+        """The tokens behind a layer, [b, n, c], or the robot's token alone, [b, 1, c]."""
         layer = self.layers[number]
         queries, keys, values = self._heads(layer, tokens, exist)
         sees = exist[:, None].repeat(1, tokens.shape[1], 1)
         # Pictures and words do not see the robot's state.
         sees[:, :-1, -1] = False
+        if robot_only:
+            tokens, queries, sees = tokens[:, -1:], queries[:, :, -1:], sees[:, -1:]
         read = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=sees[:, None])
         tokens = tokens + layer.self_attn.o_proj(read.transpose(1, 2).flatten(2))
         out: Tensor = tokens + layer.mlp(layer.post_attention_layernorm(tokens))

@@ -1,11 +1,13 @@
 """The frames of a recording, prepared once: as the vision tower sees them, normalised, and with their action chunks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from prefix import see
 from torch import Tensor
+from torch.nn import functional
 
 from lerobot_grids.data import load_metadata
 from lerobot_grids.data.frame_cache import FrameCache
@@ -40,6 +42,21 @@ class Frames:
     over: Tensor
     positions: Tensor
     held: Tensor
+
+    def at(self, index: Tensor) -> Self:
+        """Some of the frames."""
+        return replace(self, **{name: value[index] for name, value in vars(self).items()})
+
+    def beside(self, other: Self) -> Self:
+        """These frames and others. Instructions of other lengths are padded."""
+        length = max(self.words.shape[1], other.words.shape[1])
+        both = [frames._padded(length) for frames in (self, other)]
+        return replace(self, **{name: torch.cat([vars(frames)[name] for frames in both]) for name in vars(self)})
+
+    def _padded(self, length: int) -> Self:
+        missing = (0, length - self.words.shape[1])
+        words, mask = functional.pad(self.words, missing), functional.pad(self.mask, missing)
+        return replace(self, words=words, mask=mask)
 
 
 def read(loaded: LoadedPolicy, dataset: str, every: int = 1) -> Frames:

@@ -1,10 +1,11 @@
-"""Train a vision tower on labelled scenes, and put it into a dense policy that the rest of the study starts from.
+r"""Train a vision tower on labelled scenes, and put it into a dense policy that the rest of the study starts from.
 
-    python benchmarks/libero/tower.py outputs/libero/scenes.npz DATASET outputs/libero/start   # 20 minutes, one core
+    python benchmarks/libero/tower.py outputs/libero/scenes.npz --dataset outputs/libero/object \
+        --output outputs/libero/start    # 20 minutes, one core
 
 Each token learns to name the object in the middle of its patch, where that object's centre is, and how it lies. It
 sees no instruction, no action and no recorded episode. At the end the same is read out from single tokens of scenes
-that were left out: how often they name the object. `DATASET` gives the names and statistics of states and actions.
+that were left out: how often they name the object. The dataset gives the names and statistics of states and actions.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from descent import descend
+from labelled import read_scenes
 from lerobot.configs import FeatureType
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
@@ -111,19 +113,18 @@ def read_out(tower: Tower, images: Tensor, kinds: Tensor, shapes: Tensor, classe
 def main() -> None:
     """Train, read out, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenes", type=Path)
-    parser.add_argument("dataset")
-    parser.add_argument("output", type=Path)
+    parser.add_argument("scenes", type=Path, nargs="+", help="files that scenes.py made")
+    parser.add_argument("--dataset", required=True, help="recorded demonstrations")
+    parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--start", type=Path, help="policy whose weights are trained further; default: random ones")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    content, start = np.load(arguments.scenes), time.perf_counter()
-    classes = [str(name) for name in content["classes"]]
-    pictures, labels = (content[name].reshape(-1, *content[name].shape[2:]) for name in ("images", "labels"))
-    images, (kinds, shapes) = torch.from_numpy(pictures), targets(labels)
+    start = time.perf_counter()
+    drawn, classes = read_scenes(arguments.scenes)
+    images, (kinds, shapes) = drawn["images"].flatten(0, 1), targets(drawn["labels"].flatten(0, 1).numpy())
     meta = load_metadata(arguments.dataset)
     features = dataset_to_policy_features(meta.features)
     size = images.shape[1]
@@ -139,7 +140,7 @@ def main() -> None:
     policy = TinySmolVLAPolicy.from_pretrained(arguments.start) if arguments.start else TinySmolVLAPolicy(config)
     tower = Tower(policy, len(classes))
     # Whole scenes, from both cameras.
-    held = torch.arange(len(images)) // content["images"].shape[1] % HELD_OUT == 0
+    held = torch.arange(len(images)) // drawn["images"].shape[1] % HELD_OUT == 0
     train(tower, images[~held], kinds[~held], shapes[~held], arguments.steps)
     seen = read_out(tower.eval(), images[held], kinds[held], shapes[held], classes)
     print(json.dumps(seen, indent=2))

@@ -179,8 +179,12 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         if self.perturbations:
             self._perturb(seed)
         if self.layout == "dealt" or self._draws or self.perturbations or self.zoom != 1:
-            observation = self._format_raw_obs(self.simulation._get_observations(force_update=True))
+            observation = self.observe()
         return observation, info
+
+    def observe(self) -> dict[str, Any]:
+        """What LeRobot's environment gives in the present state."""
+        return self._format_raw_obs(self.simulation._get_observations(force_update=True))
 
     def _zoom_in(self) -> None:
         """Narrow the overview camera's field of view, once for each model that is built."""

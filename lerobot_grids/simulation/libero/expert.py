@@ -58,6 +58,10 @@ class Expert:
         """Where the object to be picked up is, [3] in metres."""
         return self._position(self.object)
 
+    def hold_position(self) -> np.ndarray:
+        """Where the hand is to hold the object, [3] in metres."""
+        return self._position(self.object) + self.grasp.offset
+
     def target_position(self) -> np.ndarray:
         """The point over which the object is let go, [3] in metres."""
         if self.target in self.env.obj_body_id:
@@ -72,7 +76,7 @@ class Expert:
 
     def _hover(self) -> np.ndarray:
         position, matrix = self._hand()
-        hold = self._hold()
+        hold = self.hold_position()
         goal = hold + [0, 0, ABOVE] + self.jitter[0]
         way = float(np.linalg.norm(goal[:2] - position[:2]))
         if way > 0.03:
@@ -89,7 +93,7 @@ class Expert:
 
     def _descend(self) -> np.ndarray:
         position, _ = self._hand()
-        error = self._hold() - position
+        error = self.hold_position() - position
         if np.linalg.norm(error[:2]) > 0.012:
             error[2] = max(error[2], -0.01)
         if (abs(error[2]) < 0.006 and np.linalg.norm(error[:2]) < 0.008) or self._is_late():
@@ -98,7 +102,7 @@ class Expert:
 
     def _close(self) -> np.ndarray:
         if self.steps == 1:
-            self.place = self._hold()
+            self.place = self.hold_position()
         # The fingers need about 15 steps; lifting earlier leaves a thin rim behind.
         fingers = self._fingers()
         still = self.steps > 3 and np.abs(fingers - self.fingers).max() < 0.0004
@@ -117,7 +121,7 @@ class Expert:
             self.travel = max(clear, position[2] + 0.04) + abs(self.jitter[1][2])
         goal = np.r_[self.place[:2], self.travel]
         if position[2] > self.travel - 0.035 or self._is_late():
-            missed = not self.belief and np.linalg.norm(self._hold() - position) > 0.04
+            missed = not self.belief and np.linalg.norm(self.hold_position() - position) > 0.04
             if missed:
                 self._begin_grasp()
             else:
@@ -192,10 +196,6 @@ class Expert:
             points = points[np.linalg.norm(points[:, :2] - near[:2], axis=1) < radius]
             best = max(best, points[:, 2].max(initial=-9.0))
         return best
-
-    def _hold(self) -> np.ndarray:
-        """Where the hand holds the object."""
-        return self._position(self.object) + self.grasp.offset
 
     def _hang(self) -> float:
         """How far the held object reaches below the hand."""
