@@ -16,7 +16,7 @@ import numpy as np
 from lerobot.envs.utils import preprocess_observation
 from lerobot.utils.constants import OBS_STATE
 
-from lerobot_grids.simulation.libero.demonstrator import CAMERAS
+from lerobot_grids.simulation.libero.demonstrator import CAMERAS, batch_of_one
 from lerobot_grids.simulation.libero.environment import LiberoConfig, LiberoEnv
 from lerobot_grids.simulation.libero.expert import Expert
 from lerobot_grids.simulation.libero.layouts import deal
@@ -153,7 +153,7 @@ def draw(tasks: str, scenes: int, size: int, zoom: float) -> dict[str, Any]:
         classes += [name for name in dict.fromkeys(kinds.values()) if name not in classes]
         for scene in range(scenes):
             scatter(env, np.random.default_rng(FIRST_SEED + 1000 * number + scene))
-            seen = prepare(preprocess_observation(_batch_of_one(env.observe())))
+            seen = prepare(preprocess_observation(batch_of_one(env.observe())))
             images = [(seen[name][0].permute(1, 2, 0) * 255).round().byte().numpy() for name in CAMERAS]
             columns["images"].append(np.stack(images))
             columns["states"].append(seen[OBS_STATE][0].numpy())
@@ -170,12 +170,6 @@ def draw(tasks: str, scenes: int, size: int, zoom: float) -> dict[str, Any]:
     for row, there in zip(known, places, strict=True):
         row[: len(there)] = there
     return {name: np.stack(column) for name, column in columns.items()} | {"positions": known, "classes": classes}
-
-
-def _batch_of_one(observation: Any) -> Any:
-    if isinstance(observation, dict):
-        return {name: _batch_of_one(value) for name, value in observation.items()}
-    return observation[None]
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ class LiberoDemonstrator:
             action = np.clip(expert.act(), -1, 1)
             where = (expert.object_position(), expert.target_position())
             places = [env.image_place(camera, point) for camera in CAMERAS.values() for point in where]
-            seen = prepare(preprocess_observation(_batch_of_one(observation)))
+            seen = prepare(preprocess_observation(batch_of_one(observation)))
             images = [(seen[name][0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for name in CAMERAS]
             state = seen[OBS_STATE][0].numpy()
             rows.append((*images, state, action, np.concatenate(where).astype(np.float32), np.concatenate(places)))
@@ -108,7 +108,8 @@ def _environment(demonstrator: LiberoDemonstrator, task: str) -> tuple[LiberoEnv
     return _open[demonstrator, task]
 
 
-def _batch_of_one(observation: Any) -> Any:
+def batch_of_one(observation: Any) -> Any:
+    """An observation of one environment as a vector of environments gives it."""
     if isinstance(observation, dict):
-        return {name: _batch_of_one(value) for name, value in observation.items()}
+        return {name: batch_of_one(value) for name, value in observation.items()}
     return observation[None]
