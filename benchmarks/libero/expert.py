@@ -7,8 +7,6 @@ every step, which is about ten times as fast, and the reason why this is not `fi
 """
 
 import argparse
-import json
-import shutil
 import time
 from pathlib import Path
 
@@ -17,11 +15,13 @@ from descent import descend
 from labelled import Scenes
 from prefix import Prefix
 from recorded import Frames, read
+from stage import keep
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
 from lerobot_grids.policies import load
+from lerobot_policy_grids.families.distances import mean_where
 
 RATE, BATCH = 1.5e-3, 64
 
@@ -73,8 +73,7 @@ def flow_loss(memory: Memory, index: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         velocity = model.denoise_step(exist, cache, mixed, moment)
     error = (velocity.float() - (noise - actions)).square()[..., :width].mean(-1)
-    known = ~frames.over[index]
-    return (error * known).sum() / known.sum()
+    return mean_where(error, ~frames.over[index])
 
 
 def train(memory: Memory, steps: int) -> None:
@@ -129,12 +128,9 @@ def main() -> None:
     train(memory, arguments.steps)
     # With fewer tokens the trunk has to read others, so later trainings change it, too.
     policy.config.train_expert_only = False
-    shutil.copytree(arguments.start, arguments.output, dirs_exist_ok=True)
-    policy.save_pretrained(arguments.output)
     said = {"steps": arguments.steps, "held_out": round(held_out(memory), 4)}
     said |= {"frames": int((~memory.frames.held).sum()), "seconds": round(time.perf_counter() - begin)}
-    print(json.dumps(said, indent=2))
-    (arguments.output / "expert.json").write_text(json.dumps(said, indent=2) + "\n")
+    keep(policy, arguments, "expert.json", said)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,7 @@ as it is, and the action expert is not touched. At the end, in scenes and episod
 strongest token is on the named object, and how far off its position is told.
 """
 
-import argparse
-import json
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +20,17 @@ from descent import descend
 from labelled import Scenes
 from prefix import Prefix
 from recorded import Frames, read
+from stage import action_head, hand_on, keep, parse
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lerobot_grids.policies import load
+from lerobot_policy_grids.families.distances import mean_where
 
 RATE, BATCH = 1.5e-3, 40
 # Of the frames in which the hand holds something, every n-th is used.
 HOLDING = 3
 GRIPPER = -1
-HIDDEN = 256
 
 
 def approaches(frames: Frames) -> Tensor:
@@ -50,13 +47,9 @@ class Grounding(nn.Module):
         places, self.chunk = frames.positions.shape[-1], frames.actions.shape[1:]
         self.point = nn.Linear(width, 1)
         self.places = nn.ModuleList(nn.Sequential(nn.RMSNorm(width), nn.Linear(width, places)) for _ in range(2))
-        self.act = nn.Sequential(
-            nn.RMSNorm(width), nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, self.chunk.numel())
-        )
+        self.act = action_head(width, self.chunk)
         # The third layer begins as one that hands on what it gets. Of the last one only keys and values are ever read.
-        third = prefix.layers[2]
-        nn.init.zeros_(third.self_attn.o_proj.weight)
-        nn.init.zeros_(third.mlp.down_proj.weight)
+        hand_on(prefix.layers[2])
         self.mean, self.std = frames.positions.mean(0), frames.positions.std(0).clamp_min(0.02)
 
     def forward(self, frames: Frames) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,8 +67,7 @@ class Grounding(nn.Module):
         scores, said, actions = self(frames)
         wanted = (frames.positions - self.mean) / self.std
         loss = 2 * functional.smooth_l1_loss(said, wanted.expand_as(said), beta=0.05)
-        error, known = (actions - frames.actions).abs().mean(-1), ~frames.over
-        loss = loss + (error * known).sum() / known.sum().clamp_min(1)
+        loss = loss + mean_where((actions - frames.actions).abs().mean(-1), ~frames.over)
         if on is not None:
             rare = torch.tensor(20.0)
             loss = loss + functional.binary_cross_entropy_with_logits(scores, on.float(), pos_weight=rare)
@@ -133,17 +125,7 @@ def measure(grounding: Grounding, scenes: Scenes, frames: Frames) -> dict[str, A
 
 def main() -> None:
     """Train, measure, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenes", type=Path, nargs="+", help="files that scenes.py made")
-    parser.add_argument("--dataset", required=True, help="recorded demonstrations")
-    parser.add_argument("--start", required=True, type=Path, help="policy that tower.py made")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--instruction", default="pick up the {} and place it in the basket")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments = parse(__doc__, start="tower.py", steps=3000)
     begin = time.perf_counter()
     loaded = load(arguments.start)
     frames = read(loaded, arguments.dataset)
@@ -154,17 +136,14 @@ def main() -> None:
     grounding = Grounding(Prefix(policy), frames)
     train(grounding, scenes, frames, arguments.steps)
     seen = measure(grounding.eval(), scenes, frames)
-    print(json.dumps(seen, indent=2))
     # The action expert reads what the trunk knows now, and the trunk stays as it is.
     policy.config.train_expert_only = True
-    shutil.copytree(arguments.start, arguments.output, dirs_exist_ok=True)
-    policy.save_pretrained(arguments.output)
     seen |= {
         "steps": arguments.steps,
         "scenes": int((~scenes.held).sum()),
         "seconds": round(time.perf_counter() - begin),
     }
-    (arguments.output / "grounding.json").write_text(json.dumps(seen, indent=2) + "\n")
+    keep(policy, arguments, "grounding.json", seen)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from descent import descend
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.utils import preprocess_observation
 from lerobot.utils.constants import ACTION, OBS_STATE
+from recorded import HELD_OUT
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,12 +27,11 @@ from lerobot_grids.data.metadata import POSITIONS
 from lerobot_grids.simulation.libero.demonstrator import batch_of_one
 from lerobot_grids.simulation.libero.environment import LiberoConfig
 from lerobot_grids.simulation.libero.expert import Expert
+from lerobot_policy_grids.families.distances import mean_where
 
 CHUNK, EXECUTED, STEPS = 16, 4, 280
 FIRST_SEED = 100_000
 WIDTH, RATE, BATCH = 256, 2e-3, 256
-# Every tenth episode is held out.
-HELD_OUT = 10
 # Distances in metres between which the controller has to tell differences.
 SCALES = (0.01, 0.03, 0.1)
 
@@ -77,7 +77,7 @@ def train(dataset: str, steps: int) -> tuple[Controller, int]:
     def compute_loss() -> Tensor:
         index = shown[torch.randint(len(shown), (BATCH,))]
         error = (controller(states[index], places[index], tasks[index]) - chunks[index]).abs().mean(-1)
-        return (error * ~over[index]).sum() / (~over[index]).sum()
+        return mean_where(error, ~over[index])
 
     for step, loss in descend(controller, compute_loss, steps=steps, rate=RATE):
         if step % 1000 == 0:

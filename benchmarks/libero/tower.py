@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from descent import descend
-from labelled import read_scenes
+from labelled import HELD_OUT, read_scenes
 from lerobot.configs import FeatureType
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from lerobot_policy_grids.tiny import TinySmolVLAConfig
 from lerobot_policy_grids.tiny.modeling_tiny_smolvla import TinySmolVLAPolicy
 
 PATCH = 8
-# Every tenth scene is held out.
-HELD_OUT = 10
 # Offsets of a centre are counted up to this distance, in patches.
 NEAR = 4.0
 

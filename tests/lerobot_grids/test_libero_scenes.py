@@ -93,6 +93,7 @@ def test_perturbations_change_what_they_say_and_nothing_else(env):
     from lerobot_grids.simulation.perturbations.libero import KINDS
 
     assert tuple(KINDS) == PERTURBATIONS["libero"]
+    # In the layout of this seed the object has enough pixels for the smallest panel to hide some.
     plain = env.reset(seed=11)[0]["pixels"]
     where = env.image_place("agentview_image", Expert(env.simulation).object_position()) * SIZE
     perturbed = environment(perturb="view:3")
