@@ -394,8 +394,11 @@ def check_python(arguments):
 
 
 def arguments_of(path):
-    """Options that a script gives to argparse."""
-    return set(re.findall(r'add_argument\("(--[\w-]+)"', path.read_text()))
+    """Options that a script, or what it takes its command line from, gives to argparse."""
+    text = path.read_text()
+    if "from stage import" in text:
+        text += (path.parent / "stage.py").read_text()
+    return set(re.findall(r'add_argument\("(--[\w-]+)"', text))
 
 
 def check_script(path, arguments):

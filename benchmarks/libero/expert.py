@@ -1,6 +1,6 @@
 """Train the action expert of a small policy on demonstrations, on a trunk that stays as it is.
 
-    python benchmarks/libero/expert.py DATASET outputs/libero/grounded outputs/libero/dense    # 24 minutes, two cores
+    python benchmarks/libero/expert.py DATASET outputs/libero/controlled outputs/libero/dense    # 24 minutes, two cores
 
 `lerobot-grids fit` does the same with `train_expert_only=true`. Here the trunk reads every frame once instead of in
 every step, which is about ten times as fast, and the reason why this is not `fit`.
@@ -103,7 +103,7 @@ def main() -> None:
     """Train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="recorded demonstrations")
-    parser.add_argument("start", type=Path, help="policy that grounding.py made")
+    parser.add_argument("start", type=Path, help="policy that control.py made")
     parser.add_argument("output", type=Path)
     parser.add_argument("--scenes", type=Path, nargs="*", default=[], help="files that scenes.py made")
     parser.add_argument("--instruction", default="pick up the {} and place it in the basket", help="of the scenes")

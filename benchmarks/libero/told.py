@@ -129,7 +129,13 @@ def main() -> None:
     for off in arguments.off:
         names = LiberoConfig(task=arguments.tasks).names
         outcomes = {name: act(controller, name, arguments.episodes, off) for name in names}
-        said = {"kind": "libero-told", "centimetres_off": off, "demonstrations": demonstrations, "outcomes": outcomes}
+        said = {
+            "kind": "libero-told",
+            "name": f"{off:g} cm off",
+            "centimetres_off": off,
+            "demonstrations": demonstrations,
+            "outcomes": outcomes,
+        }
         print(json.dumps(said | {"seconds": round(time.perf_counter() - begin)}), flush=True)
 
 
