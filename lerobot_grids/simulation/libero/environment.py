@@ -2,7 +2,7 @@
 
 Differences from `lerobot.envs.libero`, each an option whose default is LeRobot's own behaviour:
 - `layout="dealt"` deals the objects anew; see `layouts`.
-- `drawing="fast"` draws without multisampling and shadow map, at about half the price on a CPU, and resets the
+- `drawing="fast"` draws without multisampling and shadow map and with fewer triangles, see `meshes`, and resets the
   simulator without building the scene again.
 - `perturb="occlusion:2"` perturbs each episode; see `perturbations`.
 - `zoom=1.5` draws with the overview camera so many times larger: LIBERO-Object's objects fill a seventh of its image.
@@ -39,6 +39,7 @@ from ..perturbations import Perturbation, Perturber, parse_perturbations
 from ..perturbations.libero import KINDS
 from ..perturbations.saved import SavedScene
 from .layouts import Pose, deal, generator, require_layout
+from .meshes import simplify
 
 DRAWINGS = ("libero", "fast")
 CHEAP = '<quality shadowsize="0" offsamples="0"/>'
@@ -115,7 +116,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         self._perturber: Perturber | None = None
         self.suite = kwargs["task_suite_name"]
         self.layout, self.drawing, self.zoom, self.render_interval = layout, drawing, zoom, render_interval
-        self._zoomed: Any = None
+        self._adapted: Any = None
         # Otherwise robosuite draws both cameras in every step, while objects settle too.
         self._draws = drawing == "fast" or render_interval > 1
         self._steps, self._settling = 0, False
@@ -138,9 +139,13 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
 
     def upload_texture(self, texture: int) -> None:
         """Send a changed texture to the renderer, which keeps a copy."""
+        mujoco.mjr_uploadTexture(self.model, self._renderer(), texture)
+
+    def _renderer(self) -> Any:
+        """MuJoCo's rendering context, made current."""
         context = self.simulation.sim._render_context_offscreen
         context.gl_ctx.make_current()
-        mujoco.mjr_uploadTexture(self.model, context.con, texture)
+        return context.con
 
     def _ensure_env(self) -> None:
         if self._env is not None:
@@ -170,7 +175,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         state = self.init_state_id
         self._settling = True
         observation, info = super().reset(seed=seed, **kwargs)
-        self._zoom_in()
+        self._adapt_model()
         if self.layout == "dealt":
             self._deal(state, generator(seed, self.task_id))
         elif not self.simulation.hard_reset:
@@ -186,13 +191,15 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         """What LeRobot's environment gives in the present state."""
         return self._format_raw_obs(self.simulation._get_observations(force_update=True))
 
-    def _zoom_in(self) -> None:
-        """Narrow the overview camera's field of view, once for each model that is built."""
-        if self._zoomed is self.model:
+    def _adapt_model(self) -> None:
+        """Zoom and simplify meshes, once for each model that is built."""
+        if self._adapted is self.model:
             return
-        self._zoomed, camera = self.model, self.model.camera(OVERVIEW).id
+        self._adapted, camera = self.model, self.model.camera(OVERVIEW).id
         half = np.radians(self.model.cam_fovy[camera]) / 2
         self.model.cam_fovy[camera] = 2 * np.degrees(np.arctan(np.tan(half) / self.zoom))
+        if self.drawing == "fast":
+            simplify(self.model, self._renderer())
 
     def _perturb(self, seed: int | None) -> None:
         """Perturb the episode that begins, when its objects stand."""
