@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prefix import PATCH, see
+from prefix import see
 from recorded import Frames
 from torch import Tensor
 from torch.nn import functional
@@ -51,7 +51,8 @@ class Scenes:
     def __init__(self, files: list[Path], loaded: LoadedPolicy, instruction: str) -> None:
         drawn, self.classes = read_scenes(files)
         self.named, self.positions = drawn["named"], drawn["positions"]
-        patches = drawn["labels"].unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(4).flatten(1, 3)
+        patch = loaded.policy.config.patch_size
+        patches = drawn["labels"].unfold(2, patch, patch).unfold(3, patch, patch).flatten(4).flatten(1, 3)
         # Share of each patch that shows each class, [scenes, visual tokens of all cameras, classes].
         self.shares = torch.stack([(patches == number).float().mean(-1) for number in range(len(self.classes))], -1)
         visible = (self.shares > SHARE).any(1)

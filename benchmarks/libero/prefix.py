@@ -13,8 +13,6 @@ from torch.nn import functional
 
 from lerobot_policy_grids.tiny.modeling_tiny_smolvla import TinySmolVLAPolicy
 
-PATCH = 8
-
 
 def see(policy: TinySmolVLAPolicy, images: Tensor, batch: int = 64) -> Tensor:
     """What the vision tower says of images.

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tasks", default="libero_object", help="a suite, or tasks of one, comma-separated")
     parser.add_argument("--scenes", type=int, default=150, help="scenes of each task")
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=144)
     parser.add_argument("--zoom", type=float, default=1.5, help="how many times larger the overview camera draws")
     arguments = parser.parse_args()
     content = draw(arguments.tasks, arguments.scenes, arguments.size, arguments.zoom)

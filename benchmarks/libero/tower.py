@@ -28,28 +28,30 @@ from lerobot_policy_grids.processor_grids import make_processors
 from lerobot_policy_grids.tiny import TinySmolVLAConfig
 from lerobot_policy_grids.tiny.modeling_tiny_smolvla import TinySmolVLAPolicy
 
-PATCH = 8
+# Visual tokens of a camera along each side.
+GRID = 12
 # Offsets of a centre are counted up to this distance, in patches.
 NEAR = 4.0
 
 
-def targets(labels: np.ndarray) -> tuple[Tensor, Tensor]:
+def targets(labels: np.ndarray, patch: int) -> tuple[Tensor, Tensor]:
     """What tokens have to say of label images uint8 [n, h, w].
 
     Returns:
-        kinds int64 [n, h / 8, w / 8]: the commonest class in the middle 4 x 4 pixels of each patch;
-        shapes float32 [n, h / 8, w / 8, 4]: offset (x, y) in patches to the centre of that class's pixels, and the
-        cosine and sine of twice the angle at which they lie, times how elongated they are.
+        kinds int64 [n, h / patch, w / patch]: the commonest class in the middle of each patch, half as high and wide;
+        shapes float32 [n, h / patch, w / patch, 4]: offset (x, y) in patches to the centre of that class's pixels, and
+        the cosine and sine of twice the angle at which they lie, times how elongated they are.
     """
     count, height, width = labels.shape
-    rows, columns = height // PATCH, width // PATCH
-    middle = labels.reshape(count, rows, PATCH, columns, PATCH)[:, :, 2:6, :, 2:6].transpose(0, 1, 3, 2, 4)
-    kinds = torch.from_numpy(middle.reshape(count, rows, columns, -1).astype(np.int64)).mode(-1).values
+    rows, columns = height // patch, width // patch
+    middle = slice(patch // 4, patch - patch // 4)
+    pixels = labels.reshape(count, rows, patch, columns, patch)[:, :, middle, :, middle].transpose(0, 1, 3, 2, 4)
+    kinds = torch.from_numpy(pixels.reshape(count, rows, columns, -1).astype(np.int64)).mode(-1).values
     shapes = torch.zeros(count, rows, columns, 4)
     centres = np.stack(np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5), -1)
     for number in range(count):
         for kind in np.unique(labels[number])[1:]:
-            at = np.argwhere(labels[number] == kind)[:, ::-1] / PATCH
+            at = np.argwhere(labels[number] == kind)[:, ::-1] / patch
             covariance = np.cov(at.T) if len(at) > 2 else np.eye(2)
             spread = max(covariance[0, 0] + covariance[1, 1], 1e-6)
             lie = [(covariance[0, 0] - covariance[1, 1]) / spread, 2 * covariance[0, 1] / spread]
@@ -122,15 +124,20 @@ def main() -> None:
     torch.manual_seed(0)
     start = time.perf_counter()
     drawn, classes = read_scenes(arguments.scenes)
-    images, (kinds, shapes) = drawn["images"].flatten(0, 1), targets(drawn["labels"].flatten(0, 1).numpy())
+    images = drawn["images"].flatten(0, 1)
+    size = images.shape[1]
+    if size % GRID:
+        parser.error(f"images of {size} pixels do not fall into {GRID} x {GRID} patches; draw scenes of 144 pixels")
+    patch = size // GRID
+    kinds, shapes = targets(drawn["labels"].flatten(0, 1).numpy(), patch)
     meta = load_metadata(arguments.dataset)
     features = dataset_to_policy_features(meta.features)
-    size = images.shape[1]
     config = TinySmolVLAConfig(
         input_features={name: f for name, f in features.items() if name.startswith("observation.")},
         output_features={name: f for name, f in features.items() if f.type is FeatureType.ACTION},
         resize_imgs_with_padding=(size, size),
         vision_tower="local",
+        patch_size=patch,
         language_layers=4,
         device="cpu",
         push_to_hub=False,

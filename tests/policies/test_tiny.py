@@ -47,21 +47,29 @@ def test_the_configuration_names_no_folder():
     assert "/" not in TinySmolVLAConfig(device="cpu").vlm_model_name.replace("lerobot_policy_grids/tiny", "")
 
 
+@pytest.mark.parametrize(("patch", "known"), [(8, 29), (12, 37)])
 @torch.no_grad()
-def test_a_token_of_the_local_tower_knows_29_pixels():
-    config = TinySmolVLAConfig(vision_tower="local", device="cpu", freeze_vision_encoder=True)
+def test_a_token_of_the_local_tower_knows_what_is_around_it(patch, known):
+    side, reach = 12 * patch, known // 2
+    config = TinySmolVLAConfig(
+        vision_tower="local",
+        patch_size=patch,
+        resize_imgs_with_padding=(side, side),
+        device="cpu",
+        freeze_vision_encoder=True,
+    )
     vision = TinySmolVLAPolicy(config).eval().model.vlm_with_expert.get_vlm_model().vision_model
     assert not any(weight.requires_grad for weight in vision.parameters())
-    image = torch.rand(1, 3, 96, 96) * 2 - 1
+    image = torch.rand(1, 3, side, side) * 2 - 1
     row, column = 5, 6
     token = vision(image).last_hidden_state[0, row * 12 + column]
 
     def seen_of(reach):
         """The token, of an image that is black beyond so many pixels from the patch's first ones."""
         other = torch.zeros_like(image)
-        window = (..., slice(8 * row - reach, 8 * row + reach + 1), slice(8 * column - reach, 8 * column + reach + 1))
+        window = (..., *(slice(patch * place - reach, patch * place + reach + 1) for place in (row, column)))
         other[window] = image[window]
         return vision(other).last_hidden_state[0, row * 12 + column]
 
-    assert torch.equal(seen_of(14), token)
-    assert not torch.equal(seen_of(13), token)
+    assert torch.equal(seen_of(reach), token)
+    assert not torch.equal(seen_of(reach - 1), token)

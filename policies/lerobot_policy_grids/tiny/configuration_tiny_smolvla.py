@@ -31,8 +31,11 @@ class TinySmolVLAConfig(SmolVLAConfig):
     scheduler_decay_lr: float = 4e-6
 
     # "attention": a convolutional stem, then SmolVLM's vision layer, in which every token sees the whole image.
-    # "local": deeper convolutions and no attention, so that a token knows 29 x 29 pixels and nothing else.
+    # "local": deeper convolutions and no attention, so that a token knows 29 x 29 pixels and nothing else, or 37 x 37
+    # with a `patch_size` of 12.
     vision_tower: Literal["attention", "local"] = "attention"
+    # Height and width of a token in pixels.
+    patch_size: Literal[8, 12, 16] = 8
 
     # A name and not a path: the files are part of this package, wherever it is installed.
     vlm_model_name: str = "lerobot_policy_grids/tiny"

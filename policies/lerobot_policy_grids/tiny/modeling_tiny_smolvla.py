@@ -22,18 +22,21 @@ from .tokenizer import VLM_FOLDER
 
 
 class ConvStem(nn.Module):
-    """Convolutions over RGB and two coordinate channels: one token per 8 x 8 pixels.
+    """Convolutions over RGB and two coordinate channels: one token per patch of p x p pixels.
 
     Args:
         width: C, channels of a token.
+        patch: p, 8, 12 or 16.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, patch: int = 8) -> None:
         super().__init__()
-        self.layers = self.build(width)
+        # What is left of the patch behind the first two strides.
+        stride = patch // 4
+        self.layers = self.build(width, nn.Conv2d(64, width, 2 * stride - 1, stride, stride - 1))
 
-    def build(self, width: int) -> nn.Sequential:
-        """Three strided convolutions; a token knows 17 x 17 pixels and the image's statistics."""
+    def build(self, width: int, last: nn.Conv2d) -> nn.Sequential:
+        """Three strided convolutions; with a patch of 8 a token knows 17 x 17 pixels and the image's statistics."""
         return nn.Sequential(
             nn.Conv2d(5, 32, 5, 2, 2),
             nn.GroupNorm(4, 32),
@@ -41,14 +44,14 @@ class ConvStem(nn.Module):
             nn.Conv2d(32, 64, 3, 2, 1),
             nn.GroupNorm(8, 64),
             nn.ReLU(),
-            nn.Conv2d(64, width, 3, 2, 1),
+            last,
             nn.GroupNorm(8, width),
             nn.ReLU(),
             nn.Conv2d(width, width, 1),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turn images [b, 3, h, w] in [-1, 1] into a feature map [b, c, h / 8, w / 8]."""
+        """Turn images [b, 3, h, w] in [-1, 1] into a feature map [b, c, h / p, w / p]."""
         batch, _, height, width = images.shape
         rows = torch.linspace(-1, 1, height, device=images.device, dtype=images.dtype)
         columns = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype)
@@ -60,9 +63,11 @@ class ConvStem(nn.Module):
 
 
 class LocalStem(ConvStem):
-    """A deeper stem without any statistics of the image: what a token says comes from 29 x 29 pixels around it."""
+    """A deeper stem without any statistics of the image: what a token says comes from 29 x 29 pixels around it with a
+    patch of 8, and from 37 x 37 with one of 12.
+    """
 
-    def build(self, width: int) -> nn.Sequential:
+    def build(self, width: int, last: nn.Conv2d) -> nn.Sequential:
         """Five convolutions, and two layers of each token on its own."""
         return nn.Sequential(
             nn.Conv2d(5, 32, 5, 2, 2),
@@ -73,7 +78,7 @@ class LocalStem(ConvStem):
             nn.ReLU(),
             nn.Conv2d(64, 64, 3, 1, 1),
             nn.ReLU(),
-            nn.Conv2d(64, width, 3, 2, 1),
+            last,
             nn.ReLU(),
             nn.Conv2d(width, 2 * width, 1),
             nn.ReLU(),
@@ -91,17 +96,16 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
         # Not `replace`, which checks the device again and knows no "meta".
         local = copy(config)
         local.vlm_model_name, local.load_vlm_weights = str(VLM_FOLDER), False
-        with _language_layers(config.language_layers):
+        with _shaped_as(config):
             super().__init__(local, **kwargs)
         # The path is valid on this machine only, so the saved configuration keeps the name.
         self.config = self.model.config = config
         vlm = self.model.vlm_with_expert.get_vlm_model()
         vision = vlm.vision_model
+        stem = LocalStem if config.vision_tower == "local" else ConvStem
+        vision.embeddings.patch_embedding = stem(vision.config.hidden_size, config.patch_size)
         if config.vision_tower == "local":
-            vision.embeddings.patch_embedding = LocalStem(vision.config.hidden_size)
             vision.encoder.layers = nn.ModuleList()
-        else:
-            vision.embeddings.patch_embedding = ConvStem(vision.config.hidden_size)
         if config.freeze_vision_encoder:
             vision.requires_grad_(False)
         if not config.train_expert_only:
@@ -119,12 +123,15 @@ class TinySmolVLAPolicy(SmolVLAPolicy):
 
 
 @contextmanager
-def _language_layers(count: int) -> Iterator[None]:
-    """In this block LeRobot reads configurations of vision-language models with this number of language layers."""
+def _shaped_as(policy: TinySmolVLAConfig) -> Iterator[None]:
+    """In this block LeRobot reads a vision-language model's configuration with a policy's patch and layers."""
 
     def read(name: str) -> Any:
         config: Any = AutoConfig.from_pretrained(name)
-        config.text_config.num_hidden_layers = count
+        config.text_config.num_hidden_layers = policy.language_layers
+        vision = config.vision_config
+        vision.image_size = vision.image_size // vision.patch_size * policy.patch_size
+        vision.patch_size = policy.patch_size
         return config
 
     smolvlm_with_expert.AutoConfig = SimpleNamespace(from_pretrained=read)
