@@ -3,8 +3,8 @@ robot's state, and what the scripted expert does next.
 
     python benchmarks/libero/scenes.py outputs/libero/scenes.npz --scenes 120    # of each task
 
-In half of the scenes the hand is near the task's object, in the others the arm is anywhere. Seeds start at 900000, so
-no scene is one of a recording or an evaluation. A scene takes about half a second of one core of an AMD EPYC.
+In most scenes the hand is on its way to the task's object, in the others the arm is anywhere. Seeds start at 900000, so
+no scene is one of a recording or an evaluation. A scene takes about 0.3 seconds of one core of an AMD EPYC.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from lerobot_grids.simulation.libero.shapes import rotation_vector, turned
 FIRST_SEED = 900_000
 # Standard deviation of the arm's joints around their start, in radians.
 ARM = 0.22
-# Share of the scenes in which the hand is near the object; there it is off its grasp by this standard deviation along
-# the table, up to this high above it, and turned by this standard deviation, in metres and radians.
-NEAR, ALONG, ABOVE, TURN = 0.5, 0.035, 0.12, 0.3
+# Share of the scenes in which the hand is on its way. There it is off its grasp along the table by a standard deviation
+# between these two, up to this high above it and higher the further it is off, and turned in part as the grasp needs,
+# with this standard deviation, in metres and radians.
+COMING, ALONG, ABOVE, TURN = 0.75, (0.01, 0.2), 0.12, 0.2
 # Actions of the expert in each scene.
 ACTIONS = 8
 ROBOT = "robot"
@@ -74,13 +75,13 @@ def scatter(env: LiberoEnv, random: np.random.Generator) -> None:
     env.put(deal(env.suite, env.poses(), env.base_position(), random))
     robot, data = env.simulation.robots[0], env.simulation.sim.data._data
     joints, start = robot._ref_joint_pos_indexes, data.qpos[robot._ref_joint_pos_indexes].copy()
-    near = random.random() < NEAR
+    coming = random.random() < COMING
     while True:
-        data.qpos[joints] = start + random.normal(0, ARM, 7) * (0.1 if near else 1)
+        data.qpos[joints] = start + random.normal(0, ARM, 7) * (0.1 if coming else 1)
         data.qpos[robot._ref_gripper_joint_pos_indexes] = np.array([1, -1]) * random.uniform(0, 0.04)
         mujoco.mj_forward(env.model, data)
-        if near:
-            bring_near(env, random)
+        if coming:
+            bring_close(env, random)
         if not touches(env):
             break
     # The controller has goals of its own, and robosuite counts steps.
@@ -90,12 +91,13 @@ def scatter(env: LiberoEnv, random: np.random.Generator) -> None:
     env.simulation.timestep = 0
 
 
-def bring_near(env: LiberoEnv, random: np.random.Generator) -> None:
-    """Move the hand near the object's grasp, by inverse kinematics."""
+def bring_close(env: LiberoEnv, random: np.random.Generator) -> None:
+    """Move the hand to where it may be on its way to the object's grasp, by inverse kinematics."""
     model, data, robot = env.model, env.simulation.sim.data._data, env.simulation.robots[0]
     expert, site = Expert(env.simulation), robot.eef_site_id
-    goal = expert.hold_position() + np.r_[random.normal(0, ALONG, 2), random.uniform(0, ABOVE)]
-    matrix = turned(expert.down, expert.grasp.yaw + random.normal(0, TURN))
+    along = np.exp(random.uniform(*np.log(ALONG)))
+    goal = expert.hold_position() + np.r_[random.normal(0, along, 2), random.uniform(0, ABOVE + along)]
+    matrix = turned(expert.down, expert.grasp.yaw * random.random() + random.normal(0, TURN))
     moves, turns = np.zeros((3, model.nv)), np.zeros((3, model.nv))
     for _ in range(20):
         mujoco.mj_jacSite(model, data, moves, turns, site)
@@ -133,8 +135,8 @@ def positions(env: LiberoEnv, classes: list[str]) -> np.ndarray:
     return places
 
 
-def draw(tasks: str, scenes: int, size: int, zoom: float) -> dict[str, Any]:
-    """What is saved.
+def draw(tasks: str, scenes: range, size: int, zoom: float) -> dict[str, Any]:
+    """What is saved of some scenes of each task.
 
     Returns:
         "images" uint8 [scenes, cameras, h, w, 3], "labels" uint8 [scenes, cameras, h, w], "positions" float32
@@ -151,7 +153,7 @@ def draw(tasks: str, scenes: int, size: int, zoom: float) -> dict[str, Any]:
         env.reset(seed=FIRST_SEED)
         kinds = labels(env)
         classes += [name for name in dict.fromkeys(kinds.values()) if name not in classes]
-        for scene in range(scenes):
+        for scene in scenes:
             scatter(env, np.random.default_rng(FIRST_SEED + 1000 * number + scene))
             seen = prepare(preprocess_observation(batch_of_one(env.observe())))
             images = [(seen[name][0].permute(1, 2, 0) * 255).round().byte().numpy() for name in CAMERAS]
@@ -178,10 +180,12 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tasks", default="libero_object", help="a suite, or tasks of one, comma-separated")
     parser.add_argument("--scenes", type=int, default=150, help="scenes of each task")
+    parser.add_argument("--first", type=int, default=0, help="number of the first one, for a file beside another")
     parser.add_argument("--size", type=int, default=144)
-    parser.add_argument("--zoom", type=float, default=1.5, help="how many times larger the overview camera draws")
+    parser.add_argument("--zoom", type=float, default=1.4, help="how many times larger the overview camera draws")
     arguments = parser.parse_args()
-    content = draw(arguments.tasks, arguments.scenes, arguments.size, arguments.zoom)
+    scenes = range(arguments.first, arguments.first + arguments.scenes)
+    content = draw(arguments.tasks, scenes, arguments.size, arguments.zoom)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(arguments.output, **content)
 

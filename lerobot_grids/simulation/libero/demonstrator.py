@@ -65,6 +65,7 @@ class LiberoDemonstrator:
         # Official states are used in turn.
         env.init_state_id = seed
         observation, _ = env.reset(seed=seed)
+        observation = self.lead_in(env, prepare, observation, seed)
         expert = Expert(env.simulation, WAYPOINT_NOISE, seed)
         disturb = Disturbance(np.random.default_rng(seed), self.noise, self.pushes)
         rows: list[tuple[np.ndarray, ...]] = []
@@ -81,6 +82,20 @@ class LiberoDemonstrator:
                 columns = (np.stack(column) for column in zip(*rows, strict=True))
                 return Demonstration(env.task_description, dict(zip(self.features, columns, strict=True)))
         return None
+
+    def lead_in(self, env: LiberoEnv, prepare: Any, observation: dict[str, Any], seed: int) -> dict[str, Any]:
+        """What happens before the expert begins, and is not recorded: here nothing.
+
+        Args:
+            env: The environment, reset.
+            prepare: LeRobot's processor of its observations.
+            observation: What the environment gave.
+            seed: Of the episode.
+
+        Returns:
+            What the environment gives afterwards.
+        """
+        return observation
 
     def _config(self, names: str) -> LiberoConfig:
         return LiberoConfig(

@@ -36,11 +36,9 @@ def _carried(model: Any, body: int) -> set[int]:
 
 
 def _collision_geoms(model: Any, bodies: set[int]) -> list[int]:
-    return [
-        geom
-        for geom in range(model.ngeom)
-        if model.geom_bodyid[geom] in bodies and (model.geom_contype[geom] or model.geom_conaffinity[geom])
-    ]
+    touches = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
+    chosen: list[int] = np.flatnonzero(touches & np.isin(model.geom_bodyid, list(bodies))).tolist()
+    return chosen
 
 
 def _local_points(model: Any, geom: int) -> np.ndarray:
