@@ -6,8 +6,9 @@ checkpoint or the optimiser, and distributed strategies do not synchronise it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,10 +22,13 @@ from lerobot_policy_grids.checkpoint.statistics import USED, settle_constants
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import Target, get_family
+from lerobot_policy_grids.families.seam import Seam
+from lerobot_policy_grids.reducers.anchored import AnchoredSampler
 from lerobot_policy_grids.reducers.interpolation import bilinear
 
 from ..policies import LoadedPolicy, find_source, load, load_processors
 from .lora import without_lora
+from .saliency import distance_to_points, saliency
 
 # Fields that must be equal in teacher and student, besides their type.
 SAME = ("chunk_size", "max_action_dim", "max_state_dim", "output_features")
@@ -39,11 +43,13 @@ class Predicted:
         hidden: Last hidden states of the trunk [b, t, c].
         features: The vision tower's final features, one tensor for each of its calls: maps or sampled tokens
             [cameras * b, n, c].
+        saliency: float32 [b, cameras, n] of a teacher, if it was asked for.
     """
 
     output: Tensor
     hidden: Tensor
     features: list[Tensor] = field(default_factory=list)
+    saliency: Tensor | None = None
 
 
 @contextmanager
@@ -99,19 +105,41 @@ class Teacher(ABC):
     def dense(self) -> Iterator[Any]:
         """Yield the dense policy in evaluation mode, with all visual tokens."""
 
-    def predict(self, batch: Mapping[str, Any], noise: dict[str | int, Tensor] | None = None) -> Predicted:
-        """Run the forward pass of a training step without gradients; `noise` is as in `watch`."""
-        with torch.no_grad(), self.dense() as policy:
+    def predict(
+        self, batch: Mapping[str, Any], noise: dict[str | int, Tensor] | None = None, salient: bool = False
+    ) -> Predicted:
+        """Run the forward pass of a training step; the prediction has no gradients.
+
+        Args:
+            batch: The policy's batch.
+            noise: As in `watch`.
+            salient: Whether to compute the saliency, which takes a backward pass of the trunk.
+        """
+        with self.dense() as policy:
             family = get_family(policy.config.type)
-            with watch(family.target(policy), family.feature_source(policy), noise) as seen:
+            with torch.set_grad_enabled(salient), ExitStack() as stack:
+                maps = stack.enter_context(self.maps_as_leaves()) if salient else []
+                seen = stack.enter_context(watch(family.target(policy), family.feature_source(policy), noise))
                 policy.forward(copied(batch))
-            return seen[-1]
+            predicted = seen[-1]
+            if not salient:
+                return predicted
+            return replace(
+                predicted,
+                output=predicted.output.detach(),
+                hidden=predicted.hidden.detach(),
+                saliency=saliency(predicted.output, maps[-1], len(batch[ACTION]), family.layout(policy).extra_tokens),
+            )
 
     def predict_action_chunk(self, batch: Mapping[str, Any]) -> Tensor:
         """Predict an action chunk [b, chunk_size, action_dim]."""
         with torch.no_grad(), self.dense() as policy:
             chunk: Tensor = policy.predict_action_chunk(copied(batch))
         return chunk
+
+    def maps_as_leaves(self) -> AbstractContextManager[list[Tensor]]:
+        """In this block the feature maps of the dense policy get gradients; see `Seam.maps_as_leaves`."""
+        raise NotImplementedError(f"{self.description} has no dense maps")
 
     @abstractmethod
     def to(self, device: str | torch.device) -> None:
@@ -145,6 +173,9 @@ class SelfTeacher(Teacher):
             finally:
                 base.train(training)
 
+    def maps_as_leaves(self) -> AbstractContextManager[list[Tensor]]:
+        return self.policy.seam.maps_as_leaves()
+
     def to(self, device: str | torch.device) -> None:
         pass
 
@@ -165,6 +196,17 @@ class DenseTeacher(Teacher):
     def dense(self) -> Iterator[Any]:
         yield self.policy
 
+    @contextmanager
+    def maps_as_leaves(self) -> Iterator[list[Tensor]]:
+        family = get_family(self.policy.config.type)
+        seam = Seam(lambda: None, family.layout(self.policy), partial(family.image_region, self.policy))
+        family.attach(self.policy, seam)
+        try:
+            with seam.maps_as_leaves() as maps:
+                yield maps
+        finally:
+            family.detach(self.policy)
+
     def to(self, device: str | torch.device) -> None:
         self.policy.to(device)
 
@@ -178,10 +220,11 @@ class Distillation:
         temperature: Temperature of the predicted distributions, for policies that predict one.
         feature_weight: Weight of the distance between the last hidden states of the trunks.
         map_weight: Weight of `map_loss`, where tokens are sampled inside the vision tower.
+        saliency_weight: Weight of the distance between points and where the teacher looks, see `saliency`.
 
     Raises:
-        GridsError: If a temperature is given and the policy does not predict a distribution, or a weight of the maps
-            and tokens are sampled after the tower.
+        GridsError: If a temperature is given and the policy does not predict a distribution, a weight of the maps and
+            tokens are sampled after the tower, or a weight of the saliency and the reducer has no points that move.
     """
 
     def __init__(
@@ -191,12 +234,14 @@ class Distillation:
         temperature: float | None = None,
         feature_weight: float = 0.0,
         map_weight: float = 0.0,
+        saliency_weight: float = 0.0,
     ) -> None:
         self.policy = policy
         self.teacher = teacher
         self.temperature = temperature
         self.feature_weight = feature_weight
         self.map_weight = map_weight
+        self.saliency_weight = saliency_weight
         self.target = policy.family.target(policy.base)
         self.source = policy.family.feature_source(policy.base)
         if temperature is not None and self.target.softened is None:
@@ -205,12 +250,17 @@ class Distillation:
                 "have no temperature; drop it"
             )
 
-        if map_weight > 0:
-            if policy.seam.inside is None:
-                raise GridsError(
-                    f"distill_map={map_weight}: tokens are sampled after the vision tower, so they are its map "
-                    "already; give --reducer.sample_after_layer, or drop it"
-                )
+        if map_weight > 0 and policy.seam.inside is None:
+            raise GridsError(
+                f"distill_map={map_weight}: tokens are sampled after the vision tower, so they are its map already; "
+                "give --reducer.sample_after_layer, or drop it"
+            )
+        if saliency_weight > 0 and not isinstance(policy.reducer, AnchoredSampler):
+            raise GridsError(
+                f"distill_saliency={saliency_weight}: the '{policy.config.reducer.type}' reducer has no points that "
+                "move; give --reducer grids, or drop it"
+            )
+        if map_weight > 0 or saliency_weight > 0:
             policy.seam.remember_coordinates()
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -219,7 +269,7 @@ class Distillation:
         noise: dict[str | int, Tensor] = {}
         with self.policy.seam.share_vision() if self.teacher.shares_vision else nullcontext():
             torch.manual_seed(draws)
-            teacher = self.teacher.predict(batch, noise)
+            teacher = self.teacher.predict(batch, noise, salient=self.saliency_weight > 0)
             torch.manual_seed(draws)
             with watch(self.target, self.source, noise) as seen:
                 task_loss, _ = self.policy.forward(copied(batch))
@@ -230,11 +280,12 @@ class Distillation:
             loss = self.target.loss(student.output, teacher.output, batch)
         if self.feature_weight > 0:
             loss = loss + self.feature_weight * feature_loss(student.hidden, teacher.hidden)
+        seam = self.policy.seam
+        grid = seam.layout.token_grid
         if self.map_weight > 0:
-            seam = self.policy.seam
-            loss = loss + self.map_weight * map_loss(
-                student.features, teacher.features, seam.coordinates or [], seam.layout.token_grid
-            )
+            loss = loss + self.map_weight * map_loss(student.features, teacher.features, seam.coordinates or [], grid)
+        if teacher.saliency is not None:
+            loss = loss + self.saliency_weight * distance_to_points(teacher.saliency, seam.moving_coordinates, grid)
         return task_loss, loss
 
     def chunk_distance(self, batch: dict[str, Any]) -> Tensor:

@@ -63,6 +63,8 @@ class GridsModule(lightning.LightningModule):
         distill_features: Weight of the distance between the last hidden states of the trunks.
         distill_map: Where tokens are sampled inside the vision tower, weight of the distance between what its later
             layers make of them and the dense tower's final map at the same coordinates.
+        distill_saliency: Weight of the squared distance in cells between the points of a sampler and the visual tokens
+            that the teacher's prediction depends on. It takes a backward pass of the teacher's trunk.
         time_bias: More than 1 draws more of the flow's training times near the noise, as t ** (1 / time_bias), so that
             few integration steps become enough (arXiv 2606.05737).
         one_step: Weight of a loss that makes one integration step from noise arrive where the teacher's steps arrive,
@@ -100,6 +102,7 @@ class GridsModule(lightning.LightningModule):
         distill_temperature: float | None = None,
         distill_features: float = 0.0,
         distill_map: float = 0.0,
+        distill_saliency: float = 0.0,
         time_bias: float = 1.0,
         one_step: float = 0.0,
         freeze_vision: bool = False,
@@ -143,8 +146,9 @@ class GridsModule(lightning.LightningModule):
         self.distill = (distill, distill if distill_end is None else distill_end)
         if not all(0 <= share <= 1 for share in self.distill):
             raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
-        for option, value in {"--teacher": teacher, "--model.distill_map": distill_map or None}.items():
-            if value is not None and max(self.distill) == 0:
+        only = {"--teacher": teacher, "--model.distill_map": distill_map, "--model.distill_saliency": distill_saliency}
+        for option, value in only.items():
+            if value and max(self.distill) == 0:
                 raise GridsError(f"{option} {value} without --distill would teach nothing; give --distill, such as 0.5")
         self.trainable = self._choose_trainable(train, accelerator, lora_rank)
         # A blind policy never runs its vision tower, and distributed training would wait for its gradients.
@@ -158,6 +162,7 @@ class GridsModule(lightning.LightningModule):
                 distill_temperature,
                 distill_features,
                 distill_map,
+                distill_saliency,
             )
         self.time_bias = time_bias
         if time_bias <= 0 or one_step < 0:

@@ -115,3 +115,31 @@ def test_after_looking_everywhere_the_policy_looks_at_k_places_again(family):
     with pytest.raises(RuntimeError, match="stop"), policy.looking_everywhere():
         raise RuntimeError("stop")
     assert torch.equal(act(policy, batch), before)
+
+
+def test_points_move_to_where_the_dense_policy_looks(family):
+    policy = student_of(family, 4, cameras=2)
+    torch.nn.init.normal_(policy.reducer.query.weight, std=0.1)
+    batch = family.batch(policy.base)
+    seen = []
+    for teacher in (SelfTeacher(policy), DenseTeacher(family.policy(2))):
+        torch.manual_seed(7)
+        expected = teacher.predict(batch)
+        torch.manual_seed(7)
+        taught = teacher.predict(batch, salient=True)
+        assert torch.equal(taught.output, expected.output)
+        assert not taught.output.requires_grad
+        seen.append(taught.saliency)
+        torch.manual_seed(7)
+        assert torch.equal(teacher.predict(batch).output, expected.output), "the teacher acts as before"
+    torch.testing.assert_close(*seen)
+    assert seen[0].shape[1:] == (2, family.tokens_per_camera)
+    assert seen[0].min() >= 0
+    torch.testing.assert_close(seen[0].sum((1, 2)), torch.ones(len(seen[0])))
+    # Points get a gradient from where it looks.
+    torch.manual_seed(7)
+    plain = Distillation(policy, SelfTeacher(policy)).losses(batch)[1]
+    torch.manual_seed(7)
+    drawn = Distillation(policy, SelfTeacher(policy), saliency_weight=1.0).losses(batch)[1]
+    (drawn - plain.detach()).backward()
+    assert policy.reducer.query.weight.grad.abs().max() > 0

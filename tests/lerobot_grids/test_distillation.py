@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from lerobot_grids.data import LeRobotDataModule, load_metadata
 from lerobot_grids.training.distillation import DenseTeacher, SelfTeacher, feature_loss
 from lerobot_grids.training.module import GridsModule
+from lerobot_grids.training.saliency import distance_to_points, saliency
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families.distances import action_distance, token_divergence
 
@@ -44,6 +45,33 @@ def test_feature_loss_does_not_depend_on_the_scale():
     torch.testing.assert_close(feature_loss(5 * student, 5 * teacher), feature_loss(student, teacher))
 
 
+def test_saliency_is_gradient_times_difference_from_the_mean():
+    size, cameras, cells, width = 3, 2, 5, 4
+    tokens = torch.randn(cameras * size, cells, width, requires_grad=True)
+    weights = torch.rand(cells, width)
+    # A linear prediction of one number for each frame: the gradient is the weights, times the drawn direction.
+    output = (tokens * weights).sum((1, 2)).unflatten(0, (cameras, size)).sum(0)
+    expected = ((tokens - tokens.mean(1, keepdim=True)) * weights).sum(-1).square().detach()
+    expected = torch.stack([expected[:size], expected[size:]], 1)
+    torch.testing.assert_close(saliency(output, tokens, size), expected / expected.sum((1, 2), keepdim=True))
+
+
+def test_points_are_drawn_to_what_is_salient():
+    grid = (6, 6)
+    weights = torch.zeros(1, 1, 36)
+    weights[0, 0, [2 * 6 + 1, 4 * 6 + 4]] = 0.5
+    points = torch.tensor([[[0.5, 0.4], [0.6, 0.5]]], requires_grad=True)
+    optimizer = torch.optim.SGD([points], lr=0.01)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = distance_to_points(weights, [points], grid)
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-3
+    centres = torch.tensor([[[1.5, 2.5], [4.5, 4.5]]]) / 6
+    torch.testing.assert_close(points.detach(), centres, atol=5e-3, rtol=0)
+
+
 def module_of(dataset, **options):
     return GridsModule(load_metadata(str(dataset)), **{"tokens": 4, "distill": 0.5} | options)
 
@@ -74,6 +102,10 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
         module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), distill=0.0)
     with pytest.raises(GridsError, match=r"--model\.distill_map 0\.5 without --distill would teach nothing"):
         module_of(dataset, policy=str(dense_checkpoint), distill_map=0.5, distill=0.0)
+    with pytest.raises(GridsError, match=r"--model\.distill_saliency 0\.5 without --distill would teach nothing"):
+        module_of(dataset, policy=str(dense_checkpoint), distill_saliency=0.5, distill=0.0)
+    with pytest.raises(GridsError, match="the 'pool' reducer has no points that move"):
+        module_of(dataset, policy=str(dense_checkpoint), distill_saliency=0.5, reducer="pool")
     with pytest.raises(GridsError, match="tokens are sampled after the vision tower"):
         module_of(dataset, policy=str(dense_checkpoint), distill_map=0.5)
     with pytest.raises(GridsError, match="which have no temperature"):

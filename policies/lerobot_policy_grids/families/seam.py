@@ -78,10 +78,12 @@ class Seam:
         # Cameras whose images have not been seen yet.
         self._unseen = set(range(len(layout.cameras)))
         self._kept: list[Tensor] | None = None
+        self._leaves: list[Tensor] | None = None
         # What `encode` gave beside the tokens, in families whose trunk gets more than those.
         self.aside: list[Tensor] = []
-        # Coordinates of each camera in the last call, once they are to be remembered.
+        # Coordinates of each camera in the last call, once they are to be remembered; without and with gradients.
         self.coordinates: list[Tensor] | None = None
+        self.moving_coordinates: list[Tensor] = []
         # Acts in place of the policy's own loop, if there is one.
         self.runtime: FastRuntime | None = None
 
@@ -233,6 +235,7 @@ class Seam:
     def _remember(self, coordinates: list[Tensor]) -> None:
         if self.coordinates is not None:
             self.coordinates = [camera.detach() for camera in coordinates]
+            self.moving_coordinates = coordinates
 
     @property
     def full_layers(self) -> int | None:
@@ -268,11 +271,23 @@ class Seam:
             self._kept = None
             self.aside = []
 
+    @contextmanager
+    def maps_as_leaves(self) -> Iterator[list[Tensor]]:
+        """In this block dense maps get gradients, and what is before them none.
+
+        Yields:
+            The maps [cameras * b, H * W, c] of each call, camera by camera.
+        """
+        self._leaves = []
+        try:
+            yield self._leaves
+        finally:
+            self._leaves = None
+
     def take_aside(self) -> list[Tensor]:
         """What `encode` put into `aside`, now or when the images were encoded that are shared."""
         aside = self.aside
-        if self._kept is None:
-            self.aside = []
+        self.aside = [] if self._kept is None else [part.detach() for part in aside]
         return aside
 
     def _encode(self, encode: Callable[..., Tensor], images: Tensor, sample: Sampling | None = None) -> Tensor:
@@ -282,7 +297,10 @@ class Seam:
             return self._kept[0]
         dense = encode(images)
         if self._kept is not None:
-            self._kept.append(dense)
+            self._kept.append(dense.detach())
+        if self._leaves is not None:
+            dense = dense.detach().requires_grad_()
+            self._leaves.append(dense)
         return dense
 
 
