@@ -11,7 +11,7 @@ layer attends to nothing here: its perceptron alone turns that token into one fr
 import time
 
 import torch
-from descent import descend
+from descent import descend, lower_precision
 from labelled import VIEWS, Scenes
 from prefix import Prefix
 from recorded import Frames, read
@@ -30,7 +30,7 @@ NOISE = 0.05
 def robot_tokens(prefix: Prefix, frames: Frames) -> Tensor:
     """The robot's token of frames behind the second layer, [n, c]."""
     tokens = []
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with lower_precision():
         for index in torch.arange(len(frames.state)).split(64):
             part = frames.at(index)
             embedded, exist = prefix.embed(part.seen, part.words, part.mask, part.state)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from descent import descend
+from descent import descend, lower_precision
 from labelled import Scenes
 from prefix import Prefix
 from recorded import Frames, read
@@ -41,7 +41,7 @@ class Memory:
 
     def _read(self, index: Tensor) -> list[Tensor]:
         """Tokens of some frames before each layer but the first, bfloat16."""
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), lower_precision():
             tokens, exist = self.embed(index)
             inputs = []
             for number in range(len(self.prefix.layers) - 1):
@@ -53,9 +53,9 @@ class Memory:
     def cache(self, index: Tensor) -> tuple[DynamicCache, Tensor]:
         """What a prefill of some frames would leave, and which tokens exist."""
         cache = DynamicCache()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with lower_precision():
             first, exist = self.embed(index)
-            for number, tokens in enumerate([first, *(part[index] for part in self.inputs)]):
+            for number, tokens in enumerate([first, *(part[index].float() for part in self.inputs)]):
                 keys, values = self.prefix.keys_values(number, tokens, exist)
                 cache.update(keys.float(), values.float(), number)
         return cache, exist
@@ -70,7 +70,7 @@ def flow_loss(memory: Memory, index: Tensor) -> Tensor:
     noise, moment = torch.randn_like(actions), model.sample_time(len(index), actions.device)
     mixed = moment[:, None, None] * noise + (1 - moment[:, None, None]) * actions
     cache, exist = memory.cache(index)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with lower_precision():
         velocity = model.denoise_step(exist, cache, mixed, moment)
     error = (velocity.float() - (noise - actions)).square()[..., :width].mean(-1)
     return mean_where(error, ~frames.over[index])

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from descent import descend
+from descent import descend, lower_precision
 from labelled import Scenes
 from prefix import Prefix
 from recorded import Frames, read
@@ -88,7 +88,7 @@ def train(grounding: Grounding, scenes: Scenes, frames: Frames, steps: int) -> N
         return index[torch.randint(len(index), (BATCH // 2,))]
 
     def compute_loss() -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with lower_precision():
             return grounding.loss(*scenes.ask(draw(kept))) + grounding.loss(frames.at(draw(shown)))
 
     for step, loss in descend(grounding, compute_loss, steps=steps, rate=RATE, warmup=0.1, betas=(0.9, 0.95)):

@@ -7,6 +7,7 @@ all weights. `tests/benchmarks/test_libero_prefix.py` compares with LeRobot's ow
 from typing import Any
 
 import torch
+from descent import lower_precision
 from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +28,7 @@ def see(policy: TinySmolVLAPolicy, images: Tensor, batch: int = 64) -> Tensor:
     """
     vision = policy.model.vlm_with_expert.get_vlm_model().vision_model.eval()
     seen = []
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), lower_precision():
         for part in images.flatten(0, 1).split(batch):
             seen.append(vision(part.float() / 127.5 - 1).last_hidden_state.bfloat16())
     return torch.cat(seen).unflatten(0, images.shape[:2])
