@@ -4,19 +4,25 @@ The tower sees every picture once instead of in every step, and PyTorch's own at
 all weights. `tests/benchmarks/test_libero_prefix.py` compares with LeRobot's own prefill.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from descent import lower_precision
 from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lerobot_policy_grids.tiny.modeling_tiny_smolvla import TinySmolVLAPolicy
 
+# What a tower said of images, because three scripts ask the same one about the same images, for minutes.
+KEPT = Path("outputs/libero/seen")
+
 
 def see(policy: TinySmolVLAPolicy, images: Tensor, batch: int = 64) -> Tensor:
-    """What the vision tower says of images.
+    """What the vision tower says of images; kept in a file, and read from there the next time.
 
     Args:
         policy: The policy.
@@ -27,11 +33,20 @@ def see(policy: TinySmolVLAPolicy, images: Tensor, batch: int = 64) -> Tensor:
         bfloat16 [n, cameras, tokens, c].
     """
     vision = policy.model.vlm_with_expert.get_vlm_model().vision_model.eval()
-    seen = []
-    with torch.no_grad(), lower_precision():
-        for part in images.flatten(0, 1).split(batch):
-            seen.append(vision(part.float() / 127.5 - 1).last_hidden_state.bfloat16())
-    return torch.cat(seen).unflatten(0, images.shape[:2])
+    content = hashlib.blake2b(images.contiguous().numpy(), digest_size=16)
+    for weight in vision.state_dict().values():
+        content.update(weight.contiguous().numpy())
+    kept = KEPT / f"{content.hexdigest()}.safetensors"
+    if not kept.is_file():
+        seen = []
+        with torch.no_grad(), lower_precision():
+            for part in images.flatten(0, 1).split(batch):
+                seen.append(vision(part.float() / 127.5 - 1).last_hidden_state.bfloat16())
+        KEPT.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial")
+        save_file({"seen": torch.cat(seen).unflatten(0, images.shape[:2])}, partial)
+        partial.replace(kept)
+    return load_file(kept)["seen"]
 
 
 class Prefix(nn.Module):

@@ -43,11 +43,15 @@ def policy() -> TinySmolVLAPolicy:
 
 
 @pytest.fixture(scope="module")
-def frames(policy: TinySmolVLAPolicy) -> SimpleNamespace:
+def frames(policy: TinySmolVLAPolicy, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Frames as `recorded.Frames` has them, and their images."""
+    import prefix
     from prefix import see
 
+    prefix.KEPT = tmp_path_factory.mktemp("seen")
     images = torch.randint(0, 256, (FRAMES, 2, 3, 96, 96), dtype=torch.uint8)
+    assert torch.equal(see(policy, images), see(policy, images)), "the second comes from a file"
+    assert len(list(prefix.KEPT.iterdir())) == 1
     return SimpleNamespace(
         images=images,
         seen=see(policy, images).float(),
