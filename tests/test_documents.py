@@ -72,7 +72,7 @@ SIGNATURES = ("training_cost", "adapter_size")
 # Scripts whose options alone are checked.
 WITH_OPTIONS = {
     *("latency", "export_size", "stages", "soak", "libero_expert", "reference", "training_step"),
-    *("scenes", "sheet", "tower", "grounding", "control", "expert", "told"),
+    *("scenes", "sheet", "tower", "grounding", "control", "expert", "told", "corrections"),
 }
 # Options of other programs that documents name in passing.
 FOREIGN = {
