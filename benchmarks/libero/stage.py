@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 
-def parse(description: str | None, start: str, steps: int, **further: int) -> argparse.Namespace:
+def parse(description: str | None, start: str, steps: int, pointing_steps: int | None = None) -> argparse.Namespace:
     """The command line of a stage that learns from scenes and demonstrations; sets threads and seed.
 
     Args:
         description: Of the script.
         start: Script that made the policy to start from.
         steps: Training steps without `--steps`.
-        **further: Further options that are whole numbers, and their defaults.
+        pointing_steps: Of those that come before, in which it only learns to point; None for a stage without them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenes", type=Path, nargs="+", help="files that scenes.py made")
@@ -25,8 +25,8 @@ def parse(description: str | None, start: str, steps: int, **further: int) -> ar
     parser.add_argument("--start", required=True, type=Path, help=f"policy that {start} made")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--steps", type=int, default=steps)
-    for name, number in further.items():
-        parser.add_argument(f"--{name}", type=int, default=number)
+    if pointing_steps is not None:
+        parser.add_argument("--pointing_steps", type=int, default=pointing_steps, help="before them, of pointing alone")
     parser.add_argument("--instruction", default="pick up the {} and place it in the basket", help="of the scenes")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
