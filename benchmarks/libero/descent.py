@@ -23,11 +23,13 @@ def descend(
     Args:
         module: What is trained.
         compute_loss: The loss of a new batch.
-        steps: Number of steps.
+        steps: Number of steps, 0 or more.
         rate: Highest learning rate.
         warmup: Share of the steps in which it rises.
         betas: Adam's.
     """
+    if not steps:  # of which PyTorch makes no schedule
+        return
     weights = [value for value in module.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(weights, rate, betas=betas, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warmup)

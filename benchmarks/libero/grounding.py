@@ -107,8 +107,6 @@ def train(grounding: Grounding, scenes: Scenes, frames: Frames, pointing_steps: 
             return grounding.loss(*scenes.ask(draw(kept))) + grounding.loss(frames.at(draw(shown)))
 
     for compute_loss, count in ((point, pointing_steps), (do_everything, steps)):
-        if not count:
-            continue
         for step, loss in descend(grounding, compute_loss, steps=count, rate=RATE, warmup=0.1, betas=(0.9, 0.95)):
             if step % 100 == 0:
                 print(f"{compute_loss.__name__} {step}: loss {loss:.3f}", flush=True)

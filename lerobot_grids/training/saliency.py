@@ -9,6 +9,8 @@ weights, which fused kernels do not keep.
 import torch
 from torch import Tensor
 
+from lerobot_policy_grids.reducers.layout import cell_coordinates
+
 
 def saliency(output: Tensor, dense_map: Tensor, size: int, extra: int = 0) -> Tensor:
     """The share of each visual token in what a prediction depends on, float32 [b, cameras, n]; it sums to 1.
@@ -34,13 +36,10 @@ def distance_to_points(saliency: Tensor, coordinates: list[Tensor], token_grid: 
         token_grid: (H, W).
     """
     height, width = token_grid
-    axes = [torch.arange(count, device=saliency.device) + 0.5 for count in (height, width)]
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    cells = torch.stack([columns, rows], -1).flatten(0, 1)
+    cells, size = cell_coordinates(token_grid, saliency.device), saliency.new_tensor([width, height])
     total = saliency.new_zeros(())
     for camera, places in enumerate(coordinates):
-        points = places.float() * places.new_tensor([width, height])
-        away = (points[:, :, None] - cells).square().sum(-1)
+        away = ((places.float()[:, :, None] - cells) * size).square().sum(-1)
         nearest = ((-away).softmax(1) * away).sum(1)
         total = total + (saliency[:, camera] * nearest).sum(-1).mean()
     return total
