@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.envs.utils import preprocess_observation
 
 from lerobot_grids.console import counting_bar
 from lerobot_grids.policies import LoadedPolicy, load
-from lerobot_grids.simulation.libero.demonstrator import LiberoDemonstrator, batch_of_one
+from lerobot_grids.simulation.libero.demonstrator import LiberoDemonstrator, as_policies_see
 from lerobot_grids.simulation.libero.environment import LiberoEnv
 from lerobot_grids.simulation.recording import record
 
@@ -53,7 +52,7 @@ class CorrectingDemonstrator(LiberoDemonstrator):
         loaded.policy.reset()
         torch.manual_seed(seed)
         for _ in range(np.random.default_rng(seed).integers(LONGEST)):
-            seen = prepare(preprocess_observation(batch_of_one(observation)))
+            seen = as_policies_see(observation, prepare)
             chosen = loaded.policy.select_action(loaded.preprocessor(seen | {"task": [env.task_description]}))
             observation, _, _, _, info = env.step(loaded.postprocessor(chosen)[0].clamp(-1, 1).numpy())
             if info["is_success"]:

@@ -13,10 +13,9 @@ from typing import Any
 
 import mujoco
 import numpy as np
-from lerobot.envs.utils import preprocess_observation
 from lerobot.utils.constants import OBS_STATE
 
-from lerobot_grids.simulation.libero.demonstrator import CAMERAS, batch_of_one
+from lerobot_grids.simulation.libero.demonstrator import CAMERAS, as_policies_see
 from lerobot_grids.simulation.libero.environment import LiberoConfig, LiberoEnv
 from lerobot_grids.simulation.libero.expert import Expert
 from lerobot_grids.simulation.libero.layouts import deal
@@ -155,7 +154,7 @@ def draw(tasks: str, scenes: range, size: int, zoom: float) -> dict[str, Any]:
         classes += [name for name in dict.fromkeys(kinds.values()) if name not in classes]
         for scene in scenes:
             scatter(env, np.random.default_rng(FIRST_SEED + 1000 * number + scene))
-            seen = prepare(preprocess_observation(batch_of_one(env.observe())))
+            seen = as_policies_see(env.observe(), prepare)
             images = [(seen[name][0].permute(1, 2, 0) * 255).round().byte().numpy() for name in CAMERAS]
             columns["images"].append(np.stack(images))
             columns["states"].append(seen[OBS_STATE][0].numpy())

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from descent import descend
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.envs.utils import preprocess_observation
 from lerobot.utils.constants import ACTION, OBS_STATE
 from recorded import HELD_OUT
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch.nn import functional
 
 from lerobot_grids.data import load_metadata
 from lerobot_grids.data.metadata import POSITIONS
-from lerobot_grids.simulation.libero.demonstrator import batch_of_one
+from lerobot_grids.simulation.libero.demonstrator import as_policies_see
 from lerobot_grids.simulation.libero.environment import LiberoConfig
 from lerobot_grids.simulation.libero.expert import Expert
 from lerobot_policy_grids.families.distances import mean_where
@@ -100,7 +99,7 @@ def act(controller: Controller, task: str, episodes: int, off: float) -> str:
         info: dict[str, Any] = {"is_success": False}
         for _ in range(STEPS):
             if not ready:
-                state = prepare(preprocess_observation(batch_of_one(observation)))[OBS_STATE].float()
+                state = as_policies_see(observation, prepare)[OBS_STATE].float()
                 places = np.concatenate([expert.object_position(), expert.target_position()]) + wrong
                 numbers = torch.tensor([controller.tasks.index(env.task_description)])
                 told = controller(state, torch.from_numpy(places).float()[None], numbers)[0]

@@ -73,7 +73,7 @@ class LiberoDemonstrator:
             action = np.clip(expert.act(), -1, 1)
             where = (expert.object_position(), expert.target_position())
             places = [env.image_place(camera, point) for camera in CAMERAS.values() for point in where]
-            seen = prepare(preprocess_observation(batch_of_one(observation)))
+            seen = as_policies_see(observation, prepare)
             images = [(seen[name][0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for name in CAMERAS]
             state = seen[OBS_STATE][0].numpy()
             rows.append((*images, state, action, np.concatenate(where).astype(np.float32), np.concatenate(places)))
@@ -123,8 +123,18 @@ def _environment(demonstrator: LiberoDemonstrator, task: str) -> tuple[LiberoEnv
     return _open[demonstrator, task]
 
 
-def batch_of_one(observation: Any) -> Any:
-    """An observation of one environment as a vector of environments gives it."""
+def as_policies_see(observation: dict[str, Any], prepare: Any) -> dict[str, torch.Tensor]:
+    """An observation of one environment in LeRobot's names, as a batch of one.
+
+    Args:
+        observation: What the environment gave.
+        prepare: LeRobot's processor of its observations.
+    """
+    seen: dict[str, torch.Tensor] = prepare(preprocess_observation(_batch_of_one(observation)))
+    return seen
+
+
+def _batch_of_one(observation: Any) -> Any:
     if isinstance(observation, dict):
-        return {name: batch_of_one(value) for name, value in observation.items()}
+        return {name: _batch_of_one(value) for name, value in observation.items()}
     return observation[None]

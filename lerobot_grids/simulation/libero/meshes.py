@@ -10,6 +10,8 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from .shapes import touches
+
 # Cells along the longest side of a mesh.
 CELLS = 20
 
@@ -45,8 +47,7 @@ def simplify(model: Any, context: Any) -> None:
         context: MuJoCo's rendering context, current on this thread.
     """
     is_mesh = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH
-    touches = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
-    for mesh in np.setdiff1d(model.geom_dataid[is_mesh], model.geom_dataid[is_mesh & touches]):
+    for mesh in np.setdiff1d(model.geom_dataid[is_mesh], model.geom_dataid[is_mesh & touches(model)]):
         vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
         faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
         merged, kept = cluster(model.mesh_vert[vertices], model.mesh_face[faces])

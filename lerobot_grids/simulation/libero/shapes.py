@@ -27,6 +27,12 @@ def collision_points(model: Any, data: Any, body: int, inside: int = 0) -> np.nd
     return np.concatenate(points)
 
 
+def touches(model: Any) -> np.ndarray:
+    """Which shapes of a model can touch something, bool [geoms]; the others are only drawn."""
+    able: np.ndarray = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
+    return able
+
+
 def _carried(model: Any, body: int) -> set[int]:
     bodies = {body}
     for other in range(body + 1, model.nbody):
@@ -36,8 +42,7 @@ def _carried(model: Any, body: int) -> set[int]:
 
 
 def _collision_geoms(model: Any, bodies: set[int]) -> list[int]:
-    touches = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
-    chosen: list[int] = np.flatnonzero(touches & np.isin(model.geom_bodyid, list(bodies))).tolist()
+    chosen: list[int] = np.flatnonzero(touches(model) & np.isin(model.geom_bodyid, list(bodies))).tolist()
     return chosen
 
 
