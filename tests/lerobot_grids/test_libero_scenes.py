@@ -51,6 +51,24 @@ def test_the_same_seed_deals_the_same_whatever_came_before(env):
         assert np.array_equal(again["pixels"][camera], first["pixels"][camera])
 
 
+@pytest.mark.parametrize("drawing", ["fast", "libero"])
+def test_environments_beside_each_other_draw_as_if_alone(env, drawing):
+    still = np.array([0.0, 0, 0, 0, 0, 0, -1])
+    alone = env.reset(seed=7)[0]["pixels"], env.step(still)[0]["pixels"]
+    other = environment(drawing=drawing)
+    own = other.reset(seed=7)[0]["pixels"]
+    beside = env.reset(seed=7)[0]["pixels"], env.step(still)[0]["pixels"]
+    again = other.observe()["pixels"]
+    env.observe()
+    other.close()
+    after = env.reset(seed=7)[0]["pixels"], env.step(still)[0]["pixels"]
+    for camera in ("image", "image2"):
+        assert np.array_equal(own[camera], again[camera])
+        for seen in (beside, after):
+            for first, second in zip(alone, seen, strict=True):
+                assert np.array_equal(first[camera], second[camera])
+
+
 def test_named_objects_are_where_the_image_shows_them(env):
     """Black out all but the pixels around the given place: the object's colour must be among them."""
     from lerobot_grids.simulation.libero.expert import Expert
@@ -133,16 +151,18 @@ def test_images_between_looks_are_repeated():
 def test_the_default_is_lerobots_own():
     from lerobot.envs.libero import LiberoEnv, _get_suite
 
+    def episodes(env):
+        """Two, each with its first two observations. LeRobot's environments draw wrong ones beside others."""
+        seen = [(env.reset(seed=3)[0]["pixels"], env.step(np.full(7, 0.3))[0]["pixels"]) for _ in range(2)]
+        env.close()
+        return seen
+
     theirs = LiberoEnv(_get_suite("libero_object"), 3, "libero_object", obs_type="pixels_agent_pos", **PIXELS)
-    ours = environment(layout="official", drawing="libero")
-    for one, other in ((theirs, ours), (ours, theirs)):
-        seen = [env.reset(seed=3)[0]["pixels"] for env in (one, other)]
-        seen += [env.step(np.full(7, 0.3))[0]["pixels"] for env in (one, other)]
-        for camera in ("image", "image2"):
-            assert np.array_equal(seen[0][camera], seen[1][camera])
-            assert np.array_equal(seen[2][camera], seen[3][camera])
-    theirs.close()
-    ours.close()
+    expected, got = episodes(theirs), episodes(environment(layout="official", drawing="libero"))
+    for camera in ("image", "image2"):
+        for own, same in zip(expected, got, strict=True):
+            assert np.array_equal(own[0][camera], same[0][camera])
+            assert np.array_equal(own[1][camera], same[1][camera])
 
 
 def test_names_of_tasks():

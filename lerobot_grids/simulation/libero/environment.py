@@ -142,7 +142,10 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
         mujoco.mjr_uploadTexture(self.model, self._renderer(), texture)
 
     def _renderer(self) -> Any:
-        """MuJoCo's rendering context, made current."""
+        """MuJoCo's rendering context, made current.
+
+        Robosuite draws with the current context and frees in it what it made, whichever environment's it is.
+        """
         context = self.simulation.sim._render_context_offscreen
         context.gl_ctx.make_current()
         return context.con
@@ -169,6 +172,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
     def reset(self, seed: int | None = None, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self._steps = 0
         self._ensure_env()
+        self._renderer()
         if self.layout == "dealt" and seed is not None:
             # Otherwise the robot's and the furniture's state would depend on the number of earlier resets.
             self.init_state_id = seed
@@ -189,6 +193,7 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
 
     def observe(self) -> dict[str, Any]:
         """What LeRobot's environment gives in the present state."""
+        self._renderer()
         return self._format_raw_obs(self.simulation._get_observations(force_update=True))
 
     def _adapt_model(self) -> None:
@@ -257,8 +262,14 @@ class LiberoEnv(lerobot_libero.LiberoEnv):
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self._steps += 1
+        self._renderer()
         result: tuple[dict[str, Any], float, bool, bool, dict[str, Any]] = super().step(action)
         return result
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._renderer()
+        super().close()
 
     def _format_raw_obs(self, raw_obs: dict[str, Any]) -> dict[str, Any]:
         if self._draws:
