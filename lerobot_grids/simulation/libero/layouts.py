@@ -3,7 +3,7 @@
 In the official states the named object hardly moves, so a policy that remembers one place per task succeeds without
 looking. Dealt layouts keep LIBERO's scenes and change what a policy has to see:
 
-- LIBERO-Object: the objects change places among their slots, each is moved by up to `JITTER` and turned by any angle.
+- LIBERO-Object: the objects change places among their slots, each is moved by up to `JITTER` and turned by up to `TURN`.
   The basket is moved by up to `SHIFT`.
 - LIBERO-Spatial: everything that stands on the table is turned together around its middle by up to `TURN`, and moved by
   up to `SHIFT`, so "between the plate and the ramekin" stays true. What stands on or in furniture stays there.
@@ -80,7 +80,7 @@ def _permute(poses: dict[str, Pose], random: np.random.Generator) -> dict[str, P
     places = random.permutation(np.stack([poses[name].position[:2] for name in names]))
     dealt = {}
     for name, place in zip(names, places, strict=True):
-        turned = _turn(poses[name].quaternion, random.uniform(-np.pi, np.pi))
+        turned = _turn(poses[name].quaternion, random.uniform(-TURN, TURN))
         dealt[name] = Pose(np.r_[place + random.uniform(-JITTER, JITTER, 2), poses[name].position[2]], turned)
     for name in poses.keys() - dealt.keys():
         moved = poses[name].position + np.r_[random.uniform(-SHIFT, SHIFT, 2), 0]
