@@ -7,12 +7,15 @@ The instruction names an object. Behind the first layer each visual token learns
 patch, and at first nothing else is learned: with everything at once that takes many times as long. Behind the second
 and the third layer the token of the robot's state says where object and goal are, and behind the third also the next
 actions. Half of each batch are labelled scenes, the other half frames of the recording, most of them with the hand on
-its way: once it holds the object, the robot's state tells where that is. The vision tower stays as it is, and the
-action expert is not touched. At the end, in scenes and episodes that were left out: how often the strongest token is on
-the named object, and how far off its position is told.
+its way: once it holds the object, the robot's state tells where that is. In most steps the trunk reads only a third of
+the visual tokens: those on object and goal, and others by chance. The vision tower stays as it is, and the action
+expert is not touched. At the end, in scenes and episodes that were left out: how often the strongest token is on the
+named object, and how far off its position is told.
 """
 
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,8 @@ RARE = 20.0
 # Of the frames in which the hand holds something, every n-th is used.
 HOLDING = 3
 GRIPPER = -1
+# Visual tokens of each camera that are read in most steps; a square, because the connector asks for one.
+KEPT = 49
 
 
 def pointing(scores: Tensor, on: Tensor) -> Tensor:
@@ -44,6 +49,14 @@ def pointing(scores: Tensor, on: Tensor) -> Tensor:
 def approaches(frames: Frames) -> Tensor:
     """In which frames the gripper is told to be open, bool [n]; normalised actions of the gripper have two signs."""
     return frames.actions[:, 0, GRIPPER] < 0
+
+
+def thin(frames: Frames) -> tuple[Frames, Tensor]:
+    """(Frames with `KEPT` visual tokens of each camera, where these are among all visual tokens, int64 [b, n])."""
+    chosen = (frames.show + torch.rand(frames.show.shape)).topk(KEPT).indices.sort().values
+    seen = frames.seen.gather(2, chosen[..., None].expand(-1, -1, -1, frames.seen.shape[-1]))
+    cameras, tokens = frames.show.shape[1:]
+    return replace(frames, seen=seen), (chosen + tokens * torch.arange(cameras)[:, None]).flatten(1)
 
 
 class Grounding(nn.Module):
@@ -60,24 +73,37 @@ class Grounding(nn.Module):
         hand_on(prefix.layers[2])
         self.mean, self.std = frames.positions.mean(0), frames.positions.std(0).clamp_min(0.02)
 
-    def pointed(self, frames: Frames) -> tuple[Tensor, Tensor, Tensor]:
-        """(Scores of the visual tokens [b, n], all tokens behind the first layer [b, t, c], which exist [b, t])."""
-        tokens, exist = self.prefix.embed(frames.seen, frames.words, frames.mask, frames.state)
-        tokens = self.prefix.behind(0, tokens, exist)
-        scores = self.point(tokens[:, : frames.seen.shape[1] * frames.seen.shape[2]])[..., 0]
-        return scores.float(), tokens, exist
+    def pointed(self, frames: Frames, visual: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(Scores of the visual tokens [b, n], all tokens behind the first layer [b, t, c], which they are).
 
-    def forward(self, frames: Frames) -> tuple[Tensor, Tensor, Tensor]:
+        Args:
+            frames: What is asked.
+            visual: Where the frames' visual tokens are among all, int64 [b, n]; None if they are all.
+        """
+        tokens, exist = self.prefix.embed(frames.seen, frames.words, frames.mask, frames.state)
+        count = frames.seen.shape[1] * frames.seen.shape[2]
+        places = exist.cumsum(1) - 1
+        if visual is not None:
+            places = torch.cat([visual, places[:, count:] + frames.show[0].numel() - count], 1)
+        which = {"exist": exist, "places": places}
+        tokens = self.prefix.behind(0, tokens, **which)
+        return self.point(tokens[:, :count])[..., 0].float(), tokens, which
+
+    def forward(self, frames: Frames, visual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(Scores of the visual tokens [b, n], positions in standard deviations [2, b, 6], actions [b, chunk, d])."""
-        scores, tokens, exist = self.pointed(frames)
-        tokens = self.prefix.behind(1, tokens, exist)
-        robot = [tokens[:, -1], self.prefix.behind(2, tokens, exist, robot_only=True)[:, 0]]
+        scores, tokens, which = self.pointed(frames, visual)
+        tokens = self.prefix.behind(1, tokens, **which)
+        robot = [tokens[:, -1], self.prefix.behind(2, tokens, **which, robot_only=True)[:, 0]]
         said = torch.stack([place(token).float() for place, token in zip(self.places, robot, strict=True)])
         return scores, said, self.act(robot[1]).float().unflatten(-1, self.chunk)
 
-    def loss(self, frames: Frames, on: Tensor | None = None) -> Tensor:
+    def loss(self, frames: Frames, on: Tensor | None = None, thinned: bool = False) -> Tensor:
         """Of the positions, the actions, and of pointing if it is known which visual tokens are right."""
-        scores, said, actions = self(frames)
+        visual = None
+        if thinned:
+            frames, visual = thin(frames)
+            on = None if on is None else on.gather(1, visual)
+        scores, said, actions = self(frames, visual)
         wanted = (frames.positions - self.mean) / self.std
         loss = 2 * functional.smooth_l1_loss(said, wanted.expand_as(said), beta=0.05)
         loss = loss + mean_where((actions - frames.actions).abs().mean(-1), ~frames.over)
@@ -88,8 +114,15 @@ class Grounding(nn.Module):
         return ((said * self.std + self.mean) - positions)[:, :2].norm(dim=-1)
 
 
-def train(grounding: Grounding, scenes: Scenes, frames: Frames, pointing_steps: int, steps: int) -> None:
-    """Train trunk and read-outs on what is not held out: first to point, then everything."""
+def train(grounding: Grounding, scenes: Scenes, frames: Frames, counts: dict[str, int]) -> None:
+    """Train trunk and read-outs on what is not held out: first to point, then everything, at last with all tokens.
+
+    Args:
+        grounding: What is trained.
+        scenes: Labelled scenes.
+        frames: Of a recording.
+        counts: Steps of the three stages, {name: number}.
+    """
     near, kept = approaches(frames), torch.where(~scenes.held)[0]
     come_near, hold = torch.where(~frames.held & near)[0], torch.where(~frames.held & ~near)[0]
     shown = torch.cat([come_near, hold[::HOLDING]])
@@ -102,14 +135,16 @@ def train(grounding: Grounding, scenes: Scenes, frames: Frames, pointing_steps: 
         with lower_precision():
             return pointing(grounding.pointed(asked)[0], on)
 
-    def do_everything() -> Tensor:
+    def do_everything(thinned: bool) -> Tensor:
         with lower_precision():
-            return grounding.loss(*scenes.ask(draw(kept))) + grounding.loss(frames.at(draw(shown)))
+            asked, on = scenes.ask(draw(kept))
+            return grounding.loss(asked, on, thinned) + grounding.loss(frames.at(draw(shown)), thinned=thinned)
 
-    for compute_loss, count in ((point, pointing_steps), (do_everything, steps)):
+    losses = (point, partial(do_everything, True), partial(do_everything, False))
+    for compute_loss, (name, count) in zip(losses, counts.items(), strict=True):
         for step, loss in descend(grounding, compute_loss, steps=count, rate=RATE, warmup=0.1, betas=(0.9, 0.95)):
             if step % 100 == 0:
-                print(f"{compute_loss.__name__} {step}: loss {loss:.3f}", flush=True)
+                print(f"{name} {step}: loss {loss:.3f}", flush=True)
 
 
 @torch.no_grad()
@@ -141,7 +176,7 @@ def measure(grounding: Grounding, scenes: Scenes, frames: Frames) -> dict[str, A
 
 def main() -> None:
     """Train, measure, save."""
-    arguments = parse(__doc__, start="tower.py", steps=3000, pointing_steps=600)
+    arguments = parse(__doc__, start="tower.py", steps=1000, pointing_steps=700, thin_steps=6000)
     begin = time.perf_counter()
     loaded = load(arguments.start)
     frames = read(loaded, arguments.dataset)
@@ -150,12 +185,13 @@ def main() -> None:
     for name, weight in policy.named_parameters():
         weight.requires_grad_("state_proj" in name or (".vlm." in name and "vision_model" not in name))
     grounding = Grounding(Prefix(policy), frames)
-    train(grounding, scenes, frames, arguments.pointing_steps, arguments.steps)
+    counts = {name: getattr(arguments, name) for name in ("pointing_steps", "thin_steps", "steps")}
+    train(grounding, scenes, frames, counts)
     seen = measure(grounding.eval(), scenes, frames)
     # The action expert reads what the trunk knows now, and the trunk stays as it is.
     policy.config.train_expert_only = True
     seen |= {
-        "steps": arguments.steps,
+        **counts,
         "scenes": int((~scenes.held).sum()),
         "seconds": round(time.perf_counter() - begin),
     }

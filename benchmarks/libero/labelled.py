@@ -87,7 +87,8 @@ class Scenes:
 
     def frames(self, index: Tensor, named: Tensor, view: Tensor) -> Frames:
         """Some scenes, with an object of each that is named, in one of the views."""
-        goal = self.positions[:, self.classes.index(GOAL)]
+        goal = torch.full_like(named, self.classes.index(GOAL))
+        show = (self.shares[index, :, named] > SHARE) | (self.shares[index, :, goal] > SHARE)
         return Frames(
             seen=self.seen[view, index],
             words=self.words[named],
@@ -95,7 +96,8 @@ class Scenes:
             state=self.states[index],
             actions=self.actions[index],
             over=self.over[index] | (named != self.named[index])[:, None],
-            positions=torch.cat([self.positions[index, named], goal[index]], -1),
+            positions=torch.cat([self.positions[index, named], self.positions[index, goal]], -1),
+            show=show.unflatten(1, self.seen.shape[2:4]),
             held=self.held[index],
         )
 

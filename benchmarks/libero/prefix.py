@@ -78,13 +78,23 @@ class Prefix(nn.Module):
 
     def keys_values(self, number: int, tokens: Tensor, exist: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each [b, heads, n, head]."""
-        _, keys, values = self._heads(self.layers[number], tokens, exist)
+        _, keys, values = self._heads(self.layers[number], tokens, exist.cumsum(1) - 1)
         return keys, values
 
-    def behind(self, number: int, tokens: Tensor, exist: Tensor, robot_only: bool = False) -> Tensor:
-        """The tokens behind a layer, [b, n, c], or the robot's token alone, [b, 1, c]."""
+    def behind(
+        self, number: int, tokens: Tensor, exist: Tensor, robot_only: bool = False, places: Tensor | None = None
+    ) -> Tensor:
+        """The tokens behind a layer, [b, n, c], or the robot's token alone, [b, 1, c].
+
+        Args:
+            number: Of the layer.
+            tokens: Before it, [b, n, c].
+            exist: Which of them exist, bool [b, n].
+            robot_only: Whether the others are not wanted.
+            places: Of the tokens in the sequence, int64 [b, n]; None if all that exist are there.
+        """
         layer = self.layers[number]
-        queries, keys, values = self._heads(layer, tokens, exist)
+        queries, keys, values = self._heads(layer, tokens, exist.cumsum(1) - 1 if places is None else places)
         sees = exist[:, None].repeat(1, tokens.shape[1], 1)
         # Pictures and words do not see the robot's state.
         sees[:, :-1, -1] = False
@@ -96,12 +106,12 @@ class Prefix(nn.Module):
         return out
 
     @staticmethod
-    def _heads(layer: Any, tokens: Tensor, exist: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attention, positions, normed = layer.self_attn, exist.cumsum(1) - 1, layer.input_layernorm(tokens)
+    def _heads(layer: Any, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention, normed = layer.self_attn, layer.input_layernorm(tokens)
         queries, keys, values = (
             project(normed).unflatten(-1, (-1, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        turned = [apply_rope(queries, positions), apply_rope(keys, positions), values]
+        turned = [apply_rope(queries, places), apply_rope(keys, places), values]
         queries, keys, values = (part.to(values.dtype).transpose(1, 2) for part in turned)
         return queries, keys, values

@@ -12,11 +12,13 @@ from torch.nn import functional
 from lerobot_grids.data import load_metadata
 from lerobot_grids.data.frame_cache import FrameCache
 from lerobot_grids.data.frames import default_video_backend
-from lerobot_grids.data.metadata import POSITIONS
+from lerobot_grids.data.metadata import PLACES, POSITIONS
 from lerobot_grids.policies import LoadedPolicy
 
 # Every tenth episode is held out.
 HELD_OUT = 10
+# Of a recording only centres of objects are known; tokens up to this far from them may show them.
+NEAR = 2.5
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Frames:
         actions: Normalised [n, chunk, d].
         over: Which actions are behind the episode's end, bool [n, chunk].
         positions: Of the named object and the goal, in metres [n, 6].
+        show: Which visual tokens show the named object or the goal, bool [n, cameras, tokens].
         held: Frames of episodes that are held out, bool [n].
     """
 
@@ -41,6 +44,7 @@ class Frames:
     actions: Tensor
     over: Tensor
     positions: Tensor
+    show: Tensor
     held: Tensor
 
     def at(self, index: Tensor) -> Self:
@@ -68,10 +72,10 @@ def read(loaded: LoadedPolicy, dataset: str, every: int = 1) -> Frames:
         meta.repo_id, root=meta.root, delta_timestamps=chunk, return_uint8=True, video_backend=backend
     )
     cameras = list(config.image_features)
-    kept = [*cameras, "observation.state", "action", POSITIONS, "episode_index", "task_index"]
+    kept = [*cameras, "observation.state", "action", POSITIONS, PLACES, "episode_index", "task_index"]
     batch = FrameCache(source, {name: name for name in kept}).__getitems__(list(range(0, meta.total_frames, every)))
     seen = see(loaded.policy, torch.stack([batch.pop(name) for name in cameras], 1))
-    positions, episodes = batch.pop(POSITIONS), batch.pop("episode_index")
+    positions, places, episodes = (batch.pop(name) for name in (POSITIONS, PLACES, "episode_index"))
     ready = loaded.preprocessor(batch)
     return Frames(
         seen=seen,
@@ -81,5 +85,23 @@ def read(loaded: LoadedPolicy, dataset: str, every: int = 1) -> Frames:
         actions=ready["action"],
         over=ready["action_is_pad"],
         positions=positions,
+        show=near(places.unflatten(1, (len(cameras), -1, 2)), seen.shape[2]),
         held=episodes % HELD_OUT == HELD_OUT - 1,
     )
+
+
+def near(places: Tensor, tokens: int) -> Tensor:
+    """Which of a camera's visual tokens are near one of some places in its image.
+
+    Args:
+        places: (x, y) from 0 to 1, [n, cameras, places, 2].
+        tokens: Number of tokens, which make a square.
+
+    Returns:
+        bool [n, cameras, tokens], row by row.
+    """
+    side = round(tokens**0.5)
+    middles = torch.arange(side) + 0.5
+    columns, rows = (places * side)[..., None].unbind(-2)
+    away = (rows - middles).square()[..., :, None] + (columns - middles).square()[..., None, :]
+    return (away < NEAR**2).any(2).flatten(-2)

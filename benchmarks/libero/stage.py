@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 
-def parse(description: str | None, start: str, steps: int, pointing_steps: int | None = None) -> argparse.Namespace:
+def parse(
+    description: str | None, start: str, steps: int, pointing_steps: int | None = None, thin_steps: int | None = None
+) -> argparse.Namespace:
     """The command line of a stage that learns from scenes and demonstrations; sets threads and seed.
 
     Args:
@@ -18,6 +20,7 @@ def parse(description: str | None, start: str, steps: int, pointing_steps: int |
         start: Script that made the policy to start from.
         steps: Training steps without `--steps`.
         pointing_steps: Of those that come before, in which it only learns to point; None for a stage without them.
+        thin_steps: Of those between, in which it reads some of the visual tokens; None for a stage without them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenes", type=Path, nargs="+", help="files that scenes.py made")
@@ -27,6 +30,8 @@ def parse(description: str | None, start: str, steps: int, pointing_steps: int |
     parser.add_argument("--steps", type=int, default=steps)
     if pointing_steps is not None:
         parser.add_argument("--pointing_steps", type=int, default=pointing_steps, help="before them, of pointing alone")
+    if thin_steps is not None:
+        parser.add_argument("--thin_steps", type=int, default=thin_steps, help="between, with some visual tokens")
     parser.add_argument("--instruction", default="pick up the {} and place it in the basket", help="of the scenes")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

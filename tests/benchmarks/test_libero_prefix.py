@@ -107,3 +107,35 @@ def test_keys_and_values_are_those_of_a_prefill(
                 far = max(far, ((said - truth) * there).abs().max().item() / truth.abs().max().item())
             tokens = prefix.behind(number, tokens, exist)
     assert (far < 1e-5) is not sees_state
+
+
+def test_a_trunk_that_reads_some_visual_tokens_knows_where_they_are(
+    policy: TinySmolVLAPolicy, frames: SimpleNamespace
+) -> None:
+    import grounding
+    from prefix import Prefix
+    from recorded import Frames, near
+
+    # Object and goal of each frame in each camera's image; the last ones are outside it.
+    centres = torch.tensor([[0.1, 0.2], [0.9, 0.6], [0.5, 0.5], [1.9, 0.5]]).expand(FRAMES, -1, -1)
+    show = near(centres.unflatten(1, (2, 2)), frames.seen.shape[2])
+    around_the_middle = torch.zeros(12, 12, dtype=torch.bool)
+    around_the_middle[4:8, 4:8] = True
+    assert torch.equal(show[0, 1].view(12, 12), around_the_middle)
+    given = {name: value for name, value in vars(frames).items() if name != "images"}
+    whole = Frames(**given, positions=torch.rand(FRAMES, 6), show=show, held=torch.zeros(FRAMES, dtype=torch.bool))
+    grounded = grounding.Grounding(Prefix(policy), whole)
+    some, visual = grounding.thin(whole)
+    assert visual.shape == (FRAMES, 2 * grounding.KEPT)
+    assert (show.flatten(1).gather(1, visual).sum(1) == show.flatten(1).sum(1)).all(), "what shows them is kept"
+    at = visual[..., None].expand(-1, -1, whole.seen.shape[-1])
+    assert torch.equal(some.seen.flatten(1, 2), whole.seen.flatten(1, 2).gather(1, at))
+    # The truth: the whole trunk, where nothing attends to what was left out.
+    with torch.no_grad():
+        tokens, exist = grounded.prefix.embed(whole.seen, whole.words, whole.mask, whole.state)
+        count = show[0].numel()
+        chosen = torch.zeros(FRAMES, count, dtype=torch.bool).scatter(1, visual, True)
+        read = torch.cat([chosen, exist[:, count:]], 1)
+        expected = grounded.prefix.behind(0, tokens, read, places=exist.cumsum(1) - 1)
+        _, found, _ = grounded.pointed(some, visual)
+    torch.testing.assert_close(found[:, -1], expected[:, -1], rtol=1e-4, atol=1e-4)

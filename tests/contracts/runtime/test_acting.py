@@ -159,7 +159,9 @@ def test_fast_path_in_other_situations(phased, family_row, situation):
     elif situation == "copied":
         try:
             twin = copy.deepcopy(policy)
-        except AttributeError:
+        except AttributeError as error:
+            if "local object" not in str(error):
+                raise
             pytest.skip("LeRobot's class of this policy holds classes defined in functions, so no copy can be made")
         change_in_place(twin)
         assert apart(expected, [act(twin, batch) for _ in range(2)][1]) > 10 * ROUNDING
