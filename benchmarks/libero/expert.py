@@ -119,7 +119,8 @@ def main() -> None:
     policy = loaded.policy.eval()
     for name, weight in policy.named_parameters():
         weight.requires_grad_(name.startswith(("model.vlm_with_expert.lm_expert.", "model.action_")))
-    frames = read(loaded, arguments.dataset, arguments.every)
+    frames = read(loaded, arguments.dataset)
+    frames = frames.at(torch.arange(0, len(frames.state), arguments.every))
     if arguments.scenes:
         scenes = Scenes(arguments.scenes, loaded, arguments.instruction)
         shown = torch.where(scenes.known & ~scenes.held)[0]

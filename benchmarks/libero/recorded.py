@@ -63,8 +63,8 @@ class Frames:
         return replace(self, words=words, mask=mask)
 
 
-def read(loaded: LoadedPolicy, dataset: str, every: int = 1) -> Frames:
-    """Read the frames of a recorded dataset for a small policy, or only `every` second, third, ... of them."""
+def read(loaded: LoadedPolicy, dataset: str) -> Frames:
+    """Read the frames of a recorded dataset for a small policy."""
     meta, config = load_metadata(dataset), loaded.policy.config
     chunk = {"action": [step / meta.fps for step in range(config.chunk_size)]}
     backend = default_video_backend()
@@ -73,7 +73,7 @@ def read(loaded: LoadedPolicy, dataset: str, every: int = 1) -> Frames:
     )
     cameras = list(config.image_features)
     kept = [*cameras, "observation.state", "action", POSITIONS, PLACES, "episode_index", "task_index"]
-    batch = FrameCache(source, {name: name for name in kept}).__getitems__(list(range(0, meta.total_frames, every)))
+    batch = FrameCache(source, {name: name for name in kept}).__getitems__(list(range(meta.total_frames)))
     seen = see(loaded.policy, torch.stack([batch.pop(name) for name in cameras], 1))
     positions, places, episodes = (batch.pop(name) for name in (POSITIONS, PLACES, "episode_index"))
     ready = loaded.preprocessor(batch)
