@@ -25,8 +25,8 @@ class FitOptions:
     """Folder of a LeRobotDataset, or its id on the Hub (user/name)."""
     policy: str = "tiny"
     """Policy to start from: the name of a family (the README and the error for an unknown name list them), a checkpoint
-    folder, or a Hub id. tiny is a small policy with random weights that needs no download; tiny_metaworld is a trained
-    one in this package."""
+    folder, or a Hub id. tiny is a small policy with random weights that needs no download; tiny_metaworld and
+    tiny_libero are trained ones in this package."""
     base: dict[str, Any] | None = None
     """Options of a policy that starts without a checkpoint, such as act, by LeRobot's names: --base.chunk_size 50
     --base.n_action_steps 50."""

@@ -231,7 +231,7 @@ FAMILIES = (
     ),
     TinySmolVLA(
         "tiny_smolvla",
-        sources={"tiny": None, "tiny_metaworld": TINY_FOLDER / "metaworld"},
+        sources={"tiny": None} | {f"tiny_{name}": TINY_FOLDER / name for name in ("metaworld", "libero")},
         recipe=Recipe(steps=2_000, batch=32, micro_batch=32, lr=8e-4, warmup=0.05),
         image_size=96,
         language_tokens=32,
