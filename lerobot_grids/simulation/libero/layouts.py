@@ -3,8 +3,8 @@
 In the official states the named object hardly moves, so a policy that remembers one place per task succeeds without
 looking. Dealt layouts keep LIBERO's scenes and change what a policy has to see:
 
-- LIBERO-Object: the objects change places among their slots, each is moved by up to `JITTER` and turned by up to `TURN`.
-  The basket is moved by up to `SHIFT`.
+- LIBERO-Object: the objects change places among their slots, each is moved by up to `JITTER` and turned by up to
+  `TURN`. The basket is moved by up to `SHIFT`.
 - LIBERO-Spatial: everything that stands on the table is turned together around its middle by up to `TURN`, and moved by
   up to `SHIFT`, so "between the plate and the ramekin" stays true. What stands on or in furniture stays there.
 
