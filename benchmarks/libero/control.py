@@ -15,7 +15,7 @@ from descent import descend, lower_precision
 from labelled import VIEWS, Scenes
 from prefix import Prefix
 from recorded import Frames, read
-from stage import action_head, hand_on, keep, parse
+from stage import action_head, begin, command_line, hand_on, keep
 from torch import Tensor, nn
 
 from lerobot_grids.policies import load
@@ -74,8 +74,8 @@ def train(controller: Controller, steps: int) -> None:
 
 def main() -> None:
     """Train, save."""
-    arguments = parse(__doc__, start="grounding.py", steps=8000)
-    begin = time.perf_counter()
+    arguments = begin(command_line(__doc__, start="grounding.py", steps=8000))
+    start = time.perf_counter()
     loaded = load(arguments.start)
     policy = loaded.policy.eval().requires_grad_(False)
     scenes = Scenes(arguments.scenes, loaded, arguments.instruction)
@@ -89,7 +89,7 @@ def main() -> None:
     with torch.no_grad():
         off = controller.off(torch.where(frames.held)[0])
     said = {"actions_off": round(float(off), 3), "steps": arguments.steps, "frames": int((~frames.held).sum())}
-    said |= {"seconds": round(time.perf_counter() - begin)}
+    said |= {"seconds": round(time.perf_counter() - start)}
     keep(policy, arguments, "control.json", said)
 
 

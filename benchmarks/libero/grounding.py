@@ -24,7 +24,7 @@ from descent import descend, lower_precision
 from labelled import Scenes
 from prefix import Prefix
 from recorded import Frames, read
-from stage import action_head, hand_on, keep, parse
+from stage import action_head, begin, command_line, hand_on, keep
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -176,8 +176,11 @@ def measure(grounding: Grounding, scenes: Scenes, frames: Frames) -> dict[str, A
 
 def main() -> None:
     """Train, measure, save."""
-    arguments = parse(__doc__, start="tower.py", steps=1000, pointing_steps=700, thin_steps=6000)
-    begin = time.perf_counter()
+    parser = command_line(__doc__, start="tower.py", steps=1000)
+    parser.add_argument("--pointing_steps", type=int, default=700, help="at first, of pointing alone")
+    parser.add_argument("--thin_steps", type=int, default=6000, help="then, of everything with some visual tokens")
+    arguments = begin(parser)
+    start = time.perf_counter()
     loaded = load(arguments.start)
     frames = read(loaded, arguments.dataset)
     scenes = Scenes(arguments.scenes, loaded, arguments.instruction)
@@ -193,7 +196,7 @@ def main() -> None:
     seen |= {
         **counts,
         "scenes": int((~scenes.held).sum()),
-        "seconds": round(time.perf_counter() - begin),
+        "seconds": round(time.perf_counter() - start),
     }
     keep(policy, arguments, "grounding.json", seen)
 

@@ -14,6 +14,7 @@ from lerobot_grids.data.frame_cache import FrameCache
 from lerobot_grids.data.frames import default_video_backend
 from lerobot_grids.data.metadata import PLACES, POSITIONS
 from lerobot_grids.policies import LoadedPolicy
+from lerobot_policy_grids.reducers.layout import cell_coordinates
 
 # Every tenth episode is held out.
 HELD_OUT = 10
@@ -101,7 +102,5 @@ def near(places: Tensor, tokens: int) -> Tensor:
         bool [n, cameras, tokens], row by row.
     """
     side = round(tokens**0.5)
-    middles = torch.arange(side) + 0.5
-    columns, rows = (places * side)[..., None].unbind(-2)
-    away = (rows - middles).square()[..., :, None] + (columns - middles).square()[..., None, :]
-    return (away < NEAR**2).any(2).flatten(-2)
+    away = side * (places[..., None, :] - cell_coordinates((side, side))).norm(dim=-1)
+    return (away < NEAR).any(2)

@@ -10,17 +10,13 @@ import torch
 from torch import nn
 
 
-def parse(
-    description: str | None, start: str, steps: int, pointing_steps: int | None = None, thin_steps: int | None = None
-) -> argparse.Namespace:
-    """The command line of a stage that learns from scenes and demonstrations; sets threads and seed.
+def command_line(description: str | None, start: str, steps: int) -> argparse.ArgumentParser:
+    """The command line of a stage that learns from scenes and demonstrations.
 
     Args:
         description: Of the script.
         start: Script that made the policy to start from.
         steps: Training steps without `--steps`.
-        pointing_steps: Of those that come before, in which it only learns to point; None for a stage without them.
-        thin_steps: Of those between, in which it reads some of the visual tokens; None for a stage without them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenes", type=Path, nargs="+", help="files that scenes.py made")
@@ -28,12 +24,13 @@ def parse(
     parser.add_argument("--start", required=True, type=Path, help=f"policy that {start} made")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--steps", type=int, default=steps)
-    if pointing_steps is not None:
-        parser.add_argument("--pointing_steps", type=int, default=pointing_steps, help="before them, of pointing alone")
-    if thin_steps is not None:
-        parser.add_argument("--thin_steps", type=int, default=thin_steps, help="between, with some visual tokens")
     parser.add_argument("--instruction", default="pick up the {} and place it in the basket", help="of the scenes")
     parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line of a stage, and set threads and seed."""
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

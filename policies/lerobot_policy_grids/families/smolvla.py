@@ -231,7 +231,11 @@ FAMILIES = (
     ),
     TinySmolVLA(
         "tiny_smolvla",
-        sources={"tiny": None} | {f"tiny_{name}": TINY_FOLDER / name for name in ("metaworld", "libero")},
+        sources={
+            "tiny": None,
+            "tiny_metaworld": TINY_FOLDER / "metaworld",
+            "tiny_libero": TINY_FOLDER / "libero",
+        },
         recipe=Recipe(steps=2_000, batch=32, micro_batch=32, lr=8e-4, warmup=0.05),
         image_size=96,
         language_tokens=32,
