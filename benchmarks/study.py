@@ -11,6 +11,7 @@ A study is a file in benchmarks/studies:
     record       options of `lerobot-grids record`: the demonstrations
     fit          options of `lerobot-grids fit` that all methods share
     methods      name: further options of fit, or name: {fit: ..., of: ..., at: {...}, seeds: [...]}
+                   fit: "{dense}" in it is the policy of the method "dense" with the same seed, trained before
                    of: another method, or a policy, whose checkpoints are evaluated; the method itself is not trained
                    at: tokens, reducer, resolution or num_steps in the evaluation, without training for it
     seeds        training seeds; default 0 1 2
@@ -28,6 +29,7 @@ error; if the options of an evaluation change, it runs again. Nothing is downloa
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -89,12 +91,20 @@ class Study:
         """Path of a method's policy, relative to the study's folder."""
         return self.source(name) if seed is None else f"{self.source(name)}-s{seed}"
 
+    def needs(self, name: str) -> list[str]:
+        """Other methods whose policies the training of a method needs."""
+        return re.findall(r"{(\w+)}", self.methods[name].get("fit", ""))
+
     def run(self) -> None:
         """Run all commands in order."""
-        runs = {(self.source(n), seed): None for n in self.chosen if self.trained(n) for seed in self.seeds_of(n)}
+        trained = [self.source(name) for name in self.chosen if self.trained(name)]
+        first = [need for name in trained for need in self.needs(name)]
+        runs = {(name, seed): None for name in [*first, *trained] for seed in self.seeds_of(name)}
         if runs or "validate" in self.content:
             self.command("demonstrations", ["record", *words(self.content["record"])], creates=True)
-        self.parallel(self.fit, sorted(runs, key=lambda run: run[1] or 0))
+        for needing in (False, True):
+            group = [run for run in runs if bool(self.needs(run[0])) == needing]
+            self.parallel(self.fit, sorted(group, key=lambda run: run[1] or 0))
         if "compare" in self.content:
             for options in self.content.get("conditions", [""]):
                 self.compare(options)
@@ -120,6 +130,7 @@ class Study:
     def fit(self, name: str, seed: int) -> list[results.Line]:
         """Train a method with one seed."""
         options = [*words(self.content.get("fit")), *words(self.methods[name].get("fit"))]
+        options = [re.sub(r"{(\w+)}", rf"\1-s{seed}", option) for option in options]
         options += [] if self.asked.steps is None else ["--steps", str(self.asked.steps)]
         start = ["fit", "--policy", *words(self.content["base"]), "--dataset", "demonstrations"]
         self.command(f"{name}-s{seed}", [*start, *options, "--seed", str(seed)], creates=True)

@@ -233,6 +233,11 @@ def _describe_tokens(module: GridsModule) -> str:
     text = f"{reducer.budget} visual tokens per camera by '{reducer.type}'"
     if policy.config.schedule != "constant":
         text += f" (schedule in training: {policy.config.schedule}, up to {reducer.largest})"
+    if module.looking is not None:
+        text += (
+            f"\nfirst, on {module.look_first} frames, the sampler learns where to look from "
+            f"{module.looking.teacher.description}"
+        )
     if module.distillation is not None:
         start, end = module.distill
         share = f"{100 * start:.0f} %" if start == end else f"{100 * start:.0f} to {100 * end:.0f} %"

@@ -255,25 +255,39 @@ class Distillation:
                 f"distill_map={map_weight}: tokens are sampled after the vision tower, so they are its map already; "
                 "give --reducer.sample_after_layer, or drop it"
             )
-        if saliency_weight > 0 and not isinstance(policy.reducer, AnchoredSampler):
-            raise GridsError(
-                f"distill_saliency={saliency_weight}: the '{policy.config.reducer.type}' reducer has no points that "
-                "move; give --reducer grids, or drop it"
-            )
+        if saliency_weight > 0:
+            self.require_points(f"distill_saliency={saliency_weight}")
         if map_weight > 0 or saliency_weight > 0:
             policy.seam.remember_coordinates()
 
-    def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute (task loss of the student, distance to the teacher), each a scalar."""
+    def require_points(self, option: str) -> None:
+        """Raise `GridsError` unless the policy's reducer has points that move, as this option needs."""
+        if not isinstance(self.policy.reducer, AnchoredSampler):
+            raise GridsError(
+                f"{option}: the '{self.policy.config.reducer.type}' reducer has no points that move; give --reducer "
+                "grids, or drop it"
+            )
+
+    def predict(self, batch: dict[str, Any], salient: bool) -> tuple[Tensor, Predicted, Predicted]:
+        """(Task loss of the student, its prediction, the teacher's from the same noise).
+
+        Args:
+            batch: The policy's batch.
+            salient: Whether to compute the teacher's saliency.
+        """
         draws = _new_seed()
         noise: dict[str | int, Tensor] = {}
         with self.policy.seam.share_vision() if self.teacher.shares_vision else nullcontext():
             torch.manual_seed(draws)
-            teacher = self.teacher.predict(batch, noise, salient=self.saliency_weight > 0)
+            teacher = self.teacher.predict(batch, noise, salient)
             torch.manual_seed(draws)
             with watch(self.target, self.source, noise) as seen:
                 task_loss, _ = self.policy.forward(copied(batch))
-        student = seen[-1]
+        return task_loss, seen[-1], teacher
+
+    def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Compute (task loss of the student, distance to the teacher), each a scalar."""
+        task_loss, student, teacher = self.predict(batch, salient=self.saliency_weight > 0)
         if self.temperature is not None and self.target.softened is not None:
             loss = self.target.softened(student.output, teacher.output, batch, self.temperature)
         else:
@@ -361,7 +375,7 @@ def choose_teacher(teacher: str | None, source: str, student: LoadedPolicy, trai
     policy: Any = student.policy
     if not isinstance(policy, GridsPolicy) or policy.num_tokens == 0:
         advice = "drop --reducer blind" if isinstance(policy, GridsPolicy) else "give --tokens a number"
-        raise GridsError(f"distillation teaches a policy with few visual tokens; {advice}, or drop --distill")
+        raise GridsError(f"a teacher teaches a policy with few visual tokens; {advice}, or train without one")
     name = source if teacher is None else teacher
     folder = find_source(name)
     if folder is None:

@@ -1,5 +1,6 @@
 """GridsModule: train a policy, dense or with K visual tokens, on demonstrations."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -8,6 +9,8 @@ from typing import Any, Literal
 import lightning
 import torch
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from lerobot_policy_grids import GridsPolicy
@@ -25,6 +28,7 @@ from .distillation import Distillation, choose_teacher
 from .finite import require_finite_gradients, require_finite_loss
 from .flow import OneStep, biased_time
 from .identity import identity_of, require_same_run
+from .looking import learn_to_look
 from .optimisation import parameter_groups, warmup_cosine
 from .position_loss import PositionLoss
 from .trainable import TrainableChoice, choose_trainable, device_memory, train_only
@@ -65,6 +69,8 @@ class GridsModule(lightning.LightningModule):
             layers make of them and the dense tower's final map at the same coordinates.
         distill_saliency: Weight of the squared distance in cells between the points of a sampler and the visual tokens
             that the teacher's prediction depends on. It takes a backward pass of the teacher's trunk.
+        look_first: Number of frames on which the sampler alone learns this distance before the training begins, such as
+            2048. What the teacher depends on is then computed once for each of them.
         time_bias: More than 1 draws more of the flow's training times near the noise, as t ** (1 / time_bias), so that
             few integration steps become enough (arXiv 2606.05737).
         one_step: Weight of a loss that makes one integration step from noise arrive where the teacher's steps arrive,
@@ -103,6 +109,7 @@ class GridsModule(lightning.LightningModule):
         distill_features: float = 0.0,
         distill_map: float = 0.0,
         distill_saliency: float = 0.0,
+        look_first: int = 0,
         time_bias: float = 1.0,
         one_step: float = 0.0,
         freeze_vision: bool = False,
@@ -146,17 +153,23 @@ class GridsModule(lightning.LightningModule):
         self.distill = (distill, distill if distill_end is None else distill_end)
         if not all(0 <= share <= 1 for share in self.distill):
             raise GridsError(f"distill={distill}, distill_end={distill_end}; give shares of the loss, from 0 to 1")
-        only = {"--teacher": teacher, "--model.distill_map": distill_map, "--model.distill_saliency": distill_saliency}
+        only: dict[str, Any] = {"--model.distill_map": distill_map, "--model.distill_saliency": distill_saliency}
+        if look_first == 0:
+            only["--teacher"] = teacher
         for option, value in only.items():
             if value and max(self.distill) == 0:
                 raise GridsError(f"{option} {value} without --distill would teach nothing; give --distill, such as 0.5")
-        self.trainable = self._choose_trainable(train, accelerator, lora_rank)
+        has_teacher = max(self.distill) > 0 or look_first > 0
+        self.trainable = self._choose_trainable(train, accelerator, lora_rank, has_teacher)
         # A blind policy never runs its vision tower, and distributed training would wait for its gradients.
         if freeze_vision or getattr(self.policy, "num_tokens", 1) == 0:
             self._freeze_vision()
         self.distillation: Distillation | None = None
-        if max(self.distill) > 0:
-            self.distillation = Distillation(
+        self.look_first = look_first
+        # A teacher that only says where to look is not kept for the training steps.
+        self.looking: Distillation | None = None
+        if has_teacher:
+            teaching = Distillation(
                 self.policy,
                 choose_teacher(teacher, policy, self.loaded, self.trainable.train),
                 distill_temperature,
@@ -164,6 +177,11 @@ class GridsModule(lightning.LightningModule):
                 distill_map,
                 distill_saliency,
             )
+            if look_first > 0:
+                teaching.require_points(f"look_first={look_first}")
+                self.looking = teaching
+            if max(self.distill) > 0:
+                self.distillation = teaching
         self.time_bias = time_bias
         if time_bias <= 0 or one_step < 0:
             raise GridsError(f"time_bias={time_bias}, one_step={one_step}; give a bias above 0, and a weight from 0 on")
@@ -178,13 +196,13 @@ class GridsModule(lightning.LightningModule):
         if POSITIONS in meta.features and auxiliary_weight > 0 and getattr(self.policy, "num_tokens", 1) > 0:
             self._add_position_loss(meta)
 
-    def _choose_trainable(self, train: str, accelerator: str, lora_rank: int) -> TrainableChoice:
+    def _choose_trainable(self, train: str, accelerator: str, lora_rank: int, has_teacher: bool) -> TrainableChoice:
         if not isinstance(self.policy, GridsPolicy):
             if train not in ("auto", "all"):
                 raise GridsError(f"train={train}, but the dense policy has no reducer; give --tokens a number")
             return TrainableChoice("all", "training everything")
         if train == "auto":
-            choice = choose_trainable(self.policy, *device_memory(accelerator), with_teacher=max(self.distill) > 0)
+            choice = choose_trainable(self.policy, *device_memory(accelerator), has_teacher)
         else:
             choice = TrainableChoice(train, f"training {train}")  # type: ignore[arg-type]
         if train_only(self.policy, choice.train, lora_rank):
@@ -226,6 +244,29 @@ class GridsModule(lightning.LightningModule):
         self.loaded.to(str(self.device))
         if self.distillation is not None:
             self.distillation.teacher.to(self.device)
+        if self.looking is not None and self.trainer.ckpt_path is None:
+            self._look_first(self.looking)
+        self.looking = None
+
+    def _look_first(self, teaching: Distillation) -> None:
+        """The sampler learns to look where the teacher looks, in one process, and the others get its weights."""
+        trainer: Any = self.trainer
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise GridsError("--model.look_first needs whole weights, and fsdp shards them; drop one of the two")
+        if trainer.is_global_zero:
+            teaching.teacher.to(self.device)
+            torch.manual_seed(seed_of(self.seed))
+            loader, steps = trainer.datamodule.train_dataloader(), int(trainer.estimated_stepping_batches)
+            batches = (self._prepare(move_data_to_device(batch, self.device), augment=True) for batch in loader)
+            with trainer.precision_plugin.train_step_context():
+                learn_to_look(
+                    teaching,
+                    batches,
+                    math.ceil(self.look_first / loader.batch_sampler.batch_size),
+                    lambda share: self.policy.follow_schedule(int(share * steps)),
+                )
+        for weight in self.policy.reducer.parameters():
+            weight.data.copy_(trainer.strategy.broadcast(weight.data))
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self._visual_tokens.clear()

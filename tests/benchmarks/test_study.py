@@ -138,6 +138,15 @@ def test_a_study_runs_once_and_goes_on(small):
     assert small(eval="--x 2") == ["fit", "eval"]
 
 
+def test_a_teacher_of_the_study_is_trained_before_its_students(small):
+    methods = {"student": "--teacher {dense}", "dense": "--tokens dense", "other": "--tokens 2"}
+    assert small("--only", "student", methods=methods) == ["record", *["fit"] * 4, *["eval"] * 2]
+    begun = {path.name: path for path in (small.output / "begun").iterdir()}
+    for seed in ("s0", "s1"):
+        assert f"--teacher dense-{seed}" in begun[f"student-{seed}"].read_text()
+        assert begun[f"dense-{seed}"].stat().st_mtime_ns < begun["student-s0"].stat().st_mtime_ns
+
+
 def test_another_recipe_is_refused(small):
     small()
     with pytest.raises(SystemExit, match=r"(?s)--steps 3.*and not by.*--steps 4"):

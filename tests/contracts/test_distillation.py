@@ -5,7 +5,9 @@ import torch
 
 from driving import act, wrap
 from lerobot_grids.training.distillation import DenseTeacher, Distillation, SelfTeacher, copied, watch
+from lerobot_grids.training.looking import distance, learn_to_look, look
 from lerobot_grids.training.lora import add_lora
+from lerobot_grids.training.saliency import distance_to_points
 from lerobot_policy_grids.families import get_family
 
 
@@ -143,3 +145,27 @@ def test_points_move_to_where_the_dense_policy_looks(family):
     drawn = Distillation(policy, SelfTeacher(policy), saliency_weight=1.0).losses(batch)[1]
     (drawn - plain.detach()).backward()
     assert policy.reducer.query.weight.grad.abs().max() > 0
+
+
+def test_a_sampler_learns_alone_to_look_where_the_dense_policy_looks(family):
+    policy = student_of(family, 4, cameras=2)
+    batch = family.batch(policy.base)
+    teaching = Distillation(policy, SelfTeacher(policy))
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    budgets = []
+    with torch.no_grad():
+        looks = look(teaching, batch)
+        # Stored maps give the points that the policy has.
+        policy.seam.remember_coordinates()
+        policy.forward(copied(batch))
+        expected = distance_to_points(looks.saliency, policy.seam.coordinates, policy.seam.layout.token_grid)
+        torch.testing.assert_close(distance(policy, looks), expected, rtol=0.02, atol=0.01)
+    learn_to_look(teaching, iter([batch, batch]), 2, budgets.append)
+    with torch.no_grad():
+        assert distance(policy, looks) < 0.9 * expected
+    assert budgets == [0, *sorted(budgets[1:-1]), 0]
+    assert max(budgets) < 1
+    changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("reducer.") for name in changed)
+    assert all(weight.grad is None for weight in policy.parameters())

@@ -83,6 +83,10 @@ def test_the_teacher_follows_from_what_is_trained(dataset, dense_checkpoint):
     assert isinstance(other.distillation.teacher, DenseTeacher)
     named = module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), train="reducer")
     assert isinstance(named.distillation.teacher, DenseTeacher)
+    # One that only says where to look teaches nothing else.
+    looks = module_of(dataset, policy=str(dense_checkpoint), teacher=str(dense_checkpoint), look_first=8, distill=0.0)
+    assert isinstance(looks.looking.teacher, DenseTeacher)
+    assert looks.distillation is None
     # A teacher of its own is no part of the module: not in its state, its parameters, its optimiser.
     plain = module_of(dataset, policy=str(dense_checkpoint), train="all", distill=0.0)
     assert other.state_dict().keys() == plain.state_dict().keys()
@@ -106,6 +110,8 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
         module_of(dataset, policy=str(dense_checkpoint), distill_saliency=0.5, distill=0.0)
     with pytest.raises(GridsError, match="the 'pool' reducer has no points that move"):
         module_of(dataset, policy=str(dense_checkpoint), distill_saliency=0.5, reducer="pool")
+    with pytest.raises(GridsError, match="look_first=8: the 'pool' reducer has no points that move"):
+        module_of(dataset, policy=str(dense_checkpoint), look_first=8, reducer="pool")
     with pytest.raises(GridsError, match="tokens are sampled after the vision tower"):
         module_of(dataset, policy=str(dense_checkpoint), distill_map=0.5)
     with pytest.raises(GridsError, match="which have no temperature"):
