@@ -70,7 +70,7 @@ def learn_to_look(
         for batch in islice(batches, count):
             looks.append(look(distillation, batch))
             if len(looks) == 1:
-                _require_memory(looks[0], count)
+                require_memory(looks[0], count)
             bar.advance()
 
     def cells_off() -> float:
@@ -139,7 +139,7 @@ def distance(policy: GridsPolicy, looks: Looks) -> Tensor:
     return distance_to_points(looks.saliency.to(device), coordinates, policy.seam.layout.token_grid)
 
 
-def _require_memory(looks: Looks, count: int) -> None:
+def require_memory(looks: Looks, count: int) -> None:
     """Raise `GridsError` unless feature maps of `count` such batches fit into memory."""
     size, frames, free = looks.size, len(looks.saliency), psutil.virtual_memory().available
     if size * count > SHARE * free:

@@ -2,12 +2,14 @@
 
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lerobot_grids.data import LeRobotDataModule, load_metadata
+from lerobot_grids.training import looking
 from lerobot_grids.training.distillation import DenseTeacher, SelfTeacher, feature_loss
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.saliency import distance_to_points, saliency
@@ -126,6 +128,15 @@ def test_who_cannot_teach_says_why(dataset, dense_checkpoint, grids_checkpoint, 
     save_file(changed, statistics)
     with pytest.raises(GridsError, match="was not trained on this dataset: its mean of 'action' differs"):
         module_of(dataset, policy=str(dense_checkpoint), teacher=str(other))
+
+
+def test_looking_first_on_more_frames_than_memory_holds_is_refused(monkeypatch):
+    looks = looking.Looks([(torch.zeros(8, 4, 4, 2, dtype=torch.bfloat16), {}, 0)], torch.zeros(8, 1, 16))
+    assert looks.size == 8 * 4 * 4 * 2 * 2
+    monkeypatch.setattr(looking.psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * looks.size))
+    looking.require_memory(looks, 2)
+    with pytest.raises(GridsError, match=r"look_first=24: feature maps of so many frames .* give at most 16"):
+        looking.require_memory(looks, 3)
 
 
 def test_student_and_teacher_draw_the_same_biased_times(dataset, dense_checkpoint):
