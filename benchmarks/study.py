@@ -48,6 +48,8 @@ STUDIES = ROOT / "benchmarks" / "studies"
 STATE = "training_state/last.ckpt"
 # On a small machine, parallel jobs with one thread each are faster than one job with more threads.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"HF_HUB_OFFLINE": "1"}
+# In the options of a method, the policy of another method with the same seed.
+OTHER_POLICY = re.compile(r"{(\w+)}")
 
 
 class StudyError(Exception):
@@ -70,6 +72,9 @@ class Study:
         names = [*self.methods, *content.get("bench", {})]
         if odd := set(asked.only or []) - set(names):
             raise StudyError(f"--only {' '.join(sorted(odd))}; this study has {', '.join(names)}")
+        for name in self.methods:
+            if odd := set(self.needs(name)) - set(self.methods):
+                raise StudyError(f"method {name} needs {', '.join(odd)}; this study has {', '.join(self.methods)}")
         self.chosen = [name for name in self.methods if not asked.only or name in asked.only]
         self.seeds = asked.seeds or content.get("seeds", [0, 1, 2])
 
@@ -93,7 +98,7 @@ class Study:
 
     def needs(self, name: str) -> list[str]:
         """Other methods whose policies the training of a method needs."""
-        return re.findall(r"{(\w+)}", self.methods[name].get("fit", ""))
+        return OTHER_POLICY.findall(self.methods[name].get("fit", ""))
 
     def run(self) -> None:
         """Run all commands in order."""
@@ -130,7 +135,7 @@ class Study:
     def fit(self, name: str, seed: int) -> list[results.Line]:
         """Train a method with one seed."""
         options = [*words(self.content.get("fit")), *words(self.methods[name].get("fit"))]
-        options = [re.sub(r"{(\w+)}", rf"\1-s{seed}", option) for option in options]
+        options = [OTHER_POLICY.sub(lambda found: self.checkpoint(found[1], seed), option) for option in options]
         options += [] if self.asked.steps is None else ["--steps", str(self.asked.steps)]
         start = ["fit", "--policy", *words(self.content["base"]), "--dataset", "demonstrations"]
         self.command(f"{name}-s{seed}", [*start, *options, "--seed", str(seed)], creates=True)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning
 import torch
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
@@ -257,7 +256,7 @@ class GridsModule(lightning.LightningModule):
             teaching.teacher.to(self.device)
             torch.manual_seed(seed_of(self.seed))
             loader, steps = trainer.datamodule.train_dataloader(), int(trainer.estimated_stepping_batches)
-            batches = (self._prepare(move_data_to_device(batch, self.device), augment=True) for batch in loader)
+            batches = (self._prepare(trainer.strategy.batch_to_device(batch), augment=True) for batch in loader)
             with trainer.precision_plugin.train_step_context():
                 learn_to_look(
                     teaching,

@@ -147,6 +147,11 @@ def test_a_teacher_of_the_study_is_trained_before_its_students(small):
         assert begun[f"dense-{seed}"].stat().st_mtime_ns < begun["student-s0"].stat().st_mtime_ns
 
 
+def test_an_unknown_teacher_is_refused(small):
+    with pytest.raises(SystemExit, match=r"method student needs dense; this study has student"):
+        small(methods={"student": "--teacher {dense}"})
+
+
 def test_another_recipe_is_refused(small):
     small()
     with pytest.raises(SystemExit, match=r"(?s)--steps 3.*and not by.*--steps 4"):

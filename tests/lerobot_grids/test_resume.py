@@ -33,14 +33,9 @@ def command(dataset, policy, output, *options):
     return [
         *(Path(sys.executable).with_name("lerobot-grids"), "fit", f"--dataset={dataset}", f"--policy={policy}"),
         *(f"--output={output}", f"--steps={STEPS}", "--batch_size=4", "--tokens=4", "--schedule=elastic:2,4,9"),
-        *(
-            "--distill=0.5",
-            "--model.look_first=8",
-            "--ema=0.9",
-            "--save_every=2",
-            "--trainer.accumulate_grad_batches=2",
-        ),
-        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *options),
+        *("--distill=0.5", "--model.look_first=8", "--ema=0.9", "--save_every=2"),
+        *("--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=2"),
+        *("--trainer.enable_progress_bar=false", *options),
     ]
 
 
