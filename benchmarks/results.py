@@ -101,7 +101,8 @@ def validation_lines(content: Line, method: str, seed: int | None) -> list[Line]
         line = {"kind": "validation", "method": method, "seed": seed}
         names = (*SHARED, "dataset", "teacher", "frames", "num_steps", "loss", "error", "teacher_distance")
         line |= {
-            NAMES.get(name, name): both.get(name) for name in (*names, "teacher_distance_by_action", "coordinates")
+            NAMES.get(name, name): both.get(name)
+            for name in (*names, "teacher_distance_by_action", "coordinates", "tasks")
         }
         lines.append(_present(line))
     return lines

@@ -4,6 +4,7 @@ Moving points alone do not show that a policy looks: points can follow the robot
 project's simulations hold where each camera sees the object (`data.PLACES`), so it can be counted.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,17 +50,25 @@ class ObjectHits(CellMetric):
         return {} if images == 0 else {"on_object": points / images, "anchors_on_object": anchors / images}
 
 
-def object_places(batch: dict[str, Any], names: list[str], camera: str, name: str) -> Tensor | None:
-    """Where a camera sees the object, [b, 2] as a share of its image; None if the dataset does not say.
+def object_places(
+    batch: dict[str, Any], names: list[str], camera: str, region: Sequence[float], name: str
+) -> Tensor | None:
+    """Where a camera sees the object, [b, 2] in [0, 1] of what the vision tower sees; None if the dataset does not say.
+
+    An object beside the camera's image is at (-1, -1).
 
     Args:
-        batch: A batch with the column `name`.
+        batch: A batch with the column `name`, whose places are shares of the camera's image.
         names: The names of its entries, such as "image2_object_x".
         camera: The policy's name of the camera, such as "observation.images.image2".
+        region: (left, top, right, bottom) of the camera's image in what the vision tower sees.
         name: Name of the column.
     """
     wanted = [f"{camera.rpartition('.')[2]}_object_{axis}" for axis in "xy"]
     if name not in batch or not set(wanted) <= set(names):
         return None
     places: Tensor = batch[name][..., [names.index(entry) for entry in wanted]]
-    return places
+    left, top, right, bottom = region
+    mapped = places.new_tensor([left, top]) + places * places.new_tensor([right - left, bottom - top])
+    # Beside the image there may be padding, which the tower sees.
+    return mapped.where(((places >= 0) & (places <= 1)).all(-1, keepdim=True), -1.0)

@@ -48,6 +48,8 @@ def write_dataset(root: Path, cameras=("observation.image",), positions=False) -
     features |= dict.fromkeys(cameras, image)
     if positions:
         features["auxiliary.positions"] = {"dtype": "float32", "shape": (6,), "names": list("abcdef")}
+        places = [f"image_object_{axis}" for axis in "xy"]
+        features["auxiliary.places"] = {"dtype": "float32", "shape": (2,), "names": places}
     dataset = LeRobotDataset.create("local/squares", fps=10, features=features, root=root, use_videos=False)
     random = np.random.default_rng(0)
     for episode in range(EPISODES):
@@ -64,6 +66,7 @@ def write_dataset(root: Path, cameras=("observation.image",), positions=False) -
             frame["task"] = ("move the red square", "push the square to the goal")[episode % 2]
             if positions:
                 frame["auxiliary.positions"] = np.array([*place, 0, *target, 0], np.float32)
+                frame["auxiliary.places"] = place.astype(np.float32)
             dataset.add_frame(frame)
             place = place + step
         dataset.save_episode()

@@ -12,6 +12,7 @@ def validate(
     tokens: str | None = None,
     teacher: str | None = None,
     num_steps: int | None = None,
+    by_task: bool = False,
     frames: int = 512,
     val_fraction: float | None = None,
     batch_size: int = 32,
@@ -33,6 +34,8 @@ def validate(
         teacher: Dense policy; its action chunks from the same noise are compared with the policy's.
         num_steps: Integration steps of the policy's flow for one action chunk. Defaults to the checkpoint's; the
             teacher keeps its own.
+        by_task: Whether to count where the points are in the frames of each task, too, and where they are if the
+            policy is told the next task's instruction.
         frames: Validate on at most this many of the held-out frames, spread evenly.
         val_fraction: Share of the episodes that was held out. Defaults to the value in the run's fit.yaml, else 0.1.
         batch_size: Number of frames per batch.
@@ -46,6 +49,7 @@ def validate(
     Examples:
         lerobot-grids validate --policy outputs/grids16 --dataset me/my_robot_data
         lerobot-grids validate --policy outputs/grids16 --dataset me/my_robot_data --tokens 4,16 --teacher outputs/dense
+        lerobot-grids validate --policy outputs/grids4 --dataset outputs/libero/object --by_task true
     """
     require_at_least(1, frames=frames, batch_size=batch_size)
     asked = None if tokens is None else [_budget(part) for part in str(tokens).split(",")]
@@ -62,6 +66,7 @@ def validate(
     )
     from lerobot_grids.evaluation.open_loop import validate as run_validation
     from lerobot_grids.evaluation.tables import print_validation
+    from lerobot_grids.evaluation.task_points import points_by_task, require_anchors
     from lerobot_grids.policies import flow_steps, load, peek, token_counts
     from lerobot_grids.preflight.robot import check_acting
     from lerobot_grids.training.distillation import require_alike
@@ -86,6 +91,8 @@ def validate(
     report([*data.findings, *check_acting(policy, config, data.features)])
     loaded = load(policy, device=device, rename_map=rename_map, num_steps=num_steps)
     budgets = budgets_of(loaded.policy, asked)
+    if by_task:
+        require_anchors(loaded.policy, policy)
     dense = None
     if teacher is not None:
         dense = load(teacher, device=device, rename_map=rename_map)
@@ -93,8 +100,11 @@ def validate(
     data.load(loaded.policy.config)
     used = len(data.val_dataset or [])  # type: ignore[arg-type]
     require_held_out(used)
-    with counting_bar("validating", -(-used // batch_size) * len(budgets), "batches") as bar:
+    with counting_bar("validating", -(-used // batch_size) * len(budgets) * (1 + by_task), "batches") as bar:
         rows = run_validation(loaded, data, budgets, dense, bar.advance)
+        if by_task:
+            for row, tasks in zip(rows, points_by_task(loaded, data, budgets, bar.advance), strict=True):
+                row.tasks = tasks
     kind, dense_tokens, steps = loaded.policy.config.type, token_counts(loaded.policy)[1], flow_steps(loaded.policy)
     result = Validation(policy, kind, dataset, teacher, used, dense_tokens, rows, steps)
     print_validation(result)

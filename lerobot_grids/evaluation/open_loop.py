@@ -29,6 +29,7 @@ from ..data import PLACES, LeRobotDataModule
 from ..data.images import unit_images
 from ..hits import ObjectHits, object_places
 from ..policies import LoadedPolicy
+from .task_points import TaskPoints
 
 # Every budget and every policy gets the same noise and time of the flow.
 SEED = 0
@@ -49,6 +50,7 @@ class BudgetResult:
         teacher_distance_by_action: The same distance per action dimension, in the dataset's units.
         coordinates: `CoordinateStatistics` of an `AnchoredSampler`, and `ObjectHits` where the dataset says where the
             named object is; empty for other reducers.
+        tasks: Instruction -> where the points are in its frames, if `points_by_task` was asked for.
     """
 
     num_tokens: int | None
@@ -57,6 +59,7 @@ class BudgetResult:
     teacher_distance: float | None = None
     teacher_distance_by_action: list[float] = field(default_factory=list)
     coordinates: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, TaskPoints] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,10 +150,9 @@ class _Measures:
         for camera, points in zip(present_cameras(layout.cameras, batch), policy.seam.coordinates, strict=True):
             anchors = policy.reducer.anchors(points.shape[1], camera)
             self.coordinates.update(points, anchors)
-            places = object_places(raw, names, layout.cameras[camera], PLACES)
+            places = object_places(raw, names, layout.cameras[camera], layout.regions[camera], PLACES)
             if places is not None:
-                corners = torch.tensor(layout.regions[camera]).reshape(2, 2).to(points)
-                self.hits.update(points, anchors, corners[0] + places.to(points) * (corners[1] - corners[0]))
+                self.hits.update(points, anchors, places.to(points))
 
     def result(self, num_tokens: int | None, with_teacher: bool) -> BudgetResult:
         return BudgetResult(

@@ -1,5 +1,6 @@
 """Show results of `eval`, `validate` and `compare`: tables on the screen or in Markdown, and a picture."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def print_validation(result: Any) -> None:
     console = wide_console()
     console.print(table)
     console.print("error and distance: root mean squared; distance in standard deviations, by action in its own units")
+    for row in result.budgets:
+        if row.tasks:
+            console.print(_task_points(row.num_tokens, row.tasks))
+
+
+def _task_points(num_tokens: int, tasks: dict[str, Any]) -> Table:
+    """Where the points are in the frames of each task: a column for what is known of any."""
+    table = Table(title=f"where {num_tokens} tokens look, by task")
+    table.add_column("instruction")
+    rows = [asdict(points) for points in tasks.values()]
+    shown = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    for name in shown:
+        # Narrow columns leave room for the instructions.
+        table.add_column(name.replace("_", "\n"), justify="right")
+    for task, row in zip(tasks, rows, strict=True):
+        cells = ["-" if row[name] is None else f"{row[name]:.{0 if name == 'frames' else 2}f}" for name in shown]
+        table.add_row(task, *cells)
+    return table
 
 
 def _numbers(values: list[float]) -> str:

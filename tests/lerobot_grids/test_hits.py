@@ -5,6 +5,7 @@ import torch
 
 from lerobot_grids.hits import ObjectHits, object_places
 
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 NAMES = [f"{camera}_{thing}_{axis}" for camera in ("image", "image2") for thing in ("object", "goal") for axis in "xy"]
 
 
@@ -31,8 +32,14 @@ def test_nothing_is_said_of_objects_that_no_image_shows():
 
 
 def test_each_camera_has_its_own_places():
-    batch = {"places": torch.arange(16.0).reshape(2, 8)}
-    found = object_places(batch, NAMES, "observation.images.image2", "places")
-    assert torch.equal(found, torch.tensor([[4.0, 5], [12, 13]]))
-    assert object_places(batch, NAMES, "observation.images.wrist", "places") is None
-    assert object_places({}, NAMES, "observation.images.image2", "places") is None
+    batch = {"places": torch.arange(16.0).reshape(2, 8) / 16}
+    found = object_places(batch, NAMES, "observation.images.image2", WHOLE, "places")
+    assert torch.equal(found, torch.tensor([[4.0, 5], [12, 13]]) / 16)
+    assert object_places(batch, NAMES, "observation.images.wrist", WHOLE, "places") is None
+    assert object_places({}, NAMES, "observation.images.image2", WHOLE, "places") is None
+
+
+def test_places_are_of_what_the_tower_sees():
+    batch = {"places": torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.5, 1.1, 0.0, 0.0]])}
+    found = object_places(batch, NAMES[:4], "observation.images.image", (0.0, 0.25, 1.0, 0.75), "places")
+    assert torch.equal(found, torch.tensor([[0.5, 0.5], [0.0, 0.75], [-1.0, -1.0]]))

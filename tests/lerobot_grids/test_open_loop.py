@@ -7,6 +7,7 @@ import torch
 
 from lerobot_grids.data import LeRobotDataModule
 from lerobot_grids.evaluation.open_loop import budgets_of, held_out_share, validate
+from lerobot_grids.evaluation.task_points import points_by_task
 from lerobot_grids.policies import load
 from lerobot_grids_cli.main import main
 from lerobot_policy_grids.errors import BudgetError
@@ -45,6 +46,35 @@ def test_loss_and_distance_are_those_of_plain_calls(dataset, dense_checkpoint, g
         torch.testing.assert_close(torch.tensor(row.error), error, rtol=1e-4, atol=1e-6)
 
 
+def test_points_are_counted_task_by_task(dataset, grids_checkpoint):
+    loaded, data = load(str(grids_checkpoint)), data_of(dataset)
+    whole = validate(loaded, data, [1, 16])
+    found = points_by_task(loaded, data, [1, 16])
+    (raw,) = data.val_dataloader()
+    tasks = list(raw["task"])
+    pixels = {"observation.image": raw["observation.image"].float() / 255}
+    exchange = dict(zip(dict.fromkeys(tasks), reversed(dict.fromkeys(tasks)), strict=True))
+    seen = []
+    for texts in (tasks, [exchange[task] for task in tasks]):
+        with torch.no_grad():
+            loaded.policy.forward(loaded.preprocessor(dict(raw) | pixels | {"task": texts}))
+        seen.append(loaded.policy.seam.coordinates[0] * 12)
+    assert loaded.policy.num_tokens == 16
+    for row, by_task in zip(whole, found, strict=True):
+        assert {task: points.frames for task, points in by_task.items()} == {task: tasks.count(task) for task in tasks}
+        for name in ("on_object", "anchors_on_object"):
+            shares = sum(getattr(points, name) * points.frames for points in by_task.values()) / len(tasks)
+            assert shares == pytest.approx(row.coordinates[name])
+    for task, points in found[1].items():
+        own = [i for i, text in enumerate(tasks) if text == task]
+        places = raw["auxiliary.places"][own, None] * 12
+        moved = (seen[1] - seen[0])[own].norm(dim=-1).mean().item()
+        assert points.told_otherwise_cells == pytest.approx(moved, rel=1e-4)
+        assert moved > 0
+        hits = ((seen[1][own] - places).norm(dim=-1) <= 1).any(1).float().mean().item()
+        assert points.on_object_told_otherwise == pytest.approx(hits)
+
+
 def test_budgets(grids_checkpoint, dense_checkpoint):
     policy = load(str(grids_checkpoint)).policy
     assert budgets_of(policy, None) == [1, 4, 8, 16, 24, 36]
@@ -76,12 +106,18 @@ def test_what_was_held_out_is_read_from_the_runs_options(tmp_path):
 def test_the_command_prints_draws_and_saves(dataset, dense_checkpoint, grids_checkpoint, tmp_path, capsys):
     result, picture = tmp_path / "a" / "result.json", tmp_path / "curve.png"
     arguments = ["validate", "--policy", str(grids_checkpoint), "--teacher", str(dense_checkpoint)]
-    arguments += ["--num_steps", "3", "--dataset", str(dataset), "--tokens", "4,16", "--frames", "8"]
+    arguments += ["--num_steps", "3", "--dataset", str(dataset), "--by_task", "true"]
+    arguments += ["--tokens", "4,16", "--frames", "8"]
     assert main([*arguments, "--json", str(result), "--picture", str(picture)]) == 0
     saved = json.loads(result.read_text())
     assert [row["num_tokens"] for row in saved["budgets"]] == [4, 16]
     assert saved["num_steps"] == 3
-    assert "distance to teacher" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(text in printed for text in ("teacher", "where 4 tokens look, by task"))
+    assert set(saved["budgets"][1]["tasks"]) == {"move the red square", "push the square to the goal"}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*arguments[:-4], "--tokens", "dense"]) == 1
     assert "a budget is a number" in capsys.readouterr().err
+    dense = ["validate", "--policy", str(dense_checkpoint), "--dataset", str(dataset), "--by_task", "true"]
+    assert main(dense) == 1
+    assert "has no points that move" in capsys.readouterr().err
