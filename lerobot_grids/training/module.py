@@ -52,7 +52,7 @@ class GridsModule(lightning.LightningModule):
             down to `tokens`); steps:0=144,500=64,1000=16; elastic (a random K at each step, for a checkpoint that
             works at any budget), elastic:4,8,16 (one of a set) or elastic:4-64 (a range).
         position_ids: How the trunk numbers visual tokens: "consecutive", or "dense" for their numbers among all tokens.
-            Defaults to the family's choice.
+            Defaults to "dense".
         resolution: Side in pixels of the square to which images are resized. Defaults to the policy's own.
         base: Options of a policy that starts without a checkpoint, by LeRobot's names: {"chunk_size": 50}.
         train: Weights to train: "all" that the policy leaves trainable, the "reducer" and low-rank adaptation of the

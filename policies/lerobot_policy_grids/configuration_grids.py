@@ -89,7 +89,7 @@ class GridsConfig(PreTrainedConfig):
         default=None,
         metadata={
             "help": f"How the trunk numbers visual tokens: one of {POSITION_IDS}, dense as if all were there. "
-            "Defaults to what suits the family."
+            "Defaults to dense; reducers inside the trunk keep the ids of the tokens that they keep."
         },
     )
     schedule: str = field(default="constant", metadata={"help": f"K over the training steps: {GRAMMAR}."})

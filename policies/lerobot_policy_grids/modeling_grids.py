@@ -139,7 +139,7 @@ class GridsPolicy(PreTrainedPolicy):
         if self.reducer.in_trunk:
             self.family.attach_to_trunk(base, self.seam)
         else:
-            config.position_ids = config.position_ids or self.family.position_ids
+            config.position_ids = config.position_ids or "dense"
             if config.position_ids == "dense":
                 self.family.keep_positions(base, self.seam)
         self.to(config.device)

@@ -44,7 +44,6 @@ class ACT(Family):
     # Images are seen at the size at which they come.
     resolution_field = None
     extra = None
-    position_ids = "dense"
     spares_cameras = False
     counted_on_meta = True
     # It denoises nothing.

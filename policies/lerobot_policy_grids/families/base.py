@@ -138,7 +138,6 @@ class Family(ABC):
         spares_cameras: Whether it goes without a camera that sends no image.
         writes_state: Whether it writes the state into its prompt, so that states of any width fit.
         camera_prefix: How the names of cameras begin whose pixels its processors normalise.
-        position_ids: How its trunk numbers visual tokens unless told otherwise.
         reference: The convention of published GridS weights in this family (`reducers.reference`); None if there are
             none.
         counted_on_meta: Whether its FLOPs can be counted without values.
@@ -156,7 +155,6 @@ class Family(ABC):
     spares_cameras: ClassVar[bool] = True
     writes_state: ClassVar[bool] = False
     camera_prefix: ClassVar[str] = ""
-    position_ids: ClassVar[str] = "consecutive"
     reference: ClassVar[str | None] = None
     counted_on_meta: ClassVar[bool] = False
     exports: ClassVar[bool] = True
@@ -273,7 +271,8 @@ class Family(ABC):
             UnsupportedPolicyError: If this family's trunk cannot be told so.
         """
         raise UnsupportedPolicyError(
-            f"the trunk of the '{self.policy_type}' policy cannot be given dense position ids; drop position_ids"
+            f"the trunk of the '{self.policy_type}' policy cannot be given dense position ids; set position_ids to "
+            "consecutive"
         )
 
     def tower(self, policy: DensePolicy) -> Tower:

@@ -36,7 +36,6 @@ class EO1(Family):
     extra = "eo1"
     packages = ("transformers",)
     flow_steps = "num_denoise_steps"
-    position_ids = "dense"
     counted_on_meta = True
     steps: ClassVar = {
         "eo1_conversation_template_processor": frozenset({"input_features", "chunk_size"}),

@@ -72,7 +72,6 @@ class Groot(Family):
     resolution_field = None
     extra = "groot"
     packages = ("transformers", "diffusers", "tree")
-    position_ids = "dense"
     counted_on_meta = True
     exports = False
     spares_cameras = False

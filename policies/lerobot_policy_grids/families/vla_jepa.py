@@ -43,7 +43,6 @@ class VLAJEPA(Family):
     extra = "vla_jepa"
     packages = ("transformers", "diffusers")
     flow_steps = "num_inference_timesteps"
-    position_ids = "dense"
     counted_on_meta = True
     # Without a state LeRobot leaves it out.
     reads_state = False

@@ -48,7 +48,6 @@ class WallX(Family):
     resolution_field = None
     extra = "wallx"
     packages = ("transformers", "peft", "torchdiffeq", "qwen_vl_utils")
-    position_ids = "dense"
     counted_on_meta = True
     spares_cameras = False
     steps: ClassVar = {"wall_x_task_processor": frozenset()}

@@ -97,7 +97,6 @@ class XVLA(Family):
     extra = "xvla"
     packages = ("transformers",)
     flow_steps = "num_denoising_steps"
-    position_ids = "dense"
     # Without a state LeRobot gives it zeros.
     reads_state = False
     camera_prefix = f"{OBS_IMAGES}."
