@@ -180,18 +180,19 @@ class Row:
         """Collects (prefix length, mask bool [b, q, k], position ids) of each call that runs the whole prefix."""
         seen: list[Any] = []
         trunk = self.trunk_of(policy)
+        kind = type(trunk)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(trunk: Any, *args: Any, **kwargs: Any) -> Any:
             prefix = kwargs["inputs_embeds"][0]
             if prefix is not None and kwargs["past_key_values"] is None:
                 mask = kwargs["attention_mask"]
                 # Some families hand over an additive mask with a head axis.
                 mask = mask if mask.dtype == torch.bool else mask[:, 0] == 0
                 seen.append((prefix.shape[1], mask, kwargs["position_ids"]))
-            return type(trunk).forward(trunk, *args, **kwargs)
+            return kind.forward(trunk, *args, **kwargs)
 
-        # LeRobot calls `.forward` itself, which module hooks do not see.
-        trunk.forward = forward
+        # LeRobot calls `.forward` itself, which module hooks do not see, and dense position ids replace the instance's.
+        trunk.__class__ = type(kind.__name__, (kind,), {"forward": forward})
         return seen
 
 

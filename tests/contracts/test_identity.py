@@ -68,7 +68,7 @@ def test_prefix_is_shorter_and_masks_and_positions_follow(concatenating_family, 
     act(policy, batch)
     dense = list(seen)
     seen.clear()
-    wrapped = wrap(policy, k)
+    wrapped = wrap(policy, k, position_ids="consecutive")
     wrapped.forward(dict(batch))
     act(wrapped, batch)
     removed = cameras * (family.tokens_per_camera - k)

@@ -87,6 +87,10 @@ class Seam:
         # Acts in place of the policy's own loop, if there is one.
         self.runtime: FastRuntime | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not part of the graph of the last training step.
+        return vars(self) | {"moving_coordinates": []}
+
     def tokens(
         self,
         images: list[Tensor],
