@@ -33,8 +33,8 @@ def test_what_a_grids_checkpoint_was_built_with_is_kept(dataset, grids_checkpoin
     for reducer in ("blind", {"condition_on": ["language"]}, {"type": "grids", "num_tokens_max": 40}):
         with pytest.raises(GridsError, match="was built with"):
             start(str(grids_checkpoint), 16, meta, reducer=reducer)
-    with pytest.raises(GridsError, match="was built with position_ids=consecutive"):
-        start(str(grids_checkpoint), 16, meta, position_ids="dense")
+    with pytest.raises(GridsError, match="was built with position_ids=dense"):
+        start(str(grids_checkpoint), 16, meta, position_ids="consecutive")
 
 
 def test_a_checkpoint_takes_the_datasets_image_shape(dense_checkpoint, tmp_path):

@@ -26,7 +26,7 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 
-from ..errors import UnsupportedPolicyError
+from ..errors import GridsError, UnsupportedPolicyError
 from ..reducers import TokenLayout
 from ..reducers.anchors import WHOLE, Region
 from ..runtime import FastRuntime, Phases
@@ -402,6 +402,8 @@ def _fuse(
     return_cls_only: bool = True,
 ) -> Any:
     """What the language model makes of the prompt and of tokens [b, k, c] of each view; positions as `seam` says."""
+    if any(IMAGE in text for text in text_prompts):
+        raise GridsError(f"an instruction holds '{IMAGE}', which stands for a visual token; remove it from the task")
     counts = [tokens.shape[1] for tokens in camera_images]
     counts += [0] * (image_masks.shape[1] - len(counts))
     number = partial(_with_positions, embedder, seam, counts, len(camera_images))

@@ -5,6 +5,7 @@ import torch
 
 from driving import act, train_offsets, wrap
 from fast_path import ROUNDING, apart, small
+from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.runtime import fast
 
 VARIANTS = {
@@ -177,7 +178,7 @@ def test_what_lerobot_refuses_of_evo1_is_refused(family_row):
     act(policy, batch)
     with pytest.raises(ValueError, match="embodiment ids must be in"):
         act(policy, batch | {"embodiment_id": torch.tensor([0, 3, 0])})
-    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+    with pytest.raises(GridsError, match="an instruction holds '<IMG_CONTEXT>'"):
         act(policy, batch | {"task": ["push", "<IMG_CONTEXT>", "pull"]})
 
 
