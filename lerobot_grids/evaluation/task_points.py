@@ -28,9 +28,9 @@ class TaskPoints:
     Attributes:
         frames: Number of held-out frames.
         motion: How far points move from image to image, in cells; see `CoordinateStatistics`.
-        on_object: Share of images with a point on the named object, and of those with an anchor on it (`ObjectHits`);
-            None where the dataset does not say where the object is, or no image shows it.
-        anchors_on_object: The latter.
+        on_object: Share of images with a point on the named object; None where the dataset does not say where the
+            object is, or no image shows it.
+        anchors_on_object: Share of images with an anchor on it: what the points would reach without looking.
         told_otherwise_cells: Mean distance of a point to where it is when the policy is told the next task's
             instruction; None if the dataset has one task.
         on_object_told_otherwise: Share of images with a point on the task's own object then.
