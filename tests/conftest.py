@@ -34,7 +34,7 @@ def _deterministic():
     torch.manual_seed(0)
 
 
-def write_dataset(root: Path, cameras=("observation.image",), positions=False) -> Path:
+def write_dataset(root: Path, cameras=("observation.image",), positions=False, places=False) -> Path:
     """A LeRobotDataset of a bright square that an action moves: small, real, and learnable from the image."""
     import datasets
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -48,8 +48,9 @@ def write_dataset(root: Path, cameras=("observation.image",), positions=False) -
     features |= dict.fromkeys(cameras, image)
     if positions:
         features["auxiliary.positions"] = {"dtype": "float32", "shape": (6,), "names": list("abcdef")}
-        places = [f"image_object_{axis}" for axis in "xy"]
-        features["auxiliary.places"] = {"dtype": "float32", "shape": (2,), "names": places}
+    if places:
+        names = [f"image_object_{axis}" for axis in "xy"]
+        features["auxiliary.places"] = {"dtype": "float32", "shape": (2,), "names": names}
     dataset = LeRobotDataset.create("local/squares", fps=10, features=features, root=root, use_videos=False)
     random = np.random.default_rng(0)
     for episode in range(EPISODES):
@@ -66,6 +67,7 @@ def write_dataset(root: Path, cameras=("observation.image",), positions=False) -
             frame["task"] = ("move the red square", "push the square to the goal")[episode % 2]
             if positions:
                 frame["auxiliary.positions"] = np.array([*place, 0, *target, 0], np.float32)
+            if places:
                 frame["auxiliary.places"] = place.astype(np.float32)
             dataset.add_frame(frame)
             place = place + step
@@ -78,6 +80,12 @@ def write_dataset(root: Path, cameras=("observation.image",), positions=False) -
 def dataset(tmp_path_factory) -> Path:
     """Two tasks, one camera, object positions."""
     return write_dataset(tmp_path_factory.mktemp("data") / "squares", positions=True)
+
+
+@pytest.fixture(scope="session")
+def placed_dataset(tmp_path_factory) -> Path:
+    """One camera, and where it sees the object."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "placed", places=True)
 
 
 @pytest.fixture(scope="session")

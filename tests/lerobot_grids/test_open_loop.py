@@ -46,8 +46,8 @@ def test_loss_and_distance_are_those_of_plain_calls(dataset, dense_checkpoint, g
         torch.testing.assert_close(torch.tensor(row.error), error, rtol=1e-4, atol=1e-6)
 
 
-def test_points_are_counted_task_by_task(dataset, grids_checkpoint):
-    loaded, data = load(str(grids_checkpoint)), data_of(dataset)
+def test_points_are_counted_task_by_task(placed_dataset, grids_checkpoint):
+    loaded, data = load(str(grids_checkpoint)), data_of(placed_dataset)
     whole = validate(loaded, data, [1, 16])
     found = points_by_task(loaded, data, [1, 16])
     (raw,) = data.val_dataloader()
@@ -113,7 +113,7 @@ def test_the_command_prints_draws_and_saves(dataset, dense_checkpoint, grids_che
     assert [row["num_tokens"] for row in saved["budgets"]] == [4, 16]
     assert saved["num_steps"] == 3
     printed = " ".join(capsys.readouterr().out.split())
-    assert all(text in printed for text in ("teacher", "where 4 tokens look, by task"))
+    assert all(text in printed for text in ("distance to teacher", "where 4 tokens look, by task"))
     assert sum(points["frames"] for points in saved["budgets"][1]["tasks"].values()) == saved["frames"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*arguments[:-4], "--tokens", "dense"]) == 1
