@@ -10,14 +10,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import functools
 from pathlib import Path
 
+import docstring_parser
+import draccus.wrappers.docstring
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 
 import installing
+
+# Each command line reads the docstrings of all that it can set, for its help. The tests build hundreds of them.
+for module, name in ((draccus.wrappers.docstring, "get_attribute_docstring"), (docstring_parser, "parse_from_object")):
+    setattr(module, name, functools.cache(getattr(module, name)))
 
 SIZE, EPISODES, FRAMES = 96, 6, 24
 

@@ -7,14 +7,13 @@ import shlex
 import signal
 import sys
 from contextlib import nullcontext
-from functools import cache, partial, partialmethod
+from functools import partial, partialmethod
 from importlib import import_module
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from draccus.wrappers import docstring
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.dataset_tools import recompute_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -84,14 +83,6 @@ def _small_policies(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, small_sizes("pi0"), small_sizes("pi05"):
         patch.setattr(AutoTokenizer, "from_pretrained", local)
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_parser():
-    """draccus reads the source of every class again for each parser, to describe the options."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(docstring, "get_attribute_docstring", cache(docstring.get_attribute_docstring))
         yield
 
 

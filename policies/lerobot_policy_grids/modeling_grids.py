@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint.atomic import atomic_files
 from .checkpoint.files import ADAPTER_FILE, MANIFEST_FILE
-from .checkpoint.find import find_checkpoint, policy_type
+from .checkpoint.find import find_checkpoint, policy_type, read_config
 from .checkpoint.load import load_checkpoint
 from .checkpoint.statistics import advise, find_fault
 from .checkpoint.weights import require_finite
@@ -414,9 +414,11 @@ class GridsPolicy(PreTrainedPolicy):
         kind = policy_type(folder)
         if kind != cls.name:
             raise CheckpointError(f"{folder} has policy type '{kind}', not '{cls.name}'; load it with its own class")
-        if (config := kwargs.get("config")) is not None:
+        if kwargs.get("config") is not None:
             # The checkpoint holds every weight, or names its base.
-            config.require_base().pretrained_path = None
+            kwargs["config"].require_base().pretrained_path = None
+        elif "cli_overrides" not in kwargs:
+            kwargs["config"] = read_config(folder)
         policy = super().from_pretrained(str(folder), strict=True, fresh=False, **kwargs)
         # LeRobot's commands load the processors from here: from what was checked, and not from what the repository's
         # main branch has by then. Of a PEFT adapter this is only the base, and the processors are the adapter's.

@@ -81,19 +81,22 @@ def test_help_teaches_every_perturbation_and_tampering():
 
 
 @pytest.mark.parametrize(
-    ("code", "forbidden"),
+    "steps",
     [
-        ("from lerobot_grids_cli.main import main; main(['--help'])", ("torch", "lightning", "lerobot")),
-        (
-            "import lerobot_policy_grids, lerobot_policy_grids.modeling_grids",
-            ("lightning", "jsonargparse", "lerobot_grids"),
-        ),
+        {"from lerobot_grids_cli.main import main; main(['--help'])": ("torch", "lightning", "lerobot")},
+        {
+            "import lerobot_policy_grids.modeling_grids": ("lightning", "jsonargparse", "lerobot_grids"),
+            "import lerobot_grids_cli.fit_lightning": ("metaworld", "mujoco"),
+        },
     ],
+    ids=["help", "policy, then training"],
 )
-def test_light_imports(code, forbidden):
-    report = f"{code}\nimport sys; print([m for m in {forbidden!r} if m in sys.modules])"
+def test_light_imports(steps):
+    report = "import sys\n" + "".join(
+        f"{code}\nprint('found', [m for m in {forbidden!r} if m in sys.modules])\n" for code, forbidden in steps.items()
+    )
     result = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
+    assert [line for line in result.stdout.splitlines() if line.startswith("found")] == ["found []"] * len(steps)
 
 
 def test_version_and_unknown_command():

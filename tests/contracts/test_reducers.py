@@ -13,14 +13,15 @@ BEFORE_TRUNK = [name for name in CONFIGS if name not in (*IN_TRUNK, "blind")]
 IDENTICAL = [name for name in BEFORE_TRUNK if CONFIGS[name].dense_at_all_tokens]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("reducer", IDENTICAL)
 def test_all_tokens_are_the_dense_policy(family, reducer):
     policy = family.policy(cameras=2)
     batch = family.batch(policy)
-    loss, chunk, _ = run(policy, batch)
-    loss_k, chunk_k, _ = run(wrap(policy, family.tokens_per_camera, reducer=reducer), batch)
-    torch.testing.assert_close(loss_k, loss, atol=ROUNDING, rtol=0)
-    torch.testing.assert_close(chunk_k, chunk, atol=ROUNDING, rtol=0)
+    loss, chunk = loss_of(policy, batch), act(policy, batch)
+    wrapped = wrap(policy, family.tokens_per_camera, reducer=reducer)
+    torch.testing.assert_close(loss_of(wrapped, batch), loss, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(act(wrapped, batch), chunk, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("reducer", BEFORE_TRUNK)

@@ -1,4 +1,4 @@
-"""The installed wheel's commands in fresh processes; the unmodified client learns of the Hub from its environment."""
+"""The installed wheel's commands and the unmodified client, which learns of the Hub from its environment."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 
 import installing
 from comparing import act
+from lerobot_grids_cli.main import main
 from lerobot_policy_grids import GridsPolicy
 from loopback_endpoints import TOKEN
 
@@ -51,11 +52,11 @@ def shell(hub, installed, tmp_path):
                 cwd=tmp_path,
             )
 
-        def __call__(self, name, *arguments, code=0):
+        def __call__(self, name, *arguments):
             with self.start(name, *arguments) as process:
                 output = process.communicate(timeout=400)[0]
             self.printed += output
-            assert process.returncode == code, output[-4000:]
+            assert process.returncode == 0, output[-4000:]
             return output
 
         def kill_at(self, request, name, *arguments):
@@ -94,7 +95,7 @@ def test_push_pull_act_in_fresh_processes(hub, shell, installed, trained, tmp_pa
         os.utime(path, (0, 0))
     shell("lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
     assert not [path for path in leftovers if path.exists()]
-    shell("lerobot-grids", "merge", tmp_path / "pulled", tmp_path / "merged")
+    assert main(["merge", str(tmp_path / "pulled"), str(tmp_path / "merged")]) == 0
 
     # Its base is in the cache now.
     hub.repositories.pop("lab/dense")
@@ -126,16 +127,18 @@ def test_push_pull_act_in_fresh_processes(hub, shell, installed, trained, tmp_pa
     assert str(tmp_path).encode() not in pushed
 
 
-def test_a_dry_run_shows_the_files_and_the_card(hub, shell, trained):
-    output = shell("lerobot-grids", "push", trained, REPO, "--dry-run", "--format", "full")
+def test_a_dry_run_shows_the_files_and_the_card(hub, trained, capsys):
+    assert main(["push", str(trained), REPO, "--dry-run", "--format", "full"]) == 0
+    output = capsys.readouterr().out
     assert "# push-16" in output
     assert "library_name: lerobot" in output
     assert f"full checkpoint, would be pushed to {REPO}" in output
     assert REPO not in hub.repositories
 
 
-def test_errors_are_one_line(shell, tmp_path):
-    output = shell("lerobot-grids", "pull", "nobody/nothing", "pulled", code=1)
+def test_errors_are_one_line(hub, tmp_path, capsys):
+    assert main(["pull", "nobody/nothing", str(tmp_path / "pulled")]) == 1
+    output = "".join(capsys.readouterr())
     lines = [line for line in output.splitlines() if "error" in line]
     assert len(lines) == 1
     assert "nobody/nothing cannot be pulled: it does not exist, or is private" in lines[0]

@@ -22,27 +22,22 @@ from lerobot_grids.training.averaging import TrainedWeightsAverage
 from lerobot_grids.training.checkpoints import RunCheckpoint
 from lerobot_grids.training.module import GridsModule
 from lerobot_grids.training.state import STATE_FILES, AtomicCheckpointIO, find_state, is_whole
+from lerobot_grids_cli.fit_lightning import fit
 from lerobot_policy_grids.errors import CheckpointError
 
 STEPS = 8
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
-def command(dataset, policy, output, *options):
+def options(dataset, policy, output, *more):
     """A run with everything that has a state: budget, teacher, looks, average, accumulation, validation."""
     return [
-        *(Path(sys.executable).with_name("lerobot-grids"), "fit", f"--dataset={dataset}", f"--policy={policy}"),
+        *(f"--dataset={dataset}", f"--policy={policy}"),
         *(f"--output={output}", f"--steps={STEPS}", "--batch_size=4", "--tokens=4", "--schedule=elastic:2,4,9"),
         *("--distill=0.5", "--model.look_first=8", "--ema=0.9", "--save_every=2"),
         *("--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=2"),
-        *("--trainer.enable_progress_bar=false", *options),
+        *("--trainer.enable_progress_bar=false", *more),
     ]
-
-
-def run(*arguments):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def saved_step(output):
@@ -53,13 +48,13 @@ def saved_step(output):
 
 
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, dataset, dense_checkpoint):
-    run(dataset, dense_checkpoint, tmp_path / "whole")
+    fit(options(dataset, dense_checkpoint, tmp_path / "whole"))
     output = tmp_path / "killed"
     moment = random.choice((2, 4))
     # It goes on for up to two steps after the moment, so that it may be killed while it writes.
     pause = ("--trainer.callbacks=pausing.Pause", f"--trainer.callbacks.step={moment + 2}")
     with subprocess.Popen(
-        command(dataset, dense_checkpoint, output, *pause),
+        [Path(sys.executable).with_name("lerobot-grids"), "fit", *options(dataset, dense_checkpoint, output, *pause)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -70,7 +65,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, dataset, 
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     assert torch.load(find_state(output)[0], weights_only=True)["global_step"] < STEPS
-    run(dataset, dense_checkpoint, output, "--resume")
+    fit(options(dataset, dense_checkpoint, output, "--resume=true"))
 
     one, two = (torch.load(tmp_path / name / STATE_FILES[0], weights_only=True) for name in ("whole", "killed"))
     averages = [state["callbacks"]["TrainedWeightsAverage"]["average"] for state in (one, two)]

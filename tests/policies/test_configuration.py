@@ -13,6 +13,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from driving import config_of
 from lerobot_policy_grids import GridsConfig, ReducerConfig, TinySmolVLAConfig
 from lerobot_policy_grids.base_options import base_options
+from lerobot_policy_grids.checkpoint import read_config
 from lerobot_policy_grids.configuration_grids import BasePolicyChoice
 from lerobot_policy_grids.errors import BudgetError, CheckpointError, GridsError
 from lerobot_policy_grids.families import families, get_family
@@ -51,6 +52,7 @@ def test_saved_and_read_back_equal(config, tmp_path):
     if config.reducer.budget:
         config.reducer.num_tokens_max = config.reducer.largest
     assert read == config
+    assert read_config(tmp_path) == config
     assert json.loads((tmp_path / "config.json").read_text())["version"] == 1
 
 

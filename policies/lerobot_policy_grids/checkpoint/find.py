@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import draccus
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 
@@ -112,7 +113,8 @@ def read_config(folder: Path) -> Any:
     """
     policy_type(folder)
     try:
-        return PreTrainedConfig.from_pretrained(folder)
+        # `PreTrainedConfig.from_pretrained` builds a command line first, which takes more than a second.
+        return draccus.decode(PreTrainedConfig, read_json(folder / CONFIG_FILE))
     except GridsError:
         raise
     except Exception as error:  # draccus raises many types for a malformed file
