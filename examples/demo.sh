@@ -22,8 +22,9 @@ say "1/5  record demonstrations of a scripted expert"
 lerobot-grids record --config "$(dirname "$0")/metaworld/record.yaml" --output "$OUT/demonstrations"
 
 say "2/5  compress the trained policy: 16 sampled visual tokens per image instead of 144"
-lerobot-grids fit --policy tiny_metaworld --tokens 16 --dataset "$OUT/demonstrations" --steps "$STEPS" \
-    --model.lr 5e-4 --output "$OUT/grids16"
+# First, on 512 frames, the sampler learns where the policy with all tokens looks. Then everything is trained.
+lerobot-grids fit --policy tiny_metaworld --tokens 16 --dataset "$OUT/demonstrations" --model.look_first 512 \
+    --steps "$STEPS" --model.lr 5e-4 --output "$OUT/grids16"
 
 say "3/5  train the floor: a policy that sees no image"
 lerobot-grids fit --policy tiny --reducer blind --dataset "$OUT/demonstrations" --steps 1000 --output "$OUT/blind"

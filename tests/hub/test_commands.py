@@ -18,15 +18,6 @@ from lerobot_policy_grids import GridsPolicy
 from loopback_endpoints import TOKEN
 
 REPO = "me/push-16"
-HELPERS = str(Path(__file__).parents[1] / "helpers")
-# With as many threads as the tests have: sums are rounded in another order with more.
-ACT = """
-import torch
-from comparing import act
-from lerobot_policy_grids import GridsPolicy
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-torch.save([act(GridsPolicy.from_pretrained(source)) for source in sys.argv[2:]], sys.argv[1])
-"""
 
 
 @pytest.fixture
@@ -74,8 +65,8 @@ def shell(hub, installed, tmp_path):
     return Shell()
 
 
-def test_push_pull_act_in_fresh_processes(hub, shell, installed, trained, tmp_path):
-    """Killed while it pushes and while it pulls, then through; by our commands, LeRobot's, and from Python."""
+def test_push_pull_act_in_fresh_processes(hub, shell, trained, tmp_path):
+    """Killed while it pushes and while it pulls, then through; by our commands and LeRobot's."""
     hub.fail("PUT", "/upload/", "never")
     shell.kill_at("PUT /upload/", "lerobot-grids", "push", trained.parent, REPO)
     assert set(hub.files(REPO)) == {".gitattributes"}
@@ -97,16 +88,12 @@ def test_push_pull_act_in_fresh_processes(hub, shell, installed, trained, tmp_pa
     assert not [path for path in leftovers if path.exists()]
     assert main(["merge", str(tmp_path / "pulled"), str(tmp_path / "merged")]) == 0
 
+    expected = act(GridsPolicy.from_pretrained(trained))
+    for source in (tmp_path / "pulled", tmp_path / "merged", REPO):
+        assert torch.equal(act(GridsPolicy.from_pretrained(source)), expected)
+
     # Its base is in the cache now.
     hub.repositories.pop("lab/dense")
-    program = tmp_path / "program.py"
-    program.write_text(f"{installing.WHERE}\nsys.path.append({HELPERS!r})\n{ACT}")
-    output = shell("python", program, tmp_path / "actions.pt", tmp_path / "pulled", tmp_path / "merged", REPO)
-    assert str(installed.parent) in output.splitlines()
-    expected = act(GridsPolicy.from_pretrained(trained))
-    for actions in torch.load(tmp_path / "actions.pt", weights_only=True):
-        assert torch.equal(actions, expected)
-
     shell(
         "lerobot-eval",
         f"--policy.path={REPO}",
