@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import functools
+import json
+import signal
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import docstring_parser
@@ -142,3 +146,21 @@ def wheel(tmp_path_factory) -> Path:
 def installed(wheel, tmp_path_factory) -> Path:
     """Commands of an environment with the wheel alone."""
     return installing.install(wheel, tmp_path_factory.mktemp("environment"))
+
+
+@pytest.fixture
+def lerobot(monkeypatch):
+    """Run one of LeRobot's commands in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(name, **flags):
+        script = import_module(f"lerobot.scripts.lerobot_{name}")
+        monkeypatch.setattr(script, "init_logging", lambda **options: None)
+        arguments = flags.pop("arguments", ())
+        words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", [f"lerobot-{name.replace('_', '-')}", *words, *arguments])
+        return script.main()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

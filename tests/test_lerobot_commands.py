@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+from lerobot.configs import parser
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.rollout import RolloutConfig
 from safetensors.torch import load_file
 
 
-def lerobot(command, *arguments, timeout=280):
-    """Run one of LeRobot's commands and return its output."""
+def shell(command, *arguments, timeout=280):
+    """Run one of LeRobot's commands in a fresh process and return its output."""
     result = subprocess.run(
         [Path(sys.executable).with_name(command), *map(str, arguments)],
         capture_output=True,
@@ -30,9 +34,9 @@ METAWORLD = (
 )
 
 
-def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
+def test_lerobot_train_then_lerobot_eval(dataset, lerobot, tmp_path):
     output = tmp_path / "train"
-    lerobot(
+    shell(
         "lerobot-train",
         "--policy.type=grids",
         "--policy.base.type=tiny_smolvla",
@@ -56,8 +60,28 @@ def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
     assert (config["type"], config["base"]["type"]) == ("grids", "tiny_smolvla")
     assert config["reducer"]["num_tokens"] == 9
     assert load_file(checkpoint / "model.safetensors")["reducer.schedule_step"] == 2
-    evaluation = tmp_path / "eval"
+    # More training from it, by path, with another budget within the maximum.
     lerobot(
+        "train",
+        arguments=(
+            f"--policy.path={checkpoint}",
+            "--policy.num_tokens=4",
+            "--policy.device=cpu",
+            "--policy.push_to_hub=false",
+            "--dataset.repo_id=local/squares",
+            f"--dataset.root={dataset}",
+            f"--output_dir={tmp_path / 'more'}",
+            "--steps=1",
+            "--batch_size=4",
+            "--num_workers=0",
+            "--env_eval_freq=0",
+            "--wandb.enable=false",
+        ),
+    )
+    more = tmp_path / "more" / "checkpoints" / "last" / "pretrained_model"
+    assert json.loads((more / "config.json").read_text())["reducer"]["num_tokens"] == 4
+    evaluation = tmp_path / "eval"
+    shell(
         "lerobot-eval",
         f"--policy.path={checkpoint}",
         "--policy.num_tokens=4",
@@ -68,3 +92,50 @@ def test_lerobot_train_then_lerobot_eval(dataset, tmp_path):
         f"--output_dir={evaluation}",
     )
     assert json.loads((evaluation / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
+
+
+def test_lerobot_eval_of_a_dense_checkpoint(dense_checkpoint, lerobot, tmp_path):
+    lerobot(
+        "eval",
+        arguments=(
+            f"--policy.path={dense_checkpoint}",
+            "--policy.device=cpu",
+            *METAWORLD,
+            "--eval.n_episodes=1",
+            "--eval.batch_size=1",
+            f"--output_dir={tmp_path / 'eval'}",
+        ),
+    )
+    assert (tmp_path / "eval" / "eval_info.json").is_file()
+
+
+def parse(monkeypatch, kind, *flags):
+    """What a LeRobot command's configuration makes of these flags."""
+
+    def keep(cfg: kind):
+        return cfg
+
+    monkeypatch.setattr(sys, "argv", ["lerobot", *map(str, flags)])
+    return parser.wrap()(keep)()
+
+
+def test_other_policies_still_parse(monkeypatch):
+    """A choice field that contained ourselves would recurse for ever, in every LeRobot command."""
+    flags = ("--dataset.repo_id=a/b", "--policy.type=act", "--policy.push_to_hub=false")
+    assert parse(monkeypatch, TrainPipelineConfig, *flags).policy.type == "act"
+
+
+def test_lerobot_rollout_parses_our_checkpoint(monkeypatch, grids_checkpoint):
+    import_module("lerobot.scripts.lerobot_rollout")
+    config = parse(
+        monkeypatch,
+        RolloutConfig,
+        f"--policy.path={grids_checkpoint}",
+        "--policy.num_tokens=25",
+        "--robot.type=so101_follower",
+        "--robot.port=/dev/null",
+        "--robot.id=x",
+        "--task=push",
+        "--duration=1",
+    )
+    assert (config.policy.type, config.policy.reducer.num_tokens) == ("grids", 25)

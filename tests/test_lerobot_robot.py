@@ -4,11 +4,8 @@ import json
 import math
 import re
 import shlex
-import signal
-import sys
 from contextlib import nullcontext
 from functools import partial, partialmethod
-from importlib import import_module
 
 import datasets
 import numpy as np
@@ -125,24 +122,6 @@ def fit(base, dataset, output, *arguments, code=0):
     }
     assert main(["fit", *(f"--{name}={value}" for name, value in flags.items()), *arguments]) == code
     return output / "pretrained_model"
-
-
-@pytest.fixture
-def lerobot(monkeypatch):
-    """Run one of LeRobot's commands in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(name, **flags):
-        script = import_module(f"lerobot.scripts.lerobot_{name}")
-        monkeypatch.setattr(script, "init_logging", lambda **options: None)
-        arguments = flags.pop("arguments", ())
-        words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]
-        monkeypatch.setattr(sys, "argv", [f"lerobot-{name.replace('_', '-')}", *words, *arguments])
-        return script.main()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
