@@ -1,4 +1,4 @@
-"""The installed wheel's commands and the unmodified client, which learns of the Hub from its environment."""
+"""The installed wheel's commands in fresh processes; the unmodified client learns of the Hub from its environment."""
 
 import json
 import os
@@ -18,6 +18,15 @@ from lerobot_policy_grids import GridsPolicy
 from loopback_endpoints import TOKEN
 
 REPO = "me/push-16"
+HELPERS = str(Path(__file__).parents[1] / "helpers")
+# With as many threads as the tests have: sums are rounded in another order with more.
+ACT = """
+import torch
+from comparing import act
+from lerobot_policy_grids import GridsPolicy
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.save([act(GridsPolicy.from_pretrained(source)) for source in sys.argv[2:]], sys.argv[1])
+"""
 
 
 @pytest.fixture
@@ -65,8 +74,8 @@ def shell(hub, installed, tmp_path):
     return Shell()
 
 
-def test_push_pull_act_in_fresh_processes(hub, shell, trained, tmp_path):
-    """Killed while it pushes and while it pulls, then through; by our commands and LeRobot's."""
+def test_push_pull_act_in_fresh_processes(hub, shell, installed, trained, tmp_path):
+    """Killed while it pushes and while it pulls, then through; by our commands, LeRobot's, and from Python."""
     hub.fail("PUT", "/upload/", "never")
     shell.kill_at("PUT /upload/", "lerobot-grids", "push", trained.parent, REPO)
     assert set(hub.files(REPO)) == {".gitattributes"}
@@ -86,14 +95,18 @@ def test_push_pull_act_in_fresh_processes(hub, shell, trained, tmp_path):
         os.utime(path, (0, 0))
     shell("lerobot-grids", "pull", f"{REPO}@v1", tmp_path / "pulled")
     assert not [path for path in leftovers if path.exists()]
-    assert main(["merge", str(tmp_path / "pulled"), str(tmp_path / "merged")]) == 0
-
-    expected = act(GridsPolicy.from_pretrained(trained))
-    for source in (tmp_path / "pulled", tmp_path / "merged", REPO):
-        assert torch.equal(act(GridsPolicy.from_pretrained(source)), expected)
+    shell("lerobot-grids", "merge", tmp_path / "pulled", tmp_path / "merged")
 
     # Its base is in the cache now.
     hub.repositories.pop("lab/dense")
+    program = tmp_path / "program.py"
+    program.write_text(f"{installing.WHERE}\nsys.path.append({HELPERS!r})\n{ACT}")
+    output = shell("python", program, tmp_path / "actions.pt", tmp_path / "pulled", tmp_path / "merged", REPO)
+    assert str(installed.parent) in output.splitlines()
+    expected = act(GridsPolicy.from_pretrained(trained))
+    for actions in torch.load(tmp_path / "actions.pt", weights_only=True):
+        assert torch.equal(actions, expected)
+
     shell(
         "lerobot-eval",
         f"--policy.path={REPO}",
