@@ -3,8 +3,9 @@
 Differences from `lerobot.envs.metaworld`:
 - There, the image after `reset()` is out of date on several tasks: bodies and sites have moved without a forward pass,
   so a policy with action chunks executes its first chunk for a wrong goal. Here the state is updated before rendering.
-- A side camera shows objects larger than a few pixels. It renders at the requested size without shadow map and
-  multisampling, about ten times faster on a CPU.
+- A side camera shows objects larger than a few pixels. It renders at the requested size without shadow map,
+  multisampling and mirrors, many times faster on a CPU. MuJoCo draws the scene once more for each mirror; this camera
+  sees nothing in those of the default tasks.
 - Episodes end after `max_steps`. Images can be rendered only at the steps at which a policy needs one.
 - MetaWorld's list of tasks takes a hundred resets to make, so it is made once per process instead of per environment.
 
@@ -136,6 +137,8 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         env.model.cam_fovy[camera] = CAMERA_FOVY
         env.model.vis.quality.shadowsize = 0
         env.model.vis.quality.offsamples = 0
+        env.model.vis.global_.offwidth = env.model.vis.global_.offheight = self.size
+        env.model.mat_reflectance[:] = 0
         env.width = env.height = self.size
         env.mujoco_renderer.width = env.mujoco_renderer.height = self.size
         if self.perturbations:
