@@ -18,8 +18,8 @@ start=$SECONDS
 say() { printf '\n== %s ==\n' "$1"; }
 
 say "1/5  record demonstrations of a scripted expert"
-# The policy in the package was trained on 100 episodes of each of four tasks; these are the first half of them.
-lerobot-grids record --config "$(dirname "$0")/metaworld/record.yaml" --episodes 50 --output "$OUT/demonstrations"
+# The policy in the package was trained on the same demonstrations: 100 episodes of each of four tasks.
+lerobot-grids record --config "$(dirname "$0")/metaworld/record.yaml" --output "$OUT/demonstrations"
 
 say "2/5  compress the trained policy: 16 sampled visual tokens per image instead of 144"
 # First, on 512 frames, the sampler learns where the policy with all tokens looks. Then everything is trained.

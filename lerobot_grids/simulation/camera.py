@@ -1,10 +1,16 @@
 """The camera of this package's MetaWorld, and functions that orient a camera."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import mujoco
 import numpy as np
 
 CAMERA_POSITION, CAMERA_TARGET, CAMERA_FOVY = (0.6, 0.72, 0.68), (0.0, 0.74, 0.05), 42.0
 
+# MuJoCo's viewers draw no geom of this group.
+HIDDEN_GROUP = 5
 
 Point = np.ndarray | tuple[float, float, float]
 
@@ -26,3 +32,21 @@ def look_at(position: Point, target: Point) -> np.ndarray:
     quaternion = np.empty(4)
     mujoco.mju_mat2Quat(quaternion, camera_axes(position, target).flatten())
     return quaternion
+
+
+@contextmanager
+def only_geoms_in_view(model: Any, data: Any, camera: int) -> Iterator[None]:
+    """In this block MuJoCo draws the geoms that a camera with a square image can see; otherwise it draws them all.
+
+    A geom is out of view if its bounding sphere is. Planes have no such sphere and stay.
+    """
+    groups = model.geom_group.copy()
+    seen = (data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)
+    half = np.radians(model.cam_fovy[camera]) / 2
+    beyond_an_edge = np.abs(seen[:, :2]).max(axis=1) * np.cos(half) + seen[:, 2] * np.sin(half)
+    outside = (beyond_an_edge > model.geom_rbound) | (seen[:, 2] > model.geom_rbound)
+    model.geom_group[outside & (model.geom_rbound > 0)] = HIDDEN_GROUP
+    try:
+        yield
+    finally:
+        model.geom_group[:] = groups

@@ -4,8 +4,8 @@ Differences from `lerobot.envs.metaworld`:
 - There, the image after `reset()` is out of date on several tasks: bodies and sites have moved without a forward pass,
   so a policy with action chunks executes its first chunk for a wrong goal. Here the state is updated before rendering.
 - A side camera shows objects larger than a few pixels. It renders at the requested size without shadow map,
-  multisampling and mirrors, many times faster on a CPU. MuJoCo draws the scene once more for each mirror; this camera
-  sees nothing in those of the default tasks.
+  multisampling, mirrors, and what the camera cannot see, many times faster on a CPU. MuJoCo draws the scene once more
+  for each mirror; this camera sees nothing in those of the default tasks.
 - Episodes end after `max_steps`. Images can be rendered only at the steps at which a policy needs one.
 - MetaWorld's list of tasks takes a hundred resets to make, so it is made once per process instead of per environment.
 
@@ -34,7 +34,7 @@ from lerobot.envs import utils as lerobot_utils
 from lerobot_policy_grids.errors import SimulationError
 
 from ..choices import parts
-from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at
+from .camera import CAMERA_FOVY, CAMERA_POSITION, CAMERA_TARGET, look_at, only_geoms_in_view
 from .perturbations import Perturbation, Perturber, parse_perturbations
 from .perturbations.metaworld import KINDS, SavedMetaworld
 
@@ -131,7 +131,7 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
         self._env = env
-        camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, self.camera_name)
+        self._camera = camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, self.camera_name)
         env.model.cam_pos[camera] = CAMERA_POSITION
         env.model.cam_quat[camera] = look_at(CAMERA_POSITION, CAMERA_TARGET)
         env.model.cam_fovy[camera] = CAMERA_FOVY
@@ -164,7 +164,8 @@ class MetaworldEnv(lerobot_metaworld.MetaworldEnv):
         """
         try:
             self.use_own_context()
-            image = np.ascontiguousarray(super().render())
+            with only_geoms_in_view(self._env.model, self._env.data, self._camera):
+                image = np.ascontiguousarray(super().render())
         except (RuntimeError, AttributeError, ImportError) as error:
             raise SimulationError(
                 f"rendering with MUJOCO_GL={choose_renderer()} failed ({error}); "

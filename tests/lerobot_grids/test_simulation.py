@@ -10,6 +10,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_grids.evaluation.films import film
 from lerobot_grids.evaluation.rollouts import evaluate
 from lerobot_grids.policies import load
+from lerobot_grids.simulation.camera import only_geoms_in_view
 from lerobot_grids.simulation.environments import make_env_config, task_names
 from lerobot_grids.simulation.metaworld import MetaworldEnv, expand_tasks
 from lerobot_grids.simulation.metaworld_expert import MetaworldDemonstrator
@@ -43,6 +44,22 @@ def test_same_seed_same_episode(env):
     frames = [env.reset(seed=5)[0] for _ in range(2)]
     assert np.array_equal(frames[0]["pixels"], frames[1]["pixels"])
     assert np.array_equal(frames[0]["agent_pos"], frames[1]["agent_pos"])
+
+
+def test_only_what_the_camera_cannot_see_is_left_out(env):
+    """Beside LeRobot's own `render`, which draws every geom, and mirrors too if they mirror."""
+    for seed in (1, 2):
+        env.reset(seed=seed)
+        for _ in range(3):
+            env.step(np.full(4, 0.5, np.float32))
+            env.model.mat_reflectance[:] = 0.5
+            everything = super(MetaworldEnv, env).render()
+            env.model.mat_reflectance[:] = 0
+            assert np.array_equal(env.render(), everything)
+    groups = env.model.geom_group.copy()
+    with only_geoms_in_view(env.model, env._env.data, env._camera):
+        assert (env.model.geom_group != groups).sum() > 5
+    assert np.array_equal(env.model.geom_group, groups)
 
 
 def test_closing_an_environment_leaves_others_images_alone():
