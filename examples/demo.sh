@@ -21,14 +21,15 @@ say "1/4  record demonstrations of a scripted expert"
 # The policy in the package was trained on the same demonstrations: 100 episodes of each of four tasks.
 lerobot-grids record --config "$(dirname "$0")/metaworld/record.yaml" --output "$OUT/demonstrations"
 
-# The floor, a policy that sees no image, is trained and evaluated beside the rest.
-train_and_evaluate_floor() {
+# Beside the rest: a policy that sees no image, which is the floor, and the policy with all tokens.
+measure_yardsticks() {
     lerobot-grids fit --policy tiny --reducer blind --dataset "$OUT/demonstrations" --steps 1000 --output "$OUT/blind"
+    lerobot-grids eval --policy tiny_metaworld --episodes "$TRIALS" --videos 0 --output "$OUT/eval/tiny_metaworld"
     lerobot-grids eval --policy "$OUT/blind" --episodes "$TRIALS" --videos 0 --output "$OUT/eval/blind"
 }
-train_and_evaluate_floor >"$OUT/blind.log" 2>&1 &
-floor=$!
-trap 'pkill -P $floor 2>/dev/null || true' EXIT
+measure_yardsticks >"$OUT/yardsticks.log" 2>&1 &
+yardsticks=$!
+trap 'pkill -P $yardsticks 2>/dev/null || true' EXIT
 
 say "2/4  compress the trained policy: 16 sampled visual tokens per image instead of 144"
 # First, on 512 frames, the sampler learns where the policy with all tokens looks. Then everything is trained.
@@ -40,9 +41,8 @@ lerobot-grids validate --policy "$OUT/grids16" --teacher tiny_metaworld --datase
     --tokens 1,4,8,16 --picture "$OUT/tokens.png"
 
 say "4/4  evaluate in simulation"
-lerobot-grids eval --policy tiny_metaworld --episodes "$TRIALS" --videos 0 --output "$OUT/eval/tiny_metaworld"
 lerobot-grids eval --policy "$OUT/grids16" --episodes "$TRIALS" --videos 1 --output "$OUT/eval/grids16"
-wait $floor || { tail -n 3 "$OUT/blind.log" >&2; exit 1; }
+wait $yardsticks || { tail -n 3 "$OUT/yardsticks.log" >&2; exit 1; }
 
 say "success of $TRIALS episodes per task"
 python "$(dirname "$0")/summary.py" "$OUT"/eval/{tiny_metaworld,grids16,blind}/result.json

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import functools
+import gc
 import json
 import signal
 import sys
@@ -31,6 +32,11 @@ for module, name in ((draccus.wrappers.docstring, "get_attribute_docstring"), (d
     setattr(module, name, functools.cache(getattr(module, name)))
 
 SIZE, EPISODES, FRAMES = 96, 6, 24
+
+
+def pytest_collection_finish():
+    """What is imported lives as long as the tests, so the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

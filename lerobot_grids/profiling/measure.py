@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.families import Stages, get_family
 from lerobot_policy_grids.modeling_grids import dense_policy
+
+from .counting import flop_counter
 
 STAGES = ("vision", "projector", "sampler", "prefill", "steps")
 
@@ -178,7 +179,7 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
     totals: list[int] = []
     with _eager_attention(stages.vision):
         for count in (1, *counts):
-            with _steps(policy, count), FlopCounterMode(display=False) as counter, torch.no_grad():
+            with _steps(policy, count), flop_counter() as counter, torch.no_grad():
                 with _meter(policy, counter.get_total_flops) as parts:
                     policy.predict_action_chunk(dict(batch))
                 totals.append(counter.get_total_flops())
