@@ -87,6 +87,7 @@ def validate(
         rename_map=renames,
         tolerance_s=tolerance_s,
         video_backend=video_backend,
+        cache="never",  # it would decode the training frames too
     )
     report([*data.findings, *check_acting(policy, config, data.features)])
     loaded = load(policy, device=device, rename_map=rename_map, num_steps=num_steps)
