@@ -40,12 +40,13 @@ def only_geoms_in_view(model: Any, data: Any, camera: int) -> Iterator[None]:
 
     A geom is out of view if its bounding sphere is. Planes have no such sphere and stay.
     """
-    groups = model.geom_group.copy()
-    seen = (data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)
+    groups, radii = model.geom_group.copy(), model.geom_rbound
+    # Along the camera's axes: right, up and backward.
+    places = (data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)
     half = np.radians(model.cam_fovy[camera]) / 2
-    beyond_an_edge = np.abs(seen[:, :2]).max(axis=1) * np.cos(half) + seen[:, 2] * np.sin(half)
-    outside = (beyond_an_edge > model.geom_rbound) | (seen[:, 2] > model.geom_rbound)
-    model.geom_group[outside & (model.geom_rbound > 0)] = HIDDEN_GROUP
+    beyond_the_edge = np.abs(places[:, :2]).max(axis=1) * np.cos(half) + places[:, 2] * np.sin(half)
+    out_of_view = (beyond_the_edge > radii) | (places[:, 2] > radii)
+    model.geom_group[out_of_view & (radii > 0)] = HIDDEN_GROUP
     try:
         yield
     finally:
