@@ -20,7 +20,7 @@ from .phases import Phases, UnavailableError
 from .precision import PRECISIONS, precisely, round_vision
 from .program import Loop, Program
 from .quantised import QUANTISATIONS, quantise
-from .weights import Mark, mark
+from .weights import Mark, Parking, mark
 
 RUNTIMES = ("eager", "fast", "compiled")
 
@@ -97,13 +97,13 @@ class FastRuntime:
         self._phases: dict[Any, Phases] = {}
         self.programs: dict[Any, Program | None] = {}
         self._mark: Mark | None = None
-        self._parked: dict[nn.Module, torch.device] = {}
+        self._parked = Parking()
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own weights, and graphs cannot be copied.
-        empty: dict[str, Any] = {name: {} for name in ("_phases", "programs", "differences", "_parked")}
-        return vars(self) | empty | {"_mark": None, "acting": False}
+        empty: dict[str, Any] = {name: {} for name in ("_phases", "programs", "differences")}
+        return vars(self) | empty | {"_parked": Parking(), "_mark": None, "acting": False}
 
     @contextmanager
     def act(self) -> Iterator[None]:
@@ -263,9 +263,7 @@ class FastRuntime:
         for stored in (self._phases, self.programs, self.differences, self._said):
             stored.clear()
         self._mark = None
-        for module, device in self._parked.items():
-            module.to(device)
-        self._parked.clear()
+        self._parked.bring_back()
 
     def _park(self, phases: Phases) -> None:
         """Keep weights that no phase reads out of the GPU's memory; `forget` brings them back."""
@@ -273,8 +271,7 @@ class FastRuntime:
         for module in phases.unused:
             weights = list(module.parameters())
             if weights and weights[0].is_cuda and used.isdisjoint(map(id, weights)):
-                self._parked[module] = weights[0].device
-                module.cpu()
+                self._parked.park(module, self._weights())
         self._mark = mark(self._weights(), self._parked)
 
 

@@ -5,6 +5,7 @@ import pytest
 from driving import act
 from fast_path import ROUNDING, apart, change_in_place
 from lerobot_policy_grids.runtime import fast
+from lerobot_policy_grids.runtime.weights import Parking
 
 
 def load_others(policy):
@@ -47,3 +48,19 @@ def test_without_noticing_old_weights_would_act(pi0, monkeypatch):
     found = act(policy, batch)
     policy.use_runtime("eager")
     assert apart(act(policy, batch), found) > 10 * ROUNDING
+
+
+def test_a_parked_module_is_not_the_first_of_its_policy(pi0):
+    policy, _ = pi0
+    names = [name for name, _ in policy.named_parameters()]
+    trunk, parking = policy.base.model.paligemma_with_expert, Parking()
+    heads = (trunk.paligemma.lm_head, trunk.gemma_expert.lm_head)
+    assert next(policy.parameters()) is heads[0].weight
+    for head in heads:
+        parking.park(head, [policy])
+        assert head in parking
+    assert all(next(policy.parameters()) is not head.weight for head in heads)
+    assert sorted(name for name, _ in policy.named_parameters()) == sorted(names)
+    parking.bring_back()
+    assert [name for name, _ in policy.named_parameters()] == names
+    assert heads[0] not in parking
