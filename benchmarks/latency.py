@@ -4,8 +4,8 @@
     python benchmarks/latency.py --family pi0 --tokens 16               real sizes, random weights; 12 GB of memory
     python benchmarks/latency.py --family pi0 --tokens 16 --all         everything below; what to run on a GPU
 
-Rows: LeRobot's dense policy, the same with K tokens, and the fast path with K tokens; `--compiled` adds what
-torch.compile makes of the first and the last. All rows have the same weights, observation and noise, at batch 1. What
+Rows: LeRobot's dense policy, the fast path with all its tokens, K tokens, and the fast path with K tokens; `--compiled`
+adds what torch.compile makes of the first and the last. All rows have the same weights, observation and noise, at batch 1. What
 cannot be measured is a row that says why.
 
 Times are read first, of exactly what acts; a GPU is synchronised before each. A stage "prefill" is all before the first
@@ -391,7 +391,12 @@ def run(options: argparse.Namespace, steps: int | None = None) -> list[Row]:
     }
     print(HEADER)
     rows = Rows(dense, options, header, card)
-    rows.add(Row(), dense)
+    chunk = rows.add(Row(), dense)
+    if options.tokens != header["dense_tokens"]:
+        # What the fast path gives without fewer tokens.
+        policy = compress(dense, header["dense_tokens"])
+        rows.add(Row(header["dense_tokens"], runtime="fast"), policy, chunk)
+        dense = policy.detach()
     if options.compiled:
         rows.add(Row(runtime="compiled"), dense, acting=compiled_by_lerobot(dense))
     ways = [("none", "own"), *((way, "own") for way in options.quantise), *(("none", p) for p in options.precision)]

@@ -175,7 +175,8 @@ def test_what_is_refused_is_a_row_and_the_rest_goes_on(measured, monkeypatch, ca
     assert "needs torchao" in rows["K=16 fast int8"]["refused"]
     assert "the vision tower has 1 layers" in rows["K=16 L=5"]["refused"]
     good = {name: row for name, row in rows.items() if row["refused"] is None}
-    assert set(good) == {"LeRobot dense", "K=16", "K=16 fast"}
+    assert set(good) == {"LeRobot dense", "K=144 fast", "K=16", "K=16 fast"}
+    assert good["K=144 fast"]["difference"] < 1e-4
     for row in good.values():
         assert len(row["seconds"]["total"]) == 1
         assert row["seconds"]["prefill"][0] + row["seconds"]["steps"][0] == pytest.approx(row["seconds"]["total"][0])
@@ -190,7 +191,8 @@ def test_a_fast_path_beyond_its_bound_is_refused(measured, monkeypatch):
     monkeypatch.setitem(fast.BOUNDS, torch.float32, -1.0)
     status, rows = measured("--peak_tflops", "0.1", "--bandwidth_gbs", "20")
     assert status == 0
-    assert rows["K=16 fast"]["refused"].startswith("its first action chunk differs by ")
+    for name in ("K=144 fast", "K=16 fast"):
+        assert rows[name]["refused"].startswith("its first action chunk differs by ")
     dense = rows["LeRobot dense"]
     for stage, work in dense["work"].items():
         slower = max(work["flops"]["float32"] / 1e11, work["weight_bytes"] / 2e10)
