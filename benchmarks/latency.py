@@ -4,9 +4,9 @@
     python benchmarks/latency.py --family pi0 --tokens 16               real sizes, random weights; 12 GB of memory
     python benchmarks/latency.py --family pi0 --tokens 16 --all         everything below; what to run on a GPU
 
-Rows: LeRobot's dense policy, the fast path with all its tokens, K tokens, and the fast path with K tokens; `--compiled`
-adds what torch.compile makes of the first and the last. All rows have the same weights, observation and noise, at batch 1. What
-cannot be measured is a row that says why.
+Rows: LeRobot's dense policy, the fast path with all its tokens, K tokens, and the fast path with K tokens;
+`--compiled` adds what torch.compile makes of the first and the last. All rows have the same weights, observation and
+noise, at batch 1. What cannot be measured is a row that says why.
 
 Times are read first, of exactly what acts; a GPU is synchronised before each. A stage "prefill" is all before the first
 step, with the vision tower, and "steps" all from there on. Then the same is run once more to count: operations that
