@@ -1,7 +1,7 @@
 """GridsPolicy: a base policy and the reducer between its vision tower and its trunk."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
 from .looks import showing
+from .modules import quick_eval
 from .reducers import Reducer, ReducerConfig, reducer_config
 from .reducers.base import MapReducer
 from .runtime import FastRuntime
@@ -331,8 +332,8 @@ class GridsPolicy(PreTrainedPolicy):
             GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
         state = batch.get(OBS_STATE)
-        with self._acting(), showing(self, batch):
-            return _finite(self.require_attached().predict_action_chunk(batch, **kwargs), state)
+        with self._acting() as base, showing(self, batch):
+            return _finite(base.predict_action_chunk(batch, **kwargs), state)
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Next action [b, action_dim], from the base policy's queue.
@@ -341,11 +342,14 @@ class GridsPolicy(PreTrainedPolicy):
             GridsError: If it or the state holds NaN or infinity, which no robot should be sent.
         """
         state = batch.get(OBS_STATE)
-        with self._acting(), showing(self, batch):
-            return _finite(self.require_attached().select_action(batch, **kwargs), state)
+        with self._acting() as base, showing(self, batch):
+            return _finite(base.select_action(batch, **kwargs), state)
 
-    def _acting(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.seam.runtime is None else self.seam.runtime.act()
+    @contextmanager
+    def _acting(self) -> Iterator[DensePolicy]:
+        base, runtime = self.require_attached(), self.seam.runtime
+        with quick_eval(base), nullcontext() if runtime is None else runtime.act():
+            yield base
 
     def reset(self) -> None:
         self.base.reset()

@@ -1,9 +1,11 @@
 """Whether weights are still those from which something was computed, and where those lie that nothing reads."""
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
+
+from ..modules import all_modules
 
 Mark = tuple[tuple[int, int], ...]
 
@@ -18,17 +20,12 @@ def mark(modules: Iterable[nn.Module], unused: Container[nn.Module] = ()) -> Mar
         modules: Whose weights count.
         unused: Parts of them whose weights do not.
     """
-    return tuple((weight.data_ptr(), weight._version) for weight in _weights(modules, unused))
-
-
-def _weights(modules: Iterable[nn.Module], unused: Container[nn.Module]) -> Iterator[nn.Parameter]:
-    # This runs before each action chunk, and `nn.Module.parameters` takes several times as long: it makes up names.
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module not in unused:
-            yield from (weight for weight in module._parameters.values() if weight is not None)
-            waiting.extend(part for part in module._modules.values() if part is not None)
+    return tuple(
+        (weight.data_ptr(), weight._version)
+        for module in all_modules(modules, unused)
+        for weight in module._parameters.values()
+        if weight is not None
+    )
 
 
 class Parking:
