@@ -394,7 +394,7 @@ def run(options: argparse.Namespace, steps: int | None = None) -> list[Row]:
     chunk = rows.add(Row(), dense)
     if options.tokens != header["dense_tokens"]:
         # What the fast path gives without fewer tokens.
-        policy = compress(dense, header["dense_tokens"])
+        policy = compress(dense, header["dense_tokens"], runtime="eager")
         rows.add(Row(header["dense_tokens"], runtime="fast"), policy, chunk)
         dense = policy.detach()
     if options.compiled:
@@ -404,7 +404,8 @@ def run(options: argparse.Namespace, steps: int | None = None) -> list[Row]:
     for layer in (None, *layers):
         inside = {} if layer is None else {"sample_after_layer": layer}
         try:
-            policy = compress(dense, reducer=reducer_config("grids", num_tokens=options.tokens, **inside))
+            reducer = reducer_config("grids", num_tokens=options.tokens, **inside)
+            policy = compress(dense, reducer=reducer, runtime="eager")
         except GridsError as error:
             rows.refuse(Row(options.tokens, layer), error)
             continue

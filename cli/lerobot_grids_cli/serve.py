@@ -14,7 +14,7 @@ def serve(
     port: int = 8080,
     tokens: int | None = None,
     num_steps: int | None = None,
-    runtime: Literal["eager", "fast", "compiled"] | None = None,
+    runtime: Literal["auto", "eager", "fast", "compiled"] | None = None,
     quantise: Literal["none", "int8", "int8_dynamic"] | None = None,
     precision: Literal["own", "fp32", "tf32", "bf16"] | None = None,
     device: str | None = None,
@@ -37,7 +37,8 @@ def serve(
         port: Port to listen on; 0 takes a free one.
         tokens: Visual tokens per camera of a grids checkpoint, up to the largest that it was trained for.
         num_steps: Integration steps of the flow for one action chunk. Defaults to the checkpoint's.
-        runtime: How a grids policy acts: eager, fast or compiled. Defaults to the checkpoint's.
+        runtime: How a grids policy acts: auto, eager, fast or compiled. auto is fast on a GPU. Defaults to the
+            checkpoint's.
         quantise: Weights of trunk and action expert, with fast or compiled. Defaults to the checkpoint's.
         precision: Of products of float32, and with bf16 of the vision tower, with fast or compiled. Defaults to the
             checkpoint's.
@@ -111,9 +112,9 @@ def _use_runtime(policy: Any, name: str, options: dict[str, str | None]) -> None
         from lerobot_policy_grids.errors import GridsError
 
         raise GridsError(f"{name} is a dense policy, which only acts eagerly; drop --{next(iter(given))}")
-    # What a checkpoint says of a fast runtime says nothing of the eager one.
-    kept = {} if given.get("runtime") == "eager" else {option: getattr(policy.config, option) for option in options}
-    policy.use_runtime(**(kept | given))
+    # What a checkpoint says of a fast runtime says nothing of the others.
+    keeps = given.get("runtime") not in ("auto", "eager")
+    policy.use_runtime(**({option: getattr(policy.config, option) for option in options if keeps} | given))
 
 
 def _report(servicer: Any, policy: str, json: str | None, write_json: Any) -> None:

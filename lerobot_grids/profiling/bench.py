@@ -172,7 +172,8 @@ def bench(
     for label, way in ways.items():
         # `counted` and `timed` may be one object, two objects, or `timed` may be None.
         wrapped = [
-            compress(dense, reducer=way) if dense is not None else None for dense in dict.fromkeys((counted, timed))
+            compress(dense, reducer=way, runtime="eager") if dense is not None else None
+            for dense in dict.fromkeys((counted, timed))
         ]
         add(label, wrapped[0], wrapped[-1] if timed is not None else None)
         for one in filter(None, wrapped):

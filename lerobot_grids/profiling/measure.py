@@ -8,7 +8,7 @@ runs with one step and with more: each step adds the same FLOPs and time.
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -177,7 +177,9 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
     steps = _number_of_steps(policy)
     counts = () if stages.steps_field is None else (2, 3) if stages.decodes else (2,)
     totals: list[int] = []
-    with _eager_attention(stages.vision):
+    # What a graph replays is not seen.
+    eagerly = policy.acting_eagerly() if isinstance(policy, GridsPolicy) else nullcontext()
+    with eagerly, _eager_attention(stages.vision):
         for count in (1, *counts):
             with _steps(policy, count), flop_counter() as counter, torch.no_grad():
                 with _meter(policy, counter.get_total_flops) as parts:
@@ -204,7 +206,7 @@ def measure_latency(policy: Any, batch: dict[str, Tensor], warmup: int, repeats:
     """
     steps = _number_of_steps(policy)
     cuda = next(policy.parameters()).is_cuda
-    fast = isinstance(policy, GridsPolicy) and policy.config.runtime != "eager"
+    fast = isinstance(policy, GridsPolicy) and policy.acts_fast()
     before = () if fast else STAGES[:3]
 
     def now() -> float:

@@ -98,10 +98,11 @@ class GridsConfig(PreTrainedConfig):
         metadata={"help": "Training steps over which a linear, cosine or exponential schedule goes down."},
     )
     runtime: str = field(
-        default="eager",
+        default="auto",
         metadata={
             "help": f"How actions are computed: one of {RUNTIMES}. fast skips what does not change them, and uses CUDA "
-            "graphs on a GPU; compiled also has torch compile it. Both are checked against eager first."
+            "graphs on a GPU; compiled also has torch compile it. Both are checked against eager first. auto is fast "
+            "on a GPU where the policy can, and eager elsewhere."
         },
     )
     quantise: str = field(
@@ -200,13 +201,13 @@ class GridsConfig(PreTrainedConfig):
             raise GridsError(f"precision '{precision}' is unknown; choose one of {', '.join(PRECISIONS)}")
         if runtime not in RUNTIMES:
             raise GridsError(f"runtime '{runtime}' is unknown; choose one of {', '.join(RUNTIMES)}")
-        if runtime == "eager" and quantise != "none":
+        if runtime in ("auto", "eager") and quantise != "none":
             raise GridsError(
-                f"quantise={quantise} with runtime=eager, which runs the weights as they are; give runtime=fast"
+                f"quantise={quantise} with runtime={runtime}, which runs the weights as they are; give runtime=fast"
             )
-        if runtime == "eager" and precision != "own":
+        if runtime in ("auto", "eager") and precision != "own":
             raise GridsError(
-                f"precision={precision} with runtime=eager, which computes as the process does; give runtime=fast"
+                f"precision={precision} with runtime={runtime}, which computes as the process does; give runtime=fast"
             )
         self.runtime, self.quantise, self.precision = runtime, quantise, precision
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,23 @@ def showing(policy: Any, batch: Mapping[str, Any]) -> AbstractContextManager[Non
     That is what `--display_data=true` does in LeRobot's commands. Nothing is computed for it elsewhere. Points belong
     to reducers that read the map, and to the eager runtime: a recorded graph keeps its coordinates to itself.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not are_shown():
         return nullcontext()
+    return _drawing(policy, batch, sys.modules["rerun"])
+
+
+def are_shown() -> bool:
+    """Whether this process shows cameras in rerun."""
     rerun = sys.modules.get("rerun")
-    watched = rerun is not None and rerun.get_global_data_recording() is not None
-    return _drawing(policy, batch, rerun) if watched else nullcontext()
+    return rerun is not None and rerun.get_global_data_recording() is not None
+
+
+@cache
+def warn_of_eager_points() -> None:
+    """Say, once, what it costs to show points."""
+    logging.getLogger(__name__).warning(
+        "points are drawn over the cameras, so the policy acts eagerly; --policy.runtime=fast acts faster, without them"
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """GridsPolicy: a base policy and the reducer between its vision tower and its trunk."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ from .families import DensePolicy, Seam, get_family
 from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
 from .forwarding import declare_as, forward_methods
-from .looks import showing
+from .looks import are_shown, showing, warn_of_eager_points
 from .modules import quick_eval
 from .reducers import Reducer, ReducerConfig, reducer_config
 from .reducers.base import MapReducer
@@ -49,7 +49,7 @@ def compress(
     num_tokens: int | None = None,
     reducer: str | ReducerConfig = "grids",
     *,
-    runtime: str = "eager",
+    runtime: str = "auto",
 ) -> "GridsPolicy":
     """Give a dense policy K visual tokens per camera, by an untrained reducer.
 
@@ -58,7 +58,7 @@ def compress(
             bit-identical to what it was.
         num_tokens: K. Defaults to the reducer's own, 16.
         reducer: The name of a reducer, or its configuration.
-        runtime: How it acts: "eager", "fast" or "compiled" (`GridsPolicy.use_runtime`).
+        runtime: How it acts: "auto", "eager", "fast" or "compiled" (`GridsPolicy.use_runtime`).
 
     Returns:
         The grids policy, on the same device and in evaluation mode.
@@ -132,6 +132,7 @@ class GridsPolicy(PreTrainedPolicy):
         self.reducer: Any = config.reducer.build(inside or layout)
         self._is_attached = True
         self._looks_everywhere = False
+        self._acts_eagerly = False
         self.seam = Seam(partial(_current_reducer, self), layout, partial(self.family.image_region, base), inside)
         self.check_schedule()
         self.family.attach(base, self.seam)
@@ -152,12 +153,13 @@ class GridsPolicy(PreTrainedPolicy):
         Args:
             runtime: "eager" runs LeRobot's own loop. "fast" runs a prefill and denoising steps without what does not
                 change the actions, on a GPU as CUDA graphs. "compiled" lets torch compile these first. Both are held
-                against the eager way at the first observation, and say how far they are apart.
+                against the eager way at the first observation, and say how far they are apart. "auto" is "fast" on a
+                GPU, unless the policy cannot or something watches how it acts, and "eager" elsewhere.
             quantise: Weights of trunk and action expert: "none" as they are, "int8" with 8 bits, "int8_dynamic" with
-                8 bits and what they are multiplied with, too. Needs torchao, and a runtime that is not "eager".
+                8 bits and what they are multiplied with, too. Needs torchao, and "fast" or "compiled".
             precision: "own" computes products of float32 as the process does, "fp32" as float32, "tf32" with inputs of
                 10 bits on a GPU that can. "bf16" is "tf32" with a copy of the vision tower in bfloat16, which takes 2
-                bytes of memory for each of its weights. Needs a runtime that is not "eager".
+                bytes of memory for each of its weights. Needs "fast" or "compiled".
 
         Raises:
             UnsupportedPolicyError: If the base policy, or the reducer, cannot act in that way.
@@ -167,25 +169,58 @@ class GridsPolicy(PreTrainedPolicy):
         before = self.config.runtime, self.config.quantise, self.config.precision
         self.config.set_runtime(*asked)
         act_eagerly(self.family.model(base), self.seam)
-        if runtime == "eager":
+        self._is_undecided = runtime == "auto"
+        if runtime in ("auto", "eager"):
             return
+        try:
+            self._act_through(*asked)
+        except UnsupportedPolicyError:
+            self.config.set_runtime(*(("eager", "none", "own") if before == asked else before))
+            raise
+
+    def _act_through(self, runtime: str, quantise: str = "none", precision: str = "own") -> None:
+        base = self.require_attached()
         fast = FastRuntime(
-            *asked,
+            runtime,
+            quantise,
+            precision,
             build=partial(self.family.phases, base, self.seam),
             budget=self.seam.budget,
             weights=partial(_modules, self),
             blocked=partial(_not_acting, self),
         )
+        if not isinstance(self._reducers()[0], MapReducer):
+            raise UnsupportedPolicyError(
+                f"runtime={runtime} is not available with reducer '{self.config.reducer.type}', which does not "
+                "work between vision tower and trunk; use runtime=eager"
+            )
+        self.family.act_through(base, self.seam, fast)
+
+    def acts_fast(self) -> bool:
+        """Whether the fast path is asked for the next action. It may still turn out not to be exact enough."""
+        if self._acts_eagerly:
+            return False
+        if self.config.runtime == "auto":
+            device = next(self.parameters()).device
+            if not _pays(device) or torch.is_autocast_enabled(device.type) or _not_acting(self) is not None:
+                return False
+            if are_shown():
+                warn_of_eager_points()
+                return False
+            if self._is_undecided:
+                self._is_undecided = False
+                with suppress(UnsupportedPolicyError):
+                    self._act_through("fast")
+        return self.seam.runtime is not None
+
+    @contextmanager
+    def acting_eagerly(self) -> Iterator[None]:
+        """In this block actions are computed by LeRobot's own loop, whatever the runtime."""
+        self._acts_eagerly = True
         try:
-            if not isinstance(self._reducers()[0], MapReducer):
-                raise UnsupportedPolicyError(
-                    f"runtime={runtime} is not available with reducer '{self.config.reducer.type}', which does not "
-                    "work between vision tower and trunk; use runtime=eager"
-                )
-            self.family.act_through(base, self.seam, fast)
-        except UnsupportedPolicyError:
-            self.config.set_runtime(*(("eager", "none", "own") if before == asked else before))
-            raise
+            yield
+        finally:
+            self._acts_eagerly = False
 
     def warm_up(self, batch: dict[str, Tensor]) -> None:
         """Prepare for observations like this one, outside the control loop: compile, record, compare with eager.
@@ -347,7 +382,8 @@ class GridsPolicy(PreTrainedPolicy):
 
     @contextmanager
     def _acting(self) -> Iterator[DensePolicy]:
-        base, runtime = self.require_attached(), self.seam.runtime
+        base = self.require_attached()
+        runtime = self.seam.runtime if self.acts_fast() else None
         with quick_eval(base), nullcontext() if runtime is None else runtime.act():
             yield base
 
@@ -512,6 +548,11 @@ def _current_reducer(policy: GridsPolicy) -> Reducer | None:
 
 def _modules(policy: GridsPolicy) -> list[nn.Module]:
     return [policy]
+
+
+def _pays(device: torch.device) -> bool:
+    """Whether the fast path pays there without being asked for: where kernels are launched."""
+    return device.type == "cuda"
 
 
 def _not_acting(policy: GridsPolicy) -> str | None:

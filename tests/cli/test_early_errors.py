@@ -57,7 +57,7 @@ CASES = [
     (["serve", "p", "--port=70000"], 1, "--port 70000; give a port"),
     (["serve", "p", "--runtme=fast"], 2, "--runtme is not an option; did you mean --runtime?"),
     (["push", "p", "u/n", "--format=tar"], 2, "--format tar; give auto, adapter, full (see"),
-    (["serve", "p", "--runtime=warp"], 2, "--runtime warp; give eager, fast, compiled (see"),
+    (["serve", "p", "--runtime=warp"], 2, "--runtime warp; give auto, eager, fast, compiled (see"),
     (["view", "--policy=p", "--dataset=d", "--rename_map={a"], 2, "--rename_map {a; give names and values, such as '{"),
     (["view", "--policy=p", "--dataset=d", "--film=maybe"], 2, "--film maybe; give true or false (see"),
     (["view", "--policy=p", "--dataset=d", "--tokens=4,,8"], 1, "--tokens '' is no token budget"),

@@ -42,6 +42,7 @@ def acting(request, family_row):
 
 def test_graphs_act_as_the_eager_path(acting):
     policy, *batches = acting
+    policy.use_runtime("eager")
     expected = [act(policy, batch) for batch in batches]
     policy.use_runtime("fast")
     act(policy, batches[0])
@@ -52,6 +53,15 @@ def test_graphs_act_as_the_eager_path(acting):
         for batch, chunk in zip(batches, expected, strict=True):
             assert apart(chunk, act(policy, batch)) < ROUNDING
     assert apart(*expected) > 10 * ROUNDING
+
+
+def test_graphs_are_the_default(acting):
+    policy, batch, _ = acting
+    act(policy, batch)
+    (program,) = policy.seam.runtime.programs.values()
+    assert isinstance(program.prefill, RecordedFunction)
+    policy.to("cpu")
+    assert not policy.acts_fast()
 
 
 def test_a_chunk_is_not_overwritten_by_the_next(acting):

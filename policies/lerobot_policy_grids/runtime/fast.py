@@ -22,7 +22,7 @@ from .program import Loop, Program
 from .quantised import QUANTISATIONS, quantise
 from .weights import Mark, Parking, mark
 
-RUNTIMES = ("eager", "fast", "compiled")
+RUNTIMES = ("auto", "eager", "fast", "compiled")
 
 # Largest difference between the two paths, as a share of the range of the actions. Both round in other places:
 # docs/speed.md has how far apart they were found.

@@ -19,7 +19,8 @@ def test_families_without_phases_say_so(family_row, name):
     policy = wrap(family_row(name).policy(), 4)
     with pytest.raises(UnsupportedPolicyError, match=f"not available for the '{name}' policy.*use runtime=eager"):
         policy.use_runtime("fast")
-    assert policy.config.runtime == "eager"
+    # As it was before.
+    assert policy.config.runtime == "auto"
 
 
 def test_reducers_that_have_no_fast_path_say_so(pi0):
@@ -37,7 +38,7 @@ def test_runtime_is_an_option(family_row, tmp_path):
     assert policy.seam.runtime.name == "fast"
     policy.config.save_pretrained(tmp_path)
     assert GridsConfig.from_pretrained(tmp_path).runtime == "fast"
-    with pytest.raises(GridsError, match="runtime 'quick' is unknown; choose one of eager, fast, compiled"):
+    with pytest.raises(GridsError, match="runtime 'quick' is unknown; choose one of auto, eager, fast, compiled"):
         policy.use_runtime("quick")
 
 

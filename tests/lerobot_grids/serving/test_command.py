@@ -46,6 +46,7 @@ def test_dry_run(checkpoint, tmp_path, capsys):
         ({"runtime": "compiled", "precision": "bf16"}, ("compiled", "int8", "bf16")),
         ({"quantise": "none"}, ("fast", "none", "tf32")),
         ({"runtime": "eager"}, ("eager", "none", "own")),
+        ({"runtime": "auto"}, ("auto", "none", "own")),
     ],
 )
 def test_options_that_are_not_given_are_the_checkpoints(loaded, given, expected):
@@ -92,7 +93,7 @@ def test_serve_until_ctrl_c(checkpoint, tmp_path, capsys, monkeypatch, host):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--port=70000"], "--port 70000"), (["--tokens=99"], "1 .. 36"), (["--runtime=fest"], "eager, fast")],
+    [(["--port=70000"], "--port 70000"), (["--tokens=99"], "1 .. 36"), (["--runtime=fest"], "auto, eager, fast")],
 )
 def test_serve_refuses(checkpoint, capsys, flags, message):
     # What the parser refuses ends the program.
