@@ -23,6 +23,7 @@ from .errors import BudgetError, CheckpointError, DatasetError, GridsError, Unsu
 from .families import DensePolicy, Seam, get_family
 from .families.acting import act_eagerly
 from .families.base import dimension_names, width_faults
+from .finite import require_finite_action, require_finite_batch
 from .forwarding import declare_as, forward_methods
 from .looks import are_shown, showing, warn_of_eager_points
 from .modules import quick_eval
@@ -40,8 +41,6 @@ RENAMED = (
     "LeRobot renames features and not their statistics: give the dataset's features the policy's names, or train with "
     "lerobot-grids fit --rename_map"
 )
-# Where a frame of a batch comes from.
-PLACES = {"index": "frame", "episode_index": "episode"}
 
 
 def compress(
@@ -356,7 +355,7 @@ class GridsPolicy(PreTrainedPolicy):
             DatasetError: If a state or an action that it is trained on holds NaN or infinity.
         """
         if self.training:
-            _require_finite_batch(batch)
+            require_finite_batch(batch)
         loss, log = self.require_attached().forward(batch, **kwargs)
         return loss, log
 
@@ -368,7 +367,7 @@ class GridsPolicy(PreTrainedPolicy):
         """
         state = batch.get(OBS_STATE)
         with self._acting() as base, showing(self, batch):
-            return _finite(base.predict_action_chunk(batch, **kwargs), state)
+            return require_finite_action(base.predict_action_chunk(batch, **kwargs), state)
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
         """Next action [b, action_dim], from the base policy's queue.
@@ -378,7 +377,7 @@ class GridsPolicy(PreTrainedPolicy):
         """
         state = batch.get(OBS_STATE)
         with self._acting() as base, showing(self, batch):
-            return _finite(base.select_action(batch, **kwargs), state)
+            return require_finite_action(base.select_action(batch, **kwargs), state)
 
     @contextmanager
     def _acting(self) -> Iterator[DensePolicy]:
@@ -482,26 +481,6 @@ class GridsPolicy(PreTrainedPolicy):
             return getattr(base, name)
 
 
-def _finite(action: Any, state: Any) -> Any:
-    """The action, if it and the state hold numbers.
-
-    A policy that writes its state into the instruction gives finite actions for NaN, and LeRobot adds the state to
-    relative actions after the policy.
-    """
-    # A newer LeRobot may return an object that holds the action.
-    values = getattr(action, "action", action)
-    if _has_bad_numbers(state):
-        raise GridsError(f"'{OBS_STATE}' holds NaN or infinity; check what the robot reads, and its normalisation")
-    if _has_bad_numbers(values):
-        raise GridsError("the policy's action holds NaN or infinity; check the observation and its normalisation")
-    return action
-
-
-def _has_bad_numbers(values: Any) -> bool:
-    # A meta tensor, on which costs are counted, has no values to check.
-    return isinstance(values, Tensor) and not values.is_meta and not bool(torch.isfinite(values).all())
-
-
 def _take_from_dataset(config: Any, dataset_meta: Any = None, dataset_stats: Any = None, **kwargs: Any) -> None:
     """What LeRobot's commands leave undone when they train a dense policy of this configuration on a dataset.
 
@@ -525,20 +504,6 @@ def _take_from_dataset(config: Any, dataset_meta: Any = None, dataset_stats: Any
             renamed = any(f"'{name}'" in fault and name not in dataset_stats for name in features)
             advice = RENAMED if renamed else advise(fault)
             raise DatasetError(f"the dataset's statistics: normalisation {fault}; {advice}")
-
-
-def _require_finite_batch(batch: dict[str, Any]) -> None:
-    # Families that write numbers as tokens would make words of NaN, and their loss would be finite.
-    values = {name: batch[name] for name in (OBS_STATE, ACTION) if isinstance(batch.get(name), Tensor)}
-    finite = {name: torch.isfinite(value).flatten(1).all(1) for name, value in values.items() if not value.is_meta}
-    # One number for the device to wait for.
-    if not finite or torch.stack(list(finite.values())).all():
-        return
-    name, good = next((name, good) for name, good in finite.items() if not good.all())
-    row = int((~good).int().argmax())
-    places = [f"{what} {int(batch[key][row])}" for key, what in PLACES.items() if key in batch]
-    place = f" at {' of '.join(places)}" if places else ""
-    raise DatasetError(f"'{name}' holds NaN or infinity{place}; repair or remove that episode, and continue")
 
 
 def _current_reducer(policy: GridsPolicy) -> Reducer | None:
