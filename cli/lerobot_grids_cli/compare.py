@@ -46,7 +46,8 @@ def compare(
         batch_size: Number of episodes that run in parallel.
         device: Device, such as cpu or cuda. Defaults to each checkpoint's, or to one that this machine has.
         workers: Number of checkpoints that are evaluated at the same time, each in its own process.
-        costs: Whether to count FLOPs and measure milliseconds. Do not run other programs meanwhile.
+        costs: Whether to count FLOPs and measure milliseconds, as each policy acts: on a GPU a grids policy does so by
+            its fast path. Do not run other programs meanwhile.
         output: Folder for every evaluation, compare.json, compare.md and compare.png.
         json: Further JSON file for the result.
         env_args: More fields of the environment's configuration.

@@ -64,7 +64,7 @@ def look(policy: GridsPolicy, batch: dict[str, Any]) -> dict[str, list[Points]]:
     numbers = present_cameras(layout.cameras, batch)
     seen: list[list[list[np.ndarray]]] = []
     watch = _watch_map if isinstance(policy.reducer, MapReducer) else _watch_trunk
-    with watch(policy, len(numbers), seen.append), suppress(_LookedError):
+    with policy.acting_eagerly(), watch(policy, len(numbers), seen.append), suppress(_LookedError):
         policy.predict_action_chunk(dict(batch))
     policy.reset()
     if not seen:

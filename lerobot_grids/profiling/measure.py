@@ -8,7 +8,7 @@ runs with one step and with more: each step adds the same FLOPs and time.
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lerobot_policy_grids import GridsPolicy
 from lerobot_policy_grids.families import Stages, get_family
-from lerobot_policy_grids.modeling_grids import dense_policy
+from lerobot_policy_grids.modeling_grids import acting_eagerly, dense_policy
 
 from .counting import flop_counter
 
@@ -159,7 +159,7 @@ def prefix_length(policy: Any, batch: dict[str, Tensor]) -> int:
 
     setattr(owner, name, spy)
     try:
-        with _steps(policy, 1), torch.no_grad():
+        with acting_eagerly(policy), _steps(policy, 1), torch.no_grad():
             policy.predict_action_chunk(dict(batch))
     finally:
         delattr(owner, name)
@@ -178,8 +178,7 @@ def count_flops(policy: Any, batch: dict[str, Tensor]) -> dict[str, int]:
     counts = () if stages.steps_field is None else (2, 3) if stages.decodes else (2,)
     totals: list[int] = []
     # What a graph replays is not seen.
-    eagerly = policy.acting_eagerly() if isinstance(policy, GridsPolicy) else nullcontext()
-    with eagerly, _eager_attention(stages.vision):
+    with acting_eagerly(policy), _eager_attention(stages.vision):
         for count in (1, *counts):
             with _steps(policy, count), flop_counter() as counter, torch.no_grad():
                 with _meter(policy, counter.get_total_flops) as parts:

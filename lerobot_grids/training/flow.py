@@ -24,7 +24,7 @@ from torch import Tensor
 from lerobot_policy_grids.configuration_grids import base_config
 from lerobot_policy_grids.errors import GridsError
 from lerobot_policy_grids.families import get_family
-from lerobot_policy_grids.modeling_grids import dense_policy
+from lerobot_policy_grids.modeling_grids import acting_eagerly, dense_policy
 
 from ..policies import flow_steps
 from .distillation import Teacher, copied, watch
@@ -120,7 +120,7 @@ class OneStep:
     def _several_steps(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
         """Where several steps from this noise arrive, of its shape, without gradient."""
         ends: list[Tensor] = []
-        with torch.no_grad(), self.teacher.dense() as policy:
+        with torch.no_grad(), self.teacher.dense() as policy, acting_eagerly(policy):
             flow = flow_of(policy)
             # What the policy returns is cut to the robot's joints, and in some policies turned into other units.
             with changed(flow, sample_actions=partial(_kept, flow.sample_actions, ends)):

@@ -1,7 +1,7 @@
 """GridsPolicy: a base policy and the reducer between its vision tower and its trunk."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,9 +26,10 @@ from .families.base import dimension_names, width_faults
 from .finite import require_finite_action, require_finite_batch
 from .forwarding import declare_as, forward_methods
 from .looks import are_shown, showing, warn_of_eager_points
-from .modules import quick_eval
+from .modules import is_watched, quick_eval
 from .reducers import Reducer, ReducerConfig, reducer_config
 from .reducers.base import MapReducer
+from .reducers.random import RandomReducer
 from .runtime import FastRuntime
 from .versions import warn_of_unknown_lerobot
 
@@ -188,10 +189,14 @@ class GridsPolicy(PreTrainedPolicy):
             weights=partial(_modules, self),
             blocked=partial(_not_acting, self),
         )
-        if not isinstance(self._reducers()[0], MapReducer):
+        reducer = self._reducers()[0]
+        reason = None if isinstance(reducer, MapReducer) else "does not work between vision tower and trunk"
+        if isinstance(reducer, RandomReducer):
+            reason = "draws anew at each look, so that no two ways to act can be compared"
+        if reason is not None:
             raise UnsupportedPolicyError(
-                f"runtime={runtime} is not available with reducer '{self.config.reducer.type}', which does not "
-                "work between vision tower and trunk; use runtime=eager"
+                f"runtime={runtime} is not available with reducer '{self.config.reducer.type}', which {reason}; "
+                "use runtime=eager"
             )
         self.family.act_through(base, self.seam, fast)
 
@@ -203,23 +208,25 @@ class GridsPolicy(PreTrainedPolicy):
             device = next(self.parameters()).device
             if not _pays(device) or torch.is_autocast_enabled(device.type) or _not_acting(self) is not None:
                 return False
-            if are_shown():
-                warn_of_eager_points()
+            if is_watched(self.base):
                 return False
             if self._is_undecided:
                 self._is_undecided = False
                 with suppress(UnsupportedPolicyError):
-                    self._act_through("fast")
+                    self._act_through("auto")
+            if self.seam.runtime is not None and are_shown():
+                warn_of_eager_points()
+                return False
         return self.seam.runtime is not None
 
     @contextmanager
     def acting_eagerly(self) -> Iterator[None]:
         """In this block actions are computed by LeRobot's own loop, whatever the runtime."""
-        self._acts_eagerly = True
+        before, self._acts_eagerly = self._acts_eagerly, True
         try:
             yield
         finally:
-            self._acts_eagerly = False
+            self._acts_eagerly = before
 
     def warm_up(self, batch: dict[str, Tensor]) -> None:
         """Prepare for observations like this one, outside the control loop: compile, record, compare with eager.
@@ -290,6 +297,13 @@ class GridsPolicy(PreTrainedPolicy):
             self.seam.runtime.forget()
         self._advance_schedule(0)
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Graphs read weights where they lie, and what nobody reads comes back to where the others are.
+        seam = vars(self).get("seam")
+        if seam is not None and seam.runtime is not None:
+            seam.runtime.forget()
+        return super()._apply(fn, recurse)
 
     def update(self) -> None:
         """Count a training step; lerobot-train calls this after each."""
@@ -530,6 +544,11 @@ def _not_acting(policy: GridsPolicy) -> str | None:
     if fixed and any(module._forward_hooks for module in policy.reducer.modules()):
         return "something watches the sampler with a hook, which neither a compiled nor a recorded path calls"
     return None
+
+
+def acting_eagerly(policy: Any) -> AbstractContextManager[None]:
+    """In this block a policy, dense or grids, acts by LeRobot's own loop."""
+    return policy.acting_eagerly() if isinstance(policy, GridsPolicy) else nullcontext()
 
 
 def dense_policy(policy: Any) -> Any:

@@ -27,6 +27,20 @@ def all_modules(roots: Iterable[nn.Module], left_out: Container[nn.Module] = ())
     return found
 
 
+def is_watched(policy: nn.Module) -> bool:
+    """Whether a hook waits for a module of this policy to run.
+
+    transformers has hooks of its own on layers whose outputs it may be asked for. They do not count.
+    """
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        for module in all_modules([policy])
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        if hooks
+        for hook in hooks.values()
+    )
+
+
 @contextmanager
 def quick_eval(policy: Any) -> Iterator[None]:
     """In this block `policy.eval()` does nothing where nothing is being trained.

@@ -62,12 +62,14 @@ def test_graphs_are_the_default(acting):
     assert isinstance(program.prefill, RecordedFunction)
     policy.to("cpu")
     assert not policy.acts_fast()
+    assert not any(weight.is_cuda for weight in policy.parameters())
 
 
 def test_a_chunk_is_not_overwritten_by_the_next(acting):
     policy, first, second = acting
     policy.use_runtime("fast")
     policy.warm_up(first)
+    assert all(program is not None for program in policy.seam.runtime.programs.values())
     chunk = act(policy, first)
     kept = chunk.clone()
     act(policy, second)
@@ -78,6 +80,7 @@ def test_graphs_are_dropped_with_the_weights_they_read(acting):
     policy, batch, _ = acting
     policy.use_runtime("fast")
     before = [act(policy, batch) for _ in range(2)][1]
+    assert all(program is not None for program in policy.seam.runtime.programs.values())
     policy.train()
     with torch.no_grad():
         for weight in policy.reducer.parameters():
@@ -120,10 +123,11 @@ def test_bfloat16_towers_and_other_budgets_are_recorded_too(family_row, name):
     for tokens in (5, 3):
         policy.num_tokens = tokens
         found = [act(policy, batch) for _ in range(2)][1]
-        policy.use_runtime("eager")
-        assert apart(act(policy, batch), found) < fast.BF16_BOUND
-        policy.use_runtime("fast", precision="bf16")
-    assert all(program is not None for program in policy.seam.runtime.programs.values())
+        with policy.acting_eagerly():
+            assert apart(act(policy, batch), found) < fast.BF16_BOUND
+    programs = list(policy.seam.runtime.programs.values())
+    assert len(programs) == 2
+    assert all(program is not None and isinstance(program.prefill, RecordedFunction) for program in programs)
 
 
 def test_a_step_in_mixed_precision_trains_the_sampler(family):

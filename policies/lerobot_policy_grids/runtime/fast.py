@@ -103,7 +103,7 @@ class FastRuntime:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own weights, and graphs cannot be copied.
         empty: dict[str, Any] = {name: {} for name in ("_phases", "programs", "differences")}
-        return vars(self) | empty | {"_parked": Parking(), "_mark": None, "acting": False}
+        return vars(self) | empty | {"_mark": None, "acting": False}
 
     @contextmanager
     def act(self) -> Iterator[None]:
@@ -177,6 +177,8 @@ class FastRuntime:
         try:
             with precisely(self.precision):
                 phases = self._phases_of(cameras, steps)
+                if noise.is_cuda or self.name == "compiled":
+                    _require_no_switches(phases)
                 program = Program(phases, steps, observation, noise, compiled=self.name == "compiled")
                 found = program(observation, noise, loop)
         except Exception as error:  # whatever it is, the robot can act without
@@ -260,7 +262,7 @@ class FastRuntime:
 
     def forget(self) -> None:
         """Drop what was computed from weights; the next observation is computed both ways again."""
-        for stored in (self._phases, self.programs, self.differences, self._said):
+        for stored in (self._phases, self.programs, self.differences):
             stored.clear()
         self._mark = None
         self._parked.bring_back()
@@ -281,6 +283,13 @@ def _blocked_by_torch(noise: Tensor) -> str | None:
     if torch.is_autocast_enabled(noise.device.type):
         return "autocast is on, which the phases would not follow; give the policy a dtype instead"
     return None
+
+
+def _require_no_switches(phases: Phases) -> None:
+    """Refuse low-rank matrices that PEFT can switch off, which neither a graph nor compiled code notices."""
+    for phase in (phases.prefill, phases.denoise_step):
+        if any(hasattr(module, "active_adapters") and not module.merged for module in phase.modules()):
+            raise UnavailableError("low-rank matrices can be switched off while they are not merged; merge them")
 
 
 def _own(value: Tensor) -> Tensor:

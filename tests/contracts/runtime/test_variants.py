@@ -182,7 +182,7 @@ def test_what_lerobot_refuses_of_evo1_is_refused(family_row):
         act(policy, batch | {"task": ["push", "<IMG_CONTEXT>", "pull"]})
 
 
-@pytest.mark.parametrize("reducer", ["grids", "mean", "uniform", "pool", "tome", "random"])
+@pytest.mark.parametrize("reducer", ["grids", "mean", "uniform", "pool", "tome"])
 def test_every_reducer_before_the_trunk(pi0, reducer):
     policy, batch = pi0
     options = {"camera_tokens": {"observation.images.1": 2}} if reducer == "grids" else {}
@@ -191,12 +191,8 @@ def test_every_reducer_before_the_trunk(pi0, reducer):
     policy.use_runtime("fast")
     act(policy, batch)
     (found,) = policy.seam.runtime.differences.values()
-    if reducer == "random":
-        # It draws anew at each look, so no two ways to act can be compared.
-        assert "more than" in found
-    else:
-        assert found < ROUNDING
-        assert apart(expected, act(policy, batch)) < ROUNDING
+    assert found < ROUNDING
+    assert apart(expected, act(policy, batch)) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])

@@ -1,10 +1,14 @@
 """What was computed from weights is not used with others."""
 
+from contextlib import nullcontext
+
 import pytest
+import torch
 
 from driving import act
 from fast_path import ROUNDING, apart, change_in_place
 from lerobot_policy_grids.runtime import fast
+from lerobot_policy_grids.runtime.phases import Phases, UnavailableError
 from lerobot_policy_grids.runtime.weights import Parking
 
 
@@ -48,6 +52,17 @@ def test_without_noticing_old_weights_would_act(pi0, monkeypatch):
     found = act(policy, batch)
     policy.use_runtime("eager")
     assert apart(act(policy, batch), found) > 10 * ROUNDING
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_low_rank_matrices_that_can_be_switched_off_are_not_recorded(is_merged):
+    peft = pytest.importorskip("peft")
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), layers)
+    if is_merged:
+        layers[0].merge()
+    with nullcontext() if is_merged else pytest.raises(UnavailableError, match="merge them"):
+        fast._require_no_switches(Phases(torch.nn.Identity(), layers))
 
 
 def test_a_parked_module_is_not_the_first_of_its_policy(pi0):
