@@ -67,8 +67,8 @@ class MethodResult:
             make it narrower.
         paired: Comparison with the first method on the same episodes; None for the first.
         gflops: GFLOPs of one action chunk; None if not counted.
-        latency_ms: Median milliseconds of one action chunk at batch 1, as the policy acts: a dense one by LeRobot's loop,
-            a grids policy on a GPU by its fast path; None if not measured.
+        latency_ms: Median milliseconds of one action chunk at batch 1, as the policy acts: on a GPU a grids policy does
+            so by its fast path; None if not measured.
         device: Name of the device on which the latency was measured.
     """
 
