@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from driving import act, train_offsets, wrap
-from fast_path import FLOWS, apart, small
+from fast_path import FLOWS, PHASED, apart, small
 from lerobot_policy_grids.runtime import fast
 from lerobot_policy_grids.runtime.graphs import RecordedFunction
 
@@ -16,7 +16,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 ROUNDING = 1e-4
 # What the names of weights have in common that nobody reads to act.
 UNUSED = {"pi0": "lm_head", "pi05": "lm_head", "tiny_smolvla": "lm_head", "act": "vae_encoder"}
-PHASED = (*FLOWS, "act", "xvla", "pi0_fast", "groot", "evo1")
 
 
 def on_gpu(batch):

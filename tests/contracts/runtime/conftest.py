@@ -2,10 +2,10 @@
 
 import pytest
 
-from fast_path import FLOWS, small
+from fast_path import FLOWS, PHASED, small
 
 
-@pytest.fixture(params=[*FLOWS, "act", "xvla", "pi0_fast", "groot", "evo1"])
+@pytest.fixture(params=PHASED)
 def phased(request, family_row):
     """A small policy whose family has phases, and a batch."""
     return small(family_row(request.param))

@@ -1,13 +1,11 @@
 """Around the fast path all is LeRobot's; each shape is checked once; what it does not follow is done eagerly."""
 
-import copy
-
 import pytest
 import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from driving import act, train_offsets, wrap
-from fast_path import ROUNDING, apart, change_in_place, small
+from fast_path import ROUNDING, apart, change_in_place, copied, small
 from lerobot_policy_grids.runtime import buckets
 
 
@@ -157,12 +155,7 @@ def test_fast_path_in_other_situations(phased, family_row, situation):
         assert "sample_actions" not in vars(policy.family.model(base))
         act(base, batch)
     elif situation == "copied":
-        try:
-            twin = copy.deepcopy(policy)
-        except AttributeError as error:
-            if "local object" not in str(error):
-                raise
-            pytest.skip("LeRobot's class of this policy holds classes defined in functions, so no copy can be made")
+        twin = copied(policy)
         change_in_place(twin)
         assert apart(expected, [act(twin, batch) for _ in range(2)][1]) > 10 * ROUNDING
         assert apart(expected, act(policy, batch)) < ROUNDING

@@ -1,13 +1,12 @@
 """runtime=auto, the default: fast where a GPU launches kernels and the policy can, LeRobot's own loop elsewhere."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 from driving import act, train_offsets, wrap
-from fast_path import ROUNDING, apart, small
+from fast_path import ROUNDING, apart, copied, small
 from lerobot_grids.looks.points import look
 from lerobot_grids.profiling.measure import count_flops
 from lerobot_policy_grids import modeling_grids
@@ -117,12 +116,7 @@ def test_what_was_parked_comes_back_with_the_rest(phased, pays, way):
     if way == "moved":
         policy.to(torch.float64)
     else:
-        try:
-            policy = copy.deepcopy(policy)
-        except AttributeError as error:
-            if "local object" not in str(error):
-                raise
-            pytest.skip("LeRobot's class of this policy holds classes defined in functions, so no copy can be made")
+        policy = copied(policy)
         policy.train()
     assert [name for name, _ in policy.named_parameters()] == names
     assert not policy.seam.runtime.programs
